@@ -1,0 +1,48 @@
+"""Add BatchNorm to a network that was trained without it; its outputs stay exactly as they were.
+
+bn_vgg = retrofit.add_batchnorm(vgg, images)      # one call; images: any iterable of batches
+
+plan     = retrofit.plan(vgg)                     # every convolution, the decision, the reason
+prepared = retrofit.prepare(vgg, plan)            # the original is never touched
+retrofit.calibrate(prepared, images)              # one pass; or a loop of your own
+bn_vgg   = retrofit.convert(prepared)             # observers become exact identities
+report   = retrofit.verify(vgg, bn_vgg, images)   # equal bit for bit?
+vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
+"""
+
+from retrofit.calibration import Calibration, calibrate
+from retrofit.checkpoint import load, save
+from retrofit.conversion import add_batchnorm, convert, insert, prepare
+from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
+from retrofit.folding import fold
+from retrofit.moments import MomentObserver
+from retrofit.parity import DriftReport, ParityReport, drift, verify
+from retrofit.sites import Plan, Site, plan
+from retrofit.version import __version__
+
+__all__ = [
+    "Calibration",
+    "DriftReport",
+    "MomentObserver",
+    "NonFiniteError",
+    "ParityReport",
+    "Plan",
+    "RetrofitError",
+    "Site",
+    "__version__",
+    "add_batchnorm",
+    "calibrate",
+    "convert",
+    "drift",
+    "fold",
+    "freeze_statistics",
+    "insert",
+    "load",
+    "param_groups",
+    "plan",
+    "prepare",
+    "save",
+    "unfreeze_statistics",
+    "verify",
+]

@@ -1,0 +1,264 @@
+"""Save and load: safetensors with provenance, or a plain state dict.
+
+Nothing that is read here is ever unpickled into code, and nothing that a file names is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from retrofit.conversion import insert
+from retrofit.errors import RetrofitError
+from retrofit.parity import ParityReport
+from retrofit.record import Record, attach, record_of
+from retrofit.sites import Plan
+from retrofit.version import __version__
+from retrofit.zoo import torchvision_model
+
+PICKLED = (".pth", ".pt")
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """RetrofitError if `save` could not write there; for asking before the work is done."""
+    if path.suffix not in (".safetensors", *PICKLED):
+        raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
+    if path.exists() and not overwrite:
+        raise RetrofitError(f"{path} exists: choose another name or ask to overwrite it")
+    if path.is_dir():
+        raise RetrofitError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise RetrofitError(f"the folder {path.parent} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RetrofitError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    parity: ParityReport | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model's state dict, whole or not at all.
+
+    Args:
+        model: converted or folded by this package, or any other.
+        path: `.safetensors`, with provenance in its metadata (versions, plan, eps, number of
+            images, and what follows here), or `.pth` / `.pt`, a plain state dict for torch.load.
+            Tensors that are shared are stored once.
+        name: what the model is, e.g. "vgg16", or "package.module:factory"; `load` rebuilds
+            torchvision's models from it.
+        data: what it was calibrated on, in words.
+        parity: what `verify` found.
+        overwrite: replace an existing file.
+
+    Raises:
+        RetrofitError: the path cannot be written, or exists without `overwrite`.
+        OSError: writing failed half-way; an existing file is then as it was.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    state = model.state_dict()
+    if path.suffix in PICKLED:
+        _write(path, lambda file: torch.save(state, file))
+        return
+    from safetensors.torch import save_file  # noqa: PLC0415 - keeps `import retrofit` fast
+
+    tensors, aliases = _unshared(state)
+    record = record_of(model)
+    provenance = {
+        "retrofit": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": name,
+        "class": type(model).__name__,
+        "eps": record.eps if record else None,
+        "momentum": record.momentum if record else None,
+        "images": record.images if record else None,
+        "data": data,
+        "parity": parity.summary() if parity else None,
+        "plan": json.loads(record.plan.to_json()) if record else None,
+        "aliases": aliases,
+    }
+    metadata = {"format": "pt", "retrofit": json.dumps(provenance)}
+    _write(path, lambda file: save_file(tensors, file, metadata))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The model that `save` wrote, in eval mode on the CPU.
+
+    Args:
+        path: a `.safetensors`, `.pth` or `.pt` file.
+        model: the plain architecture, without the inserted BatchNorms; not changed. It can be
+            left out for torchvision's models when the file says which one it is.
+
+    Returns:
+        A model of the same class, with BatchNorms if the file has them. For a plain state dict,
+        which carries no plan, they stand where `plan(model)` puts them.
+
+    Raises:
+        RetrofitError: the file cannot be read or does not fit (with the keys), or the model is
+            not known. Nothing is unpickled, and nothing that the file names is imported.
+    """
+    path = Path(path)
+    tensors, provenance = read(path)
+    if model is None:
+        model = _rebuild(path, provenance)
+    if provenance.get("plan"):
+        eps, momentum = provenance.get("eps"), provenance.get("momentum")
+        if not isinstance(eps, float) or not isinstance(momentum, (float, type(None))):
+            raise RetrofitError(f"{path} is damaged: its eps is {eps!r}, momentum {momentum!r}")
+        plan = Plan.from_json(json.dumps(provenance["plan"]))
+        result = insert(model, plan, eps=eps, momentum=momentum)
+        attach(result, Record(plan, eps, momentum, int(provenance.get("images") or 0)))
+    elif tensors.keys() == model.state_dict().keys():  # folded, or never converted
+        result = copy.deepcopy(model)
+    else:
+        result = insert(model)
+    load_weights(result, tensors, str(path))
+    return result.eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Strict `load_state_dict`; the RetrofitError names `source` and the keys that do not fit."""
+    own = model.state_dict()
+    wrong = {
+        "missing": [key for key in own if key not in tensors],
+        "unexpected": [key for key in tensors if key not in own],
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors
+            and isinstance(own[key], Tensor)
+            and tensors[key].shape != own[key].shape
+        ],
+    }
+    problems = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in wrong.items()
+        if keys
+    ]
+    if problems:
+        raise RetrofitError(
+            f"the weights in {source} do not fit {type(model).__name__}: keys {'; '.join(problems)}"
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a weights file, and the provenance that `save` put there (else empty).
+
+    Understands state dicts wrapped as {"state_dict": ...} and keys with DataParallel's "module."
+    prefix. Raises RetrofitError for anything that is not a file of tensors.
+    """
+    if not path.is_file():
+        raise RetrofitError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        tensors, provenance = _read_safetensors(path)
+    elif path.suffix in PICKLED:
+        tensors, provenance = _read_pickled(path), {}
+    else:
+        raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return tensors, provenance
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RetrofitError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        provenance = json.loads(metadata.get("retrofit", "{}"))
+        aliases = provenance.get("aliases", {})
+        tensors.update({alias: tensors[key] for alias, key in aliases.items()})
+    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}") from error
+    return tensors, provenance
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise RetrofitError(
+            f"{path} holds no state dict: expected tensors by name, or those under one of the keys "
+            f"{', '.join(WRAPPERS)}"
+        )
+    return {str(key): tensor for key, tensor in content.items()}
+
+
+def _rebuild(path: Path, provenance: dict[str, Any]) -> nn.Module:
+    name = provenance.get("model")
+    if not isinstance(name, str) or ":" in name:
+        raise RetrofitError(
+            f"{path} does not say which torchvision model it is ({name}): pass the plain model"
+        )
+    return torchvision_model(name)
+
+
+def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, contiguous; and the keys that are the same tensor as another key."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise RetrofitError(f"the state dict entry {key} is no tensor: save as .pth instead")
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+            tensors[key] = tensor.contiguous()
+    overlapping = [t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()]
+    if len(set(overlapping)) < len(overlapping):  # different views of one storage
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    return tensors, aliases
+
+
+def _write(path: Path, write: Callable[[str], object]) -> None:
+    """Through a temporary file beside it that is synced and renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:  # noqa: PTH123
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # noqa: PTH101 - mkstemp gives 0600
+        os.replace(temporary, path)  # noqa: PTH105
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

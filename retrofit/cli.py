@@ -1,0 +1,391 @@
+"""The command line: arguments to calls of the library."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
+
+from retrofit import demo
+from retrofit.calibration import calibrate
+from retrofit.checkpoint import PICKLED, check_output, load, load_weights, read, save
+from retrofit.conversion import convert, prepare
+from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.folding import fold
+from retrofit.identity import scale_and_shift
+from retrofit.images import PictureBatches, Pictures, open_pictures, preprocessing, shuffled
+from retrofit.parity import ParityReport, verify
+from retrofit.sites import Plan, plan
+from retrofit.tables import table
+from retrofit.version import __version__
+from retrofit.zoo import build, pretrained
+
+MODEL = "torchvision name (vgg16), package.module:factory, or path/to/file.py:factory"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 1 for a conversion that failed, 2 for a bad request."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = _one_line_warning
+    try:
+        code: int = arguments.run(arguments)
+    except RetrofitError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the user's model may raise anything
+        if arguments.debug:
+            raise
+        text = " ".join(str(error).split())
+        return _fail(f"{type(error).__name__}: {text} (--debug shows where)", 1)
+    return code
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    model = build(arguments.model)
+    print(plan(model, include=arguments.include, exclude=arguments.exclude))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    pictures = open_pictures(arguments.data)
+    if len(pictures) < 2:
+        raise RetrofitError(f"{arguments.data} has 1 picture: calibration needs at least 2")
+    model, entry = _model_with_weights(arguments.model, arguments.weights)
+    order = shuffled(len(pictures), arguments.seed)
+    chosen, others = order[: arguments.images], order[arguments.images :][:16]
+    the_plan = plan(model, include=arguments.include, exclude=arguments.exclude)
+    if not the_plan.inserted:
+        print(the_plan)
+        raise RetrofitError("there is nothing to convert: no convolution gets a BatchNorm")
+
+    batches = _batches(pictures, chosen, entry, arguments)
+    prepared = prepare(model, the_plan)
+    with _naming_pictures(batches):
+        calibration = calibrate(prepared, batches, device=arguments.device)
+    converted = convert(prepared, copy=False)
+    tests = _batches(pictures, others if len(others) == 16 else chosen[:16], entry, arguments)
+    parity = verify(model, converted, tests)
+    if not parity.exact:
+        print(parity)
+        return _fail("the converted model is not equal to the original: nothing was written", 1)
+    save(
+        converted,
+        arguments.output,
+        name=arguments.model,
+        data=f"{calibration.images} pictures of {arguments.data}, seed {arguments.seed}",
+        parity=parity,
+        overwrite=arguments.overwrite,
+    )
+    print(_summary(the_plan, converted))
+    _list_bad(batches, tests)
+    worst = calibration.disagreement
+    facts = [
+        ("calibrated on", f"{calibration.images} pictures in {calibration.seconds:.1f} s"),
+        ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
+        ("verified on", f"{parity.images} {'other ' if len(others) == 16 else ''}pictures"),
+        ("outputs", "equal bit for bit, at every site and at the end"),
+        ("written", str(arguments.output)),
+    ]
+    print("\n".join(f"{what:<20}{fact}" for what, fact in facts))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    converted, name = _load(arguments)
+    original, entry = _model_with_weights(name, arguments.weights)
+    pictures = open_pictures(arguments.data)
+    chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
+    batches = _batches(pictures, chosen, entry, arguments)
+    report = verify(original, converted, batches)
+    print(report)
+    _list_bad(batches)
+    passed = report.exact if arguments.tolerance == 0 else report.passed(arguments.tolerance)
+    return 0 if passed else _fail(_failure(report, arguments.tolerance), 1)
+
+
+def _fold(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    model, name = _load(arguments)
+    folded = fold(model)
+    before, after = (sum(_is_batchnorm(m) for m in x.modules()) for x in (model, folded))
+    if before == after:
+        raise RetrofitError(f"{arguments.file} has no BatchNorm that can be folded")
+    save(folded, arguments.output, name=name, overwrite=arguments.overwrite)
+    print(f"{before - after} BatchNorms folded, {after} left; written: {arguments.output}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    tensors, provenance = read(arguments.file)
+    facts = {key: value for key, value in provenance.items() if key not in ("plan", "aliases")}
+    for key, value in facts.items():
+        shown = (
+            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        )
+        print(f"{key:<13}{'-' if shown is None else shown}")
+    eps = provenance.get("eps") or 1e-5
+    plan_sites = (provenance.get("plan") or {}).get("sites", [])
+    order = [f"{site['norm']}.running_var" for site in plan_sites if site["norm"]]
+    rest = [key for key in tensors if key not in order]
+    print(_norm_table({key: tensors[key] for key in (*order, *rest) if key in tensors}, eps))
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{arguments.file}: {len(tensors)} tensors, {elements:,} numbers")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(demo.run(folder))
+    except OSError as error:
+        raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
+    return 0
+
+
+# --- what the commands share -------------------------------------------------------------------
+
+
+def _model_with_weights(spec: str, weights: str | None) -> tuple[nn.Module, WeightsEnum | None]:
+    """The model as trained, in eval mode; and torchvision's weights entry if it came from one."""
+    if weights is None:
+        if ":" not in spec:
+            raise RetrofitError(
+                f"{spec} without weights is random: give --weights DEFAULT or a file"
+            )
+        return build(spec).eval(), None
+    if Path(weights).suffix in (".safetensors", *PICKLED):
+        model = build(spec)
+        load_weights(model, read(Path(weights))[0], weights)
+        return model.eval(), None
+    entry = pretrained(spec, weights)
+    try:
+        tensors = entry.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise RetrofitError(f"{entry} cannot be downloaded: {error}") from error
+    model = build(spec)
+    load_weights(model, tensors, str(entry))
+    return model.eval(), entry
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The model of a file, and what it is called."""
+    provenance = read(arguments.file)[1]
+    name = arguments.model or provenance.get("model")
+    if not isinstance(name, str):
+        raise RetrofitError(f"{arguments.file} does not say what model it is: give --model")
+    # Code is imported for what the user typed, never for what a file says.
+    return load(arguments.file, build(name) if arguments.model else None), name
+
+
+def _batches(
+    pictures: Pictures,
+    indices: Sequence[int],
+    entry: WeightsEnum | None,
+    arguments: argparse.Namespace,
+) -> PictureBatches:
+    transform = preprocessing(
+        entry,
+        resize=arguments.resize,
+        crop=arguments.crop,
+        mean=arguments.mean,
+        std=arguments.std,
+    )
+    return PictureBatches(
+        pictures,
+        indices,
+        transform,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        skip_bad=arguments.skip_bad_images,
+    )
+
+
+@contextlib.contextmanager
+def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
+    """Say which picture it was that gave a NaN."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(error.site, error.item, batches.names[error.item]) from None
+
+
+def _list_bad(*sources: PictureBatches) -> None:
+    bad = [name for source in sources for name in source.bad]
+    if bad:
+        print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
+
+
+def _summary(the_plan: Plan, converted: nn.Module) -> str:
+    skipped = [(s.path, s.kind, s.reason) for s in the_plan.sites if s.decision == "skip"]
+    text = _norm_table(converted.state_dict(), 1e-5)
+    if skipped:
+        text += f"\n\n{table(('left as it is', 'type', 'reason'), skipped)}"
+    return text + "\n"
+
+
+def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
+    """One row for each BatchNorm in a state dict."""
+    rows = []
+    for key in tensors:
+        path, _, last = key.rpartition(".")
+        names = [f"{path}.{t}" for t in ("running_mean", "running_var", "weight", "bias")]
+        if last != "running_var" or any(name not in tensors for name in names):
+            continue
+        mean, var, weight, bias = (tensors[name].detach().cpu().numpy() for name in names)
+        alpha, shift = scale_and_shift(mean, var, weight, bias, eps)
+        identity = int(((alpha == 1) & (shift == 0)).sum())
+        std = np.sqrt(var)
+        rows.append(
+            (
+                path,
+                str(len(mean)),
+                f"{mean.min():.3g} to {mean.max():.3g}",
+                f"{std.min():.3g} to {std.max():.3g}",
+                str(int((std == 0).sum())),
+                f"{identity}/{len(mean)}",
+            )
+        )
+    head = ("BatchNorm", "channels", "mean", "std", "constant", "exact identity")
+    if not rows:
+        return "no BatchNorm"
+    return table(head, rows, right=",".join(head[1:]))
+
+
+def _failure(report: ParityReport, tolerance: float) -> str:
+    worst = max((*report.sites, *report.outputs), key=lambda d: d.relative)
+    return (
+        f"the models differ: {worst.name} by {worst.relative:.3g} of its root mean square "
+        f"(tolerance {tolerance:g})"
+    )
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"retrofit: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"retrofit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, as for every other bad request."""
+        self.exit(2, f"retrofit: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="retrofit",
+        description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
+    )
+    parser.add_argument("--version", action="version", version=f"retrofit {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    one = command("plan", _plan, "show what happens to every convolution, and why")
+    one.add_argument("model", help=MODEL)
+    _add_patterns(one)
+
+    one = command("convert", _convert, "insert calibrated BatchNorms, verify, save")
+    one.add_argument("model", help=MODEL)
+    one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
+    one.add_argument("--device", type=_device, help="for the calibration; default: cpu")
+    one.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_patterns(one)
+    _add_weights_and_data(one, images=1024)
+
+    one = command("verify", _verify, "compare a converted file with the original weights")
+    one.add_argument("file", type=Path, help="what convert wrote")
+    one.add_argument("--model", help=f"{MODEL}; default: what the file says, if torchvision has it")
+    one.add_argument("--tolerance", type=float, default=0.0, help="default: 0, bit for bit")
+    _add_weights_and_data(one, images=16)
+
+    one = command("fold", _fold, "absorb the BatchNorms of a file into its convolutions")
+    one.add_argument("file", type=Path, help="what convert or a training run wrote")
+    one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
+    one.add_argument("--model", help=f"{MODEL}; default: what the file says, if torchvision has it")
+    one.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    one = command("inspect", _inspect, "show where a file comes from and what its BatchNorms hold")
+    one.add_argument("file", type=Path)
+
+    one = command("demo", _demo, "the whole pipeline on a small VGG and pictures of CIFAR-10")
+    one.add_argument(
+        "--output", type=Path, default=Path("retrofit-demo"), help="folder; %(default)s"
+    )
+    return parser
+
+
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
+    for name, text in (("include", "only these, heads too"), ("exclude", "not these")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="GLOB",
+            help=f"{text}; over module paths, repeatable",
+        )
+
+
+def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> None:
+    add = parser.add_argument
+    add("--weights", help="torchvision weights name (DEFAULT), or .pth, .pt, .safetensors file")
+    add(
+        "--data", type=Path, required=True, help="folder of pictures, or .npy or .npz of uint8 NHWC"
+    )
+    add("--images", type=_positive, default=images, help="at most so many; default: %(default)s")
+    add("--batch-size", type=_positive, default=8, help="default: %(default)s")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="reading processes")
+    add("--seed", type=int, default=0, help="of the shuffle; default: %(default)s")
+    add("--resize", type=_positive, metavar="PIXELS", help="shorter side, before the crop")
+    add("--crop", type=_positive, metavar="PIXELS", help="centre crop; default: 224")
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
+    add(
+        "--skip-bad-images", action="store_true", help="leave unreadable pictures out and list them"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device such as cpu or cuda") from error

@@ -1,0 +1,110 @@
+"""The whole pipeline on a small VGG trained on CIFAR-10, and on pictures that come with it."""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.calibration import calibrate
+from retrofit.checkpoint import load, load_weights, read, save
+from retrofit.conversion import convert, insert, prepare
+from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
+from retrofit.folding import fold
+from retrofit.images import PictureBatches, open_pictures, preprocessing, shuffled
+from retrofit.modes import batch_statistics, evaluating
+from retrofit.parity import verify
+from retrofit.sites import plan
+from retrofit.tables import table
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "vgg-cifar10.safetensors"
+PICTURES = HERE / "cifar10-sample.tar.xz"
+BATCH = 128
+
+
+def trained_vgg() -> nn.Module:
+    """The demo's plain VGG with its trained weights, in eval mode."""
+    model = vgg_cifar10()
+    tensors, _ = read(WEIGHTS)
+    load_weights(model, tensors, str(WEIGHTS))
+    model.eval()
+    return model
+
+
+def run(folder: Path, *, progress: bool = True) -> str:
+    """Convert, verify, save, load and fold the demo network in `folder`; returns the summary."""
+    start = time.perf_counter()
+    unpack(folder)
+    plain = trained_vgg()
+    images, _ = labelled(folder / "calibration")
+    test, labels = labelled(folder / "test")
+
+    prepared = prepare(plain, plan(plain))
+    calibration = calibrate(prepared, images.split(BATCH), progress=progress)
+    retrofitted = convert(prepared)
+    parity = verify(plain, retrofitted, test.split(BATCH))
+    file = folder / "vgg-cifar10-bn.safetensors"
+    save(
+        retrofitted,
+        file,
+        name="retrofit.demo:trained_vgg",
+        data="1,024 training pictures of CIFAR-10",
+        parity=parity,
+        overwrite=True,
+    )
+    folded = fold(load(file, plain))
+    uncalibrated = insert(plain)
+
+    running, batchwise = "running", f"of batches of {BATCH}"
+    rows = [
+        ("plain VGG", "-", accuracy(plain, test, labels)),
+        ("retrofitted", running, accuracy(retrofitted, test, labels)),
+        ("retrofitted, saved, loaded, folded", "-", accuracy(folded, test, labels)),
+        ("retrofitted", batchwise, accuracy(retrofitted, test, labels, batchwise=True)),
+        ("no calibration", batchwise, accuracy(uncalibrated, test, labels, batchwise=True)),
+    ]
+    head = ("network", "statistics", f"accuracy on {len(test):,} pictures")
+    exact = "equal bit for bit" if parity.exact else "NOT equal"
+    return (
+        f"{table(head, [(*names, f'{right:.2%}') for *names, right in rows], right=head[2])}\n"
+        f"retrofitted and plain: {exact} on {parity.images:,} pictures, at "
+        f"{len(parity.sites)} sites and the output; the same top-1 on {parity.top1:.2%}\n"
+        f"calibrated on {calibration.images:,} pictures in {calibration.seconds:.1f} s; "
+        f"{time.perf_counter() - start:.1f} s in all; written: {file}"
+    )
+
+
+def unpack(folder: Path) -> None:
+    """Write the pictures to `folder`/calibration/*.jpg and `folder`/test/<class>/*.jpg."""
+    with tarfile.open(PICTURES) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is not None:
+                file = folder / member.name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content.read())
+
+
+def labelled(folder: Path) -> tuple[Tensor, Tensor]:
+    """All pictures of a folder, ready for the network, in an order that mixes the classes; and
+    the labels of those that lie in a folder with the name of their class (else -1)."""
+    pictures = open_pictures(folder)
+    transform = preprocessing(resize=32, crop=32, mean=MEAN, std=STD)
+    order = shuffled(len(pictures), seed=0)
+    batches = PictureBatches(pictures, order, transform, batch_size=BATCH, workers=0)
+    names = [Path(pictures.name(i)).parent.name for i in order]
+    labels = [CLASSES.index(name) if name in CLASSES else -1 for name in names]
+    return torch.cat(list(batches)), torch.tensor(labels)
+
+
+def accuracy(model: nn.Module, x: Tensor, labels: Tensor, *, batchwise: bool = False) -> float:
+    """Share of right answers, under running statistics or those of whole batches."""
+    if batchwise:
+        x = x[: len(x) // BATCH * BATCH]
+    with batch_statistics(model) if batchwise else evaluating(model), torch.no_grad():
+        answers = torch.cat([model(batch).argmax(1) for batch in x.split(BATCH)])
+    return float((answers == labels[: len(x)]).float().mean())

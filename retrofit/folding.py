@@ -1,0 +1,180 @@
+"""BatchNorm absorbed into the convolution before it: the inverse of the conversion."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from retrofit.errors import RetrofitError
+from retrofit.identity import scale_and_shift
+from retrofit.layers import dims, is_conv, is_transposed
+from retrofit.record import attach, record_of
+from retrofit.rewrite import find_norm, replace, shared_copy, take_out
+from retrofit.sites import Plan
+from retrofit.trace import Call, trace
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fold_weights(
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    shift: Tensor,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution that computes alpha * conv(x) + shift.
+
+    W' = W * alpha and b' = b * alpha + shift, in the dtype of alpha, rounded to that of W.
+    Channels with alpha == 1 and shift == 0 keep their bits, and a missing bias stays missing
+    when no channel is shifted.
+
+    Args:
+        weight: (C, in / groups, ...), or (in, C / groups, ...) when transposed.
+        bias: (C,) or None.
+        alpha, shift: (C,).
+    """
+    if transposed:
+        grouped = weight.unflatten(0, (groups, -1))  # (groups, in / groups, C / groups, ...)
+        scale = alpha.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+        folded = (grouped * scale).flatten(0, 1)
+    else:
+        folded = weight * alpha.view(-1, *[1] * (weight.dim() - 1))
+    untouched = (alpha == 1) & (shift == 0)
+    if bias is None:
+        new_bias = None if bool(untouched.all()) else shift.to(weight.dtype)
+    else:  # -0 * 1 + 0 would be +0
+        new_bias = torch.where(untouched, bias, (bias * alpha + shift).to(bias.dtype))
+    return folded.to(weight.dtype), new_bias
+
+
+def fold(model: M, plan: Plan | None = None) -> M:
+    """A copy of `model` with BatchNorms absorbed into the convolutions before them.
+
+    The folded network computes, up to rounding, what `model` computes in eval mode. Right after
+    the conversion, when each BatchNorm is the identity, the original state dict comes back bit
+    for bit.
+
+    Args:
+        model: converted by this package, or any other with BatchNorm after convolutions; not
+            changed.
+        plan: which BatchNorms, and the containers to restore; by default the model's own. A model
+            without one gets every BatchNorm folded that alone follows a convolution (found with
+            torch.fx), and nn.Identity in its place so that no index moves.
+
+    Raises:
+        RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a convolution
+            feeds several BatchNorms; a convolution whose output does not scale with its weight
+            (weight standardisation), or whose weight is parametrized, has a BatchNorm to absorb
+            that is not the identity.
+    """
+    record = record_of(model)
+    plan = plan or (record.plan if record else None)
+    result = shared_copy(model)
+    if plan is not None:
+        pairs = [
+            (site.path, result.get_submodule(site.conv), find_norm(result, site))
+            for site in plan.inserted
+        ]
+        for path, conv, norm in pairs:
+            _absorb(conv, norm, path)
+        take_out(result, plan)
+    else:
+        found = _pairs(result)
+        for path, (conv, norm) in found.items():
+            _absorb(conv, norm, path)
+        replace(result, {norm: nn.Identity() for _, norm in found.values()})
+    attach(result, None)
+    return copy.deepcopy(result)
+
+
+def _absorb(conv: nn.Module, norm: nn.Module, path: str) -> None:
+    if not isinstance(norm, _BatchNorm):
+        raise RetrofitError(f"after {path} comes a {type(norm).__name__}, not a BatchNorm")
+    if norm.running_mean is None or norm.running_var is None:
+        raise RetrofitError(
+            f"the BatchNorm after {path} has no running statistics (track_running_stats=False): "
+            "what it computes depends on the batch and cannot be folded"
+        )
+    mean, var = norm.running_mean, norm.running_var
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
+    arrays = [t.to(mean.dtype).cpu().numpy() for t in (mean, var, gamma, beta)]
+    numbers = scale_and_shift(arrays[0], arrays[1], arrays[2], arrays[3], norm.eps)
+    alpha, shift = (torch.from_numpy(array).to(mean.device) for array in numbers)
+    if bool((alpha == 1).all() and (shift == 0).all()):
+        return
+    if parametrize.is_parametrized(conv):
+        raise RetrofitError(
+            f"the weight of {path} is parametrized: call "
+            "torch.nn.utils.parametrize.remove_parametrizations before folding"
+        )
+    if not _scales_with_its_weight(conv):
+        raise RetrofitError(
+            f"the output of {path}, a {type(conv).__name__}, does not scale with its weight: the "
+            "BatchNorm after it cannot be folded"
+        )
+    weight: nn.Parameter = conv.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = conv.bias  # type: ignore[assignment]
+    folded, new_bias = fold_weights(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        alpha,
+        shift,
+        transposed=is_transposed(conv),
+        groups=int(conv.groups),  # type: ignore[arg-type]
+    )
+    conv.weight = nn.Parameter(folded, weight.requires_grad)
+    if new_bias is not None:
+        conv.bias = nn.Parameter(
+            new_bias, weight.requires_grad if bias is None else bias.requires_grad
+        )
+
+
+def _scales_with_its_weight(conv: nn.Module) -> bool:
+    """torch's own convolutions do; of a subclass with a forward of its own, ask by trying."""
+    if type(conv).__module__ == "torch.nn.modules.conv":
+        return True
+    probe = copy.deepcopy(conv)
+    generator = torch.Generator().manual_seed(0)
+    weight: Tensor = probe.weight  # type: ignore[assignment]
+    size = [32] * dims(conv)
+    x = torch.randn(1, int(conv.in_channels), *size, generator=generator)  # type: ignore[arg-type]
+    with torch.no_grad():
+        x = x.to(weight.device, weight.dtype)
+        before = probe(x)
+        weight.mul_(2)
+        if probe.bias is not None:
+            probe.bias.mul_(2)  # type: ignore[operator]
+        return torch.allclose(probe(x), 2 * before, rtol=1e-2)
+
+
+def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Convolutions and the BatchNorm that alone reads each: by path of the convolution."""
+    calls: dict[nn.Module, list[Call]] = {}
+    for call in trace(model).calls:
+        if call.module is not None:
+            calls.setdefault(call.module, []).append(call)
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for conv, made in calls.items():
+        if not is_conv(conv):
+            continue
+        users = [user for call in made for user in call.users]
+        norms = {user.module: user.path for user in users if isinstance(user.module, _BatchNorm)}
+        if len(norms) > 1:
+            raise RetrofitError(
+                f"{made[0].path} feeds several BatchNorms, {' and '.join(norms.values())}: its one "
+                "weight cannot absorb them"
+            )
+        for norm in norms:
+            alone = len(users) == len(made) == len(calls[norm]) if norm is not None else False
+            if norm is not None and alone and _scales_with_its_weight(conv):
+                pairs[made[0].path] = (conv, norm)
+    return pairs

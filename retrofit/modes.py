@@ -1,0 +1,45 @@
+"""Train and eval mode, held for a while and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Every module of `models` in eval mode; afterwards each has the mode it had.
+
+    Sets the `training` flags themselves: a model's own `train()` may do more than that.
+    """
+    was = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in was:
+            module.training = False
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """`model` normalises with the statistics of each batch, as in training; all else evaluates.
+
+    Dropout is off, and the running statistics are afterwards what they were. BatchNorms under
+    `freeze_statistics` keep their running statistics here too.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    was = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.train()
+            yield
+        finally:
+            for norm, buffers in zip(norms, was, strict=True):
+                for name, value in buffers.items():
+                    norm.get_buffer(name).copy_(value)

@@ -1,0 +1,221 @@
+"""Exact streaming moments of every channel.
+
+Within a batch, mean and squared deviations are reduced in float32 over stretches short enough
+not to lose digits; everything beyond a stretch is merged in float64 with the formula of Chan,
+Golub and LeVeque (1983), "Algorithms for computing the sample variance". So the result depends
+neither on the batch size nor, to about 1e-7 sigma, on the order of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from retrofit.errors import NonFiniteError, RetrofitError
+
+# Rows of a channels_last activation reduced at once. Longer stretches lose digits in float32,
+# shorter ones cost calls.
+STRETCH = 4096
+# Elements of a channels-first activation whose deviations are held at once: they fit a cache.
+CACHED = 1 << 19
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of C channels: `mean` and `M2` (sum of squared deviations), float64 of shape (C,).
+
+    `count` is the number of elements behind each channel: images times pixels.
+    """
+
+    count: float
+    mean: Tensor
+    M2: Tensor
+
+    @property
+    def var(self) -> Tensor:
+        """Unbiased variance, as torch's running_var has it; 0 for a single element."""
+        return self.M2 / max(self.count - 1, 1)
+
+
+def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
+    """The moments of R disjoint samples taken together: (R,), (R, C), (R, C) in float64.
+
+    Chan, Golub and LeVeque (1983), for many samples at once: the squared deviations within each
+    sample, plus those of the samples' means from the common mean.
+    """
+    share = (counts / counts.sum()).to(means.device).unsqueeze(1)
+    mean = (share * means).sum(0)
+    between = counts.to(means.device).unsqueeze(1) * (means - mean).square()
+    return Moments(float(counts.sum()), mean, M2s.sum(0) + between.sum(0))
+
+
+def batch_moments(x: Tensor) -> Moments:
+    """The moments of one activation (N, C, ...) over all axes but axis 1.
+
+    float16 and bfloat16 are read as float32; float64 is reduced in float64. Both memory formats
+    are read as they lie, without a copy of the activation.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    rows = x.movedim(1, -1)
+    if rows.is_contiguous():
+        return _moments_of_rows(rows.reshape(-1, x.shape[1]))
+    return _moments_of_planes(x.flatten(2))
+
+
+def _moments_of_rows(x: Tensor) -> Moments:
+    """Moments of (R, C), channels adjacent in memory."""
+    stretches = x.split(STRETCH)
+    # The kernel adds up its mean naively: good enough to measure deviations from, not to report.
+    if x.device.type in ("cpu", "cuda"):
+        stats = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in stretches]
+    else:  # no such kernel
+        stats = [torch.var_mean(part, 0, correction=0)[::-1] for part in stretches]
+    centre = torch.stack([mean for mean, _ in stats]).double()
+    counts = torch.tensor([float(len(part)) for part in stretches], dtype=torch.float64)
+    var = torch.stack([var for _, var in stats]).double()
+    merged = merge(counts, centre, var * counts.to(var.device).unsqueeze(1))
+    sums = torch.stack([part.sum(0) for part in stretches]).double()
+    return replace(merged, mean=sums.sum(0) / len(x))
+
+
+def _moments_of_planes(x: Tensor) -> Moments:
+    """Moments of (N, C, L), pixels adjacent in memory, by the corrected two-pass algorithm."""
+    groups = x.split(max(1, CACHED // max(1, x[0].numel())))
+    means, M2s = [], []
+    for group in groups:
+        mean = group.mean(2, keepdim=True)
+        deviation = group - mean
+        rest = deviation.sum(2).double()  # what the rounding of the mean left over
+        M2s.append(deviation.square_().sum(2).double() - rest.square() / x.shape[2])
+        means.append(mean.squeeze(2).double() + rest / x.shape[2])
+    counts = torch.full((len(x),), float(x.shape[2]), dtype=torch.float64)
+    return merge(counts, torch.cat(means), torch.cat(M2s))
+
+
+class MomentObserver(nn.Module):
+    """Returns its input, and learns the moments of its channels.
+
+    The sample is kept as up to 16 consecutive stretches, so that its beginning can be compared
+    with its end. All buffers are float64 and stay so through `.half()` and `.to(dtype)`.
+
+    Args:
+        site: module path of the observed layer, for messages.
+        channels: C.
+        dims: spatial axes of the input: (N, C) + dims axes.
+
+    Buffers:
+        count: (16,), elements of each channel in a stretch; on the CPU, whatever the device.
+        mean, M2: (16, C), mean and sum of squared deviations of a stretch.
+        images, batches: scalars; the number of samples, and of calls.
+    """
+
+    STRETCHES = 16
+    count: Tensor
+    mean: Tensor
+    M2: Tensor
+    images: Tensor
+    batches: Tensor
+
+    def __init__(self, site: str, channels: int, dims: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.site, self.channels, self.dims = site, channels, dims
+        self.register_buffer("count", torch.zeros(self.STRETCHES, dtype=torch.float64))
+        table = torch.zeros(self.STRETCHES, channels, dtype=torch.float64, device=_home(device))
+        self.register_buffer("mean", table)
+        self.register_buffer("M2", table.clone())
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, site={self.site!r}, images={int(self.images)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RetrofitError(
+                f"the observer of {self.site} ran in training mode: call model.eval() first, "
+                "or dropout and existing BatchNorms falsify the moments"
+            )
+        if x.dim() != self.dims + 2:
+            raise RetrofitError(
+                f"{self.site} got a tensor of shape {tuple(x.shape)}: expected a batch with "
+                f"{self.dims + 2} axes; add the batch axis with x.unsqueeze(0)"
+            )
+        if x.numel():
+            self._learn(x.detach())
+        return x
+
+    def _learn(self, x: Tensor) -> None:
+        # The first batch counts as two stretches, so that even a single one has two halves.
+        parts = [x] if self.batches else list(x.chunk(2))
+        for part in parts:
+            moments = batch_moments(part)
+            if not bool(moments.M2.isfinite().all()):  # of M2, which is NaN when the mean is not
+                finite = x.isfinite().flatten(1).all(1)
+                if not bool(finite.all()):
+                    raise NonFiniteError(self.site, int((~finite).nonzero()[0]))
+                moments = batch_moments(part.double())  # the squares overflowed float32
+            self._append(moments)
+        self.images += len(x)
+        self.batches += 1
+
+    def _append(self, new: Moments) -> None:
+        """Add to the last stretch while that is shorter than the first, else begin another."""
+        used = int((self.count > 0).sum())
+        if used == self.STRETCHES and self.count[-1] >= self.count[0]:
+            used //= 2
+            pairs = [slice(2 * i, 2 * i + 2) for i in range(used)]
+            merged = [merge(self.count[p], self.mean[p], self.M2[p]) for p in pairs]
+            self.count.zero_()
+            for row, moments in enumerate(merged):
+                self._store(row, moments)
+        row = used if used == 0 or self.count[used - 1] >= self.count[0] else used - 1
+        if self.count[row]:
+            counts = torch.stack([self.count[row], self.count.new_tensor(new.count)])
+            means = torch.stack([self.mean[row], new.mean.to(self.mean.device)])
+            new = merge(counts, means, torch.stack([self.M2[row], new.M2.to(self.M2.device)]))
+        self._store(row, new)
+
+    def _store(self, row: int, moments: Moments) -> None:
+        self.count[row], self.mean[row], self.M2[row] = moments.count, moments.mean, moments.M2
+
+    def moments(self) -> Moments:
+        """The moments of everything seen so far."""
+        if not self.count.any():
+            raise RetrofitError(
+                f"{self.site} saw no data: run calibration data through the prepared model; if "
+                "that was done, the model does not call this layer in eval mode, so exclude it"
+            )
+        return merge(self.count, self.mean, self.M2)
+
+    def halves(self) -> tuple[Moments, Moments]:
+        """The moments of the first and of the second half of the sample, as nearly as kept.
+
+        Raises RetrofitError when the sample is a single image.
+        """
+        used = int((self.count > 0).sum())
+        if used < 2:
+            raise RetrofitError(f"{self.site} saw fewer than 2 images: no halves to compare")
+        so_far = self.count[:used].cumsum(0)
+        cut = 1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())
+        first, second = slice(0, cut), slice(cut, used)
+        return (
+            merge(self.count[first], self.mean[first], self.M2[first]),
+            merge(self.count[second], self.mean[second], self.M2[second]),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
+        """Follow to another device, never to another dtype."""
+        device = fn(torch.empty(0)).device
+        for name in ("mean", "M2"):
+            setattr(self, name, getattr(self, name).to(_home(device)))
+        return self
+
+
+def _home(device: torch.device | None) -> torch.device | None:
+    """Where float64 lives: the CPU for a device that has none."""
+    return torch.device("cpu") if device is not None and device.type == "mps" else device

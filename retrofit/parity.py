@@ -1,0 +1,333 @@
+"""Two models compared on data: what the conversion changes (nothing), and what training will."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run
+from retrofit.errors import RetrofitError
+from retrofit.modes import batch_statistics, evaluating
+from retrofit.record import record_of
+from retrofit.rewrite import find_norm
+from retrofit.sites import Site
+from retrofit.tables import table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor of the converted model differs from that of the original.
+
+    Attributes:
+        name: module path of a site, or where the tensor stands in the model's output.
+        exact: equal everywhere, where NaN equals NaN and 0 equals -0.
+        max_abs: largest absolute difference; inf where one has a NaN and the other a number.
+        relative: the same divided by the original's root mean square.
+    """
+
+    name: str
+    exact: bool
+    max_abs: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Whether two models compute the same.
+
+    Attributes:
+        images: how many they were compared on.
+        outputs: one entry for each tensor in the output.
+        sites: one for each site of the converted model's plan, in order; what the convolution
+            gives in the original against what its BatchNorm gives.
+        top1: share of images with the same largest output, where an output of shape (N, classes)
+            comes first; else None.
+    """
+
+    images: int
+    outputs: tuple[Difference, ...]
+    sites: tuple[Difference, ...]
+    top1: float | None
+
+    @property
+    def exact(self) -> bool:
+        """All outputs and all sites are equal bit for bit."""
+        return all(d.exact for d in (*self.outputs, *self.sites))
+
+    def passed(self, tolerance: float = 0.0) -> bool:
+        """No output and no site differs by more than `tolerance` of its root mean square."""
+        return all(d.relative <= tolerance for d in (*self.outputs, *self.sites))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain values, for a file's metadata."""
+        worst = max((d.relative for d in (*self.outputs, *self.sites)), default=0.0)
+        return {
+            "exact": self.exact,
+            "images": self.images,
+            "max_abs": max(d.max_abs for d in self.outputs),
+            "worst_relative": worst,
+            "top1_agreement": self.top1,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (d.name, "yes" if d.exact else "no", f"{d.max_abs:.3g}", f"{d.relative:.3g}")
+            for d in (*self.sites, *self.outputs)
+        ]
+        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
+        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
+        return (
+            f"{table(('tensor', 'exact', 'max abs', 'relative'), rows, right='max abs,relative')}\n"
+            f"{verdict} on {self.images} images{top1}"
+        )
+
+
+def verify(
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward_fn: ForwardFn | None = None,
+) -> ParityReport:
+    """Compare a converted model with its original, at every site and every output.
+
+    Both run in eval mode without gradients on each batch, where they are, and are left as they
+    were.
+
+    Args:
+        original, converted: the models. Sites are compared when `converted` was made by this
+            package; any other two models are compared by their outputs.
+        data: batches, as for `calibrate`.
+        forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
+
+    Raises:
+        RetrofitError: no data, or outputs of different structure or shape.
+    """
+    refuse_single_tensor(data)
+    record = record_of(converted)
+    sites = record.plan.inserted if record else ()
+    at_sites = {site.path: _Comparison() for site in sites}
+    at_outputs: dict[str, _Comparison] = {}
+    images, same, ranked = 0, 0, 0
+    with evaluating(original, converted), torch.no_grad():
+        for batch in data:
+            with _recorded(original, sites) as seen:
+                expected = _leaves(run(original, batch, forward_fn))
+            with _compared(converted, sites, seen, at_sites):
+                actual = _leaves(run(converted, batch, forward_fn))
+            if expected.keys() != actual.keys():
+                raise RetrofitError(
+                    f"the outputs differ in structure: {', '.join(expected)} against "
+                    f"{', '.join(actual)}"
+                )
+            for name, tensor in expected.items():
+                at_outputs.setdefault(name, _Comparison()).add(tensor, actual[name], name)
+            x = first_tensor(batch)
+            images += 0 if x is None else len(x)
+            agreed = _same_top1(expected, actual)
+            if agreed is not None:
+                same, ranked = same + agreed[0], ranked + agreed[1]
+    if not at_outputs:
+        raise RetrofitError(
+            "there is no data, or no tensor in the output, to compare the models on"
+        )
+    return ParityReport(
+        images=images,
+        outputs=tuple(c.difference(name) for name, c in at_outputs.items()),
+        sites=tuple(c.difference(name) for name, c in at_sites.items()),
+        top1=same / ranked if ranked else None,
+    )
+
+
+@dataclass(frozen=True)
+class BatchDrift:
+    """Attributes:
+    batch_size, images: images are whole batches of that size.
+    error: root mean square of the difference from the original's outputs, divided by their
+        standard deviation.
+    top1: share of images with the same largest output; None if the output is not (N, classes).
+    """
+
+    batch_size: int
+    images: int
+    error: float
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What batch statistics change.
+
+    Attributes:
+        rows: one for each batch size measured.
+        left_out: batch sizes for which there were too few images.
+    """
+
+    rows: tuple[BatchDrift, ...]
+    left_out: tuple[int, ...]
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                str(r.batch_size),
+                str(r.images),
+                f"{r.error:.3f}",
+                "" if r.top1 is None else f"{r.top1:.2%}",
+            )
+            for r in self.rows
+        ]
+        head = ("batch size", "images", "error", "same top-1")
+        text = table(head, cells, right=",".join(head))
+        if self.left_out:
+            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
+        return text
+
+
+def drift(
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    batch_sizes: Iterable[int] = (8, 32, 128),
+) -> DriftReport:
+    """How far the outputs move when BatchNorm uses the statistics of the batch.
+
+    That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
+    statistics are afterwards as they were.
+
+    Args:
+        original, converted: as for `verify`.
+        data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
+            last batch that is not full is left out.
+        batch_sizes: those with more images than there are come back in `left_out`.
+
+    Raises:
+        RetrofitError: no data, or too few images for the smallest batch size.
+    """
+    refuse_single_tensor(data)
+    batches = [input_of(batch) for batch in data]
+    sizes = sorted(set(batch_sizes))
+    total = sum(map(len, batches))
+    if not batches or not sizes or total < sizes[0]:
+        raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
+    images = torch.cat(batches)
+    rows = []
+    for size in (s for s in sizes if s <= total):
+        error, same, ranked = _Comparison(), 0, 0
+        for x in images[: total // size * size].split(size):
+            with torch.no_grad(), evaluating(original):
+                expected = _leaves(run(original, x, None))
+            with torch.no_grad(), batch_statistics(converted):
+                actual = _leaves(run(converted, x, None))
+            for name, tensor in expected.items():
+                error.add(tensor, actual[name], name)
+            agreed = _same_top1(expected, actual)
+            if agreed is not None:
+                same, ranked = same + agreed[0], ranked + agreed[1]
+        top1 = same / ranked if ranked else None
+        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1))
+    return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
+
+
+class _Comparison:
+    """Differences between pairs of tensors, pooled over batches."""
+
+    def __init__(self) -> None:
+        self.exact = True
+        self.max_abs = 0.0
+        self.count = 0
+        self.sum = self.squares = self.squared_errors = 0.0
+
+    def add(self, expected: Tensor, actual: Tensor, name: str) -> None:
+        if expected.shape != actual.shape:
+            raise RetrofitError(
+                f"{name} has shape {tuple(expected.shape)} in the original and "
+                f"{tuple(actual.shape)} in the converted model"
+            )
+        actual = actual.to(expected.device)
+        self.count += expected.numel()
+        wide = expected.double()
+        self.sum += float(wide.sum())
+        self.squares += float(wide.square().sum())
+        equal = (expected == actual) | (expected.isnan() & actual.isnan())
+        if not bool(equal.all()):
+            error = (wide - actual.double()).masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
+            self.exact = False
+            self.max_abs = max(self.max_abs, float(error.max()))
+            self.squared_errors += float(error.square().sum())
+
+    def difference(self, name: str) -> Difference:
+        rms = math.sqrt(self.squares / max(self.count, 1))
+        relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if rms > 0 else math.inf
+        if math.isnan(relative):
+            relative = math.inf
+        return Difference(name, self.exact, self.max_abs, relative)
+
+    def rms_over_std(self) -> float:
+        variance = self.squares / self.count - (self.sum / self.count) ** 2
+        return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
+
+
+def _leaves(output: Any) -> dict[str, Tensor]:
+    """The tensors of nested outputs, by their place: "output", "output['out']", "output[1]"."""
+    leaves, _ = tree_flatten_with_path(output)
+    return {f"output{keystr(path)}": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _same_top1(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> tuple[int, int] | None:
+    """Of the first output, if that is (N, classes): images with the same class, and images."""
+    name, first = next(iter(expected.items()), ("", None))
+    if first is None or first.dim() != 2 or first.shape[1] < 2:
+        return None
+    return int((first.argmax(1) == actual[name].to(first.device).argmax(1)).sum()), len(first)
+
+
+@contextmanager
+def _recorded(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each site's convolution returns, call by call. Copies, since a ReLU may be in place."""
+    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+    handles = []
+    try:
+        for path, outputs in seen.items():
+
+            def keep(_m: nn.Module, _i: Any, y: Tensor, to: list[Tensor] = outputs) -> None:
+                to.append(y.clone())
+
+            handles.append(model.get_submodule(path).register_forward_hook(keep))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _compared(
+    model: nn.Module,
+    sites: Iterable[Site],
+    seen: dict[str, list[Tensor]],
+    comparisons: dict[str, _Comparison],
+) -> Iterator[None]:
+    """Compare what each BatchNorm returns with what was seen, and let go of that."""
+    handles = []
+    try:
+        for site in sites:
+
+            def compare(_m: nn.Module, _i: Any, y: Tensor, site: str = site.path) -> None:
+                if not seen[site]:
+                    raise RetrofitError(f"the converted model calls {site} more often")
+                comparisons[site].add(seen[site].pop(0), y, site)
+
+            handles.append(find_norm(model, site).register_forward_hook(compare))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = next((path for path, outputs in seen.items() if outputs), None)
+    if missed:
+        raise RetrofitError(f"the converted model never calls the BatchNorm of {missed}")

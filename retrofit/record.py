@@ -1,0 +1,56 @@
+"""What a prepared or converted model knows of its own conversion.
+
+Kept on the model as a dict of plain values, so that a pickle of the model loads without retrofit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from retrofit.errors import RetrofitError
+from retrofit.sites import Plan
+
+_ATTRIBUTE = "_retrofit"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Attributes:
+    plan: where the observers or BatchNorms are.
+    eps, momentum: of the inserted BatchNorms.
+    images: how many are behind their statistics; 0 after `insert`.
+    training: of a prepared model, the modules that were in training mode.
+    """
+
+    plan: Plan
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    images: int = 0
+    training: tuple[str, ...] = ()
+
+
+def attach(model: nn.Module, record: Record | None) -> None:
+    """Replace the model's record; None removes it."""
+    vars(model).pop(_ATTRIBUTE, None)
+    if record is not None:
+        vars(model)[_ATTRIBUTE] = {**vars(record), "plan": record.plan.to_json()}
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The model's record, None for a model that is neither prepared nor converted."""
+    values = vars(model).get(_ATTRIBUTE)
+    if values is None:
+        return None
+    return Record(**{**values, "plan": Plan.from_json(values["plan"])})
+
+
+def required_record(model: nn.Module, made_by: str) -> Record:
+    """The same, or RetrofitError naming the function that makes such a model."""
+    record = record_of(model)
+    if record is None:
+        raise RetrofitError(
+            f"this {type(model).__name__} carries no plan: expected a model made by {made_by}"
+        )
+    return record

@@ -1,0 +1,127 @@
+"""Put a module after each site of a model, replace it, take it out again.
+
+Modules are found by identity, so that one registered under several names changes under each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.layers import is_conv
+from retrofit.sites import Plan, Site
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def shared_copy(model: M) -> M:
+    """The same modules over the same storage.
+
+    Parameters are new objects, or moving the copy would move the original; ties stay ties.
+    Gradients are left behind.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter:
+                shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                memo.setdefault(id(parameter), shared)
+        for buffer in module._buffers.values():
+            if isinstance(buffer, Tensor):
+                memo.setdefault(id(buffer), buffer.detach())
+        for value in vars(module).values():  # such as the weight that weight_norm computed
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach())
+    return copy.deepcopy(model, memo)
+
+
+def put_after_sites(
+    model: nn.Module, plan: Plan, make: Callable[[Site, nn.Module], nn.Module]
+) -> None:
+    """Insert `make(site, conv)` after every site, in the layout of the plan, in place.
+
+    Raises RetrofitError, before anything is changed, when the plan is not one of this model.
+    """
+    convs: dict[nn.Module, nn.Module] = {}
+    for site in plan.inserted:
+        conv = _find(model, site.path)
+        if conv is None or not is_conv(conv) or conv.out_channels != site.channels:
+            raise RetrofitError(
+                f"the plan does not fit this {type(model).__name__}: {site.path} is not a "
+                f"{site.kind} with {site.channels} output channels; plan this model anew"
+            )
+        convs[conv] = make(site, conv)
+    growing = {model.get_submodule(path) for path in plan.renumbered}
+    wrappers: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        if parent in growing:
+            children = [
+                new
+                for child in parent._modules.values()
+                for new in (child, convs.get(child) if child else None)
+                if new is not None
+            ]
+            _set_children(parent, children)
+        else:
+            for name, child in parent._modules.items():
+                if child in convs:
+                    parent._modules[name] = wrappers.setdefault(child, _wrap(child, convs[child]))
+
+
+def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules wherever they are registered, in place."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
+
+
+def take_out(model: nn.Module, plan: Plan) -> None:
+    """Undo `put_after_sites`: remove what was inserted, leave the containers as they were."""
+    norms = {find_norm(model, site) for site in plan.inserted}
+    wrappers = {}
+    for site in plan.inserted:
+        wrapper, _, name = site.conv.rpartition(".")
+        if (name, site.norm) == ("conv", f"{wrapper}.bn"):
+            wrappers[model.get_submodule(wrapper)] = model.get_submodule(site.conv)
+    for parent in list(model.modules()):
+        children = list(parent._modules.values())
+        if parent not in wrappers and not norms.isdisjoint(children):
+            _set_children(parent, [child for child in children if child and child not in norms])
+    replace(model, wrappers)
+
+
+def find_norm(model: nn.Module, site: Site) -> nn.Module:
+    """What was inserted after `site`; RetrofitError when the model has lost it."""
+    norm, conv = _find(model, site.norm), _find(model, site.conv)
+    if norm is None or conv is None:
+        raise RetrofitError(
+            f"the plan does not fit this {type(model).__name__}: it has no "
+            f"{site.norm if norm is None else site.conv}, the place of {site.path} "
+            "(was the model changed after the conversion?)"
+        )
+    return norm
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _wrap(conv: nn.Module, norm: nn.Module) -> nn.Sequential:
+    wrapper = nn.Sequential()
+    wrapper.add_module("conv", conv)
+    wrapper.add_module("bn", norm)
+    wrapper.training = conv.training
+    return wrapper
+
+
+def _set_children(sequential: nn.Module, children: list[nn.Module]) -> None:
+    sequential._modules.clear()
+    sequential._modules.update({str(i): child for i, child in enumerate(children)})
