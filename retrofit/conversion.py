@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from retrofit import sites
 from retrofit.batches import ForwardFn
 from retrofit.calibration import calibrate
+from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
 from retrofit.layers import batchnorm_class
 from retrofit.moments import MomentObserver
 from retrofit.record import Record, attach, required_record
-from retrofit.rewrite import find_norm, put_after_sites, replace, shared_copy
+from retrofit.rewrite import find_site, put_after_sites, replace
 from retrofit.sites import Patterns, Plan, Site
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,11 +82,10 @@ def convert(
     images = 0
     model = shared_copy(prepared)
     for site in record.plan.inserted:
-        observer = find_norm(model, site)
+        conv, observer = find_site(model, site)
         if not isinstance(observer, MomentObserver):
             raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
         moments = observer.moments()
-        conv = model.get_submodule(site.conv)
         batchnorm = _batchnorm(site, conv, moments.mean, moments.var, eps, momentum)
         batchnorm.num_batches_tracked = observer.batches.clone()
         batchnorms[observer] = batchnorm

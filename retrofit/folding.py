@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
 from retrofit.layers import dims, is_conv, is_transposed
 from retrofit.record import attach, record_of
-from retrofit.rewrite import find_norm, replace, shared_copy, take_out
+from retrofit.rewrite import find_site, replace, take_out
 from retrofit.sites import Plan
 from retrofit.trace import Call, trace
 
@@ -79,18 +80,15 @@ def fold(model: M, plan: Plan | None = None) -> M:
     plan = plan or (record.plan if record else None)
     result = shared_copy(model)
     if plan is not None:
-        pairs = [
-            (site.path, result.get_submodule(site.conv), find_norm(result, site))
-            for site in plan.inserted
-        ]
-        for path, conv, norm in pairs:
-            _absorb(conv, norm, path)
+        pairs = {site.path: find_site(result, site) for site in plan.inserted}
+    else:
+        pairs = _pairs(result)
+    for path, (conv, norm) in pairs.items():
+        _absorb(conv, norm, path)
+    if plan is not None:
         take_out(result, plan)
     else:
-        found = _pairs(result)
-        for path, (conv, norm) in found.items():
-            _absorb(conv, norm, path)
-        replace(result, {norm: nn.Identity() for _, norm in found.values()})
+        replace(result, {norm: nn.Identity() for _, norm in pairs.values()})
     attach(result, None)
     return copy.deepcopy(result)
 

@@ -71,6 +71,8 @@ def exact_identity(mean: Floats, var: Floats, eps: float) -> Identity:
     one, small = dtype(1), dtype(eps)
     var, weight = var.copy(), np.empty_like(var)
     open_ = np.arange(len(var))
+    if not np.isfinite(var + small).all():
+        raise _too_large(int(np.argmax(var)), var)
     for _ in range(ROUNDS):
         total = var[open_] + small
         root = np.sqrt(total)
@@ -84,10 +86,13 @@ def exact_identity(mean: Floats, var: Floats, eps: float) -> Identity:
         if not len(open_):
             return Identity(mean, var, weight, mean.copy())
         var[open_] = _variance_of(np.nextafter(total, dtype(np.inf)), small)
-    channel = int(open_[0])
-    raise RetrofitError(
+    raise _too_large(int(open_[0]), var)
+
+
+def _too_large(channel: int, var: Floats) -> RetrofitError:
+    return RetrofitError(
         f"channel {channel} has variance {var[channel]:.3g}, too large for an exact BatchNorm "
-        f"in {mean.dtype}"
+        f"in {var.dtype}"
     )
 
 

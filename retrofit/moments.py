@@ -170,7 +170,8 @@ class MomentObserver(nn.Module):
             used //= 2
             pairs = [slice(2 * i, 2 * i + 2) for i in range(used)]
             merged = [merge(self.count[p], self.mean[p], self.M2[p]) for p in pairs]
-            self.count.zero_()
+            for table in (self.count, self.mean, self.M2):
+                table.zero_()
             for row, moments in enumerate(merged):
                 self._store(row, moments)
         row = used if used == 0 or self.count[used - 1] >= self.count[0] else used - 1

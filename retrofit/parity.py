@@ -16,7 +16,7 @@ from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_te
 from retrofit.errors import RetrofitError
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.record import record_of
-from retrofit.rewrite import find_norm
+from retrofit.rewrite import find_site
 from retrofit.sites import Site
 from retrofit.tables import table
 
@@ -323,7 +323,7 @@ def _compared(
                     raise RetrofitError(f"the converted model calls {site} more often")
                 comparisons[site].add(seen[site].pop(0), y, site)
 
-            handles.append(find_norm(model, site).register_forward_hook(compare))
+            handles.append(find_site(model, site)[1].register_forward_hook(compare))
         yield
     finally:
         for handle in handles:

@@ -5,38 +5,14 @@ Modules are found by identity, so that one registered under several names change
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.layers import is_conv
 from retrofit.sites import Plan, Site
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def shared_copy(model: M) -> M:
-    """The same modules over the same storage.
-
-    Parameters are new objects, or moving the copy would move the original; ties stay ties.
-    Gradients are left behind.
-    """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if type(parameter) is nn.Parameter:
-                shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-                memo.setdefault(id(parameter), shared)
-        for buffer in module._buffers.values():
-            if isinstance(buffer, Tensor):
-                memo.setdefault(id(buffer), buffer.detach())
-        for value in vars(module).values():  # such as the weight that weight_norm computed
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach())
-    return copy.deepcopy(model, memo)
 
 
 def put_after_sites(
@@ -82,12 +58,13 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def take_out(model: nn.Module, plan: Plan) -> None:
     """Undo `put_after_sites`: remove what was inserted, leave the containers as they were."""
-    norms = {find_norm(model, site) for site in plan.inserted}
-    wrappers = {}
+    norms, wrappers = set(), {}
     for site in plan.inserted:
+        conv, norm = find_site(model, site)
+        norms.add(norm)
         wrapper, _, name = site.conv.rpartition(".")
         if (name, site.norm) == ("conv", f"{wrapper}.bn"):
-            wrappers[model.get_submodule(wrapper)] = model.get_submodule(site.conv)
+            wrappers[model.get_submodule(wrapper)] = conv
     for parent in list(model.modules()):
         children = list(parent._modules.values())
         if parent not in wrappers and not norms.isdisjoint(children):
@@ -95,16 +72,19 @@ def take_out(model: nn.Module, plan: Plan) -> None:
     replace(model, wrappers)
 
 
-def find_norm(model: nn.Module, site: Site) -> nn.Module:
-    """What was inserted after `site`; RetrofitError when the model has lost it."""
-    norm, conv = _find(model, site.norm), _find(model, site.conv)
+def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
+    """The convolution of `site` in a converted model, and what was inserted after it.
+
+    Raises RetrofitError when the model has lost them.
+    """
+    conv, norm = _find(model, site.conv), _find(model, site.norm)
     if norm is None or conv is None:
         raise RetrofitError(
             f"the plan does not fit this {type(model).__name__}: it has no "
             f"{site.norm if norm is None else site.conv}, the place of {site.path} "
             "(was the model changed after the conversion?)"
         )
-    return norm
+    return conv, norm
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:

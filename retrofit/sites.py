@@ -189,7 +189,7 @@ def _decide(
             path = f"{call.path}.{call.name}".lstrip(".")
             reason = "a function: there is no module to put a BatchNorm after"
             sites.append(Site(path, call.name, 0, int(call.name[-2]), 1, "skip", reason))
-        elif call.path in convs and call is calls[call.path][0]:
+        elif call.path in calls and call is calls[call.path][0]:
             sites.append(_site(model, call.path, calls[call.path], traced, include, exclude))
     sites.extend(
         _site(model, path, [], traced, include, exclude) for path in convs if path not in calls
@@ -238,10 +238,10 @@ def _reason_to_skip(
         return "not among those included"
     if opaque is not None:
         return f"inside {opaque}, which torch.fx cannot trace ({traced.opaque[opaque]})"
-    if not calls:
-        return "not called in eval mode"
     if not path:
         return "the model itself is this layer: wrap it in nn.Sequential"
+    if not calls:
+        return "not called in eval mode"
     if conv.weight.dtype.is_complex:  # type: ignore[union-attr]
         return "complex weights"
     if path in traced.reads:

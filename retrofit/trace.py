@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.layers import function_name, is_conv, is_norm, module_name
 from retrofit.modes import evaluating
@@ -67,14 +68,15 @@ def trace(model: nn.Module) -> Trace:
     defaults = {
         name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty
     }
-    paths = {id(module): path for path, module in model.named_modules() if is_conv(module)}
+    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies
+    paths = {id(module): path for path, module in traced.named_modules() if is_conv(module)}
     opaque: dict[str, str] = {}
-    with evaluating(model):
+    with evaluating(traced):
         while True:
             tracer = _Tracer(opaque)
             try:
                 with _attribute_reads(paths) as reads:
-                    graph = tracer.trace(model, concrete_args=defaults)
+                    graph = tracer.trace(traced, concrete_args=defaults)
                 return Trace(_calls(model, graph), opaque, reads)
             except Exception as error:
                 frame, reason = _culprit(error)

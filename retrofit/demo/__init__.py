@@ -28,7 +28,7 @@ BATCH = 128
 
 def trained_vgg() -> nn.Module:
     """The demo's plain VGG with its trained weights, in eval mode."""
-    model = vgg_cifar10()
+    model: nn.Module = vgg_cifar10()
     tensors, _ = read(WEIGHTS)
     load_weights(model, tensors, str(WEIGHTS))
     model.eval()

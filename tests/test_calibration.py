@@ -1,0 +1,271 @@
+"""Feeding data: every way it comes, and what is left behind."""
+
+import copy
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import retrofit
+from retrofit import NonFiniteError, RetrofitError
+
+
+def site(prepared, path="0.bn"):
+    return prepared.get_submodule(path).moments()
+
+
+def prepared():
+    return retrofit.prepare(nets.build(nets.root_sequential))
+
+
+def calibrated(data, **options):
+    model = prepared()
+    report = retrofit.calibrate(model, data, progress=False, **options)
+    return model, report
+
+
+X = nets.images(40, 3, 12, 12)
+
+
+def batches_as(kind):
+    labels = torch.arange(40)
+    return {
+        "list": X.split(16),
+        "generator": (x for x in X.split(16)),
+        "loader": DataLoader(TensorDataset(X, labels), batch_size=16),
+        "dicts": [{"image": x, "other": [x * 2]} for x in X.split(16)],
+        "nested": [((x, 3), "label") for x in X.split(16)],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "loader", "dicts", "nested"])
+def test_batches_in_every_form_give_the_moments_of_a_loop_of_ones_own(kind):
+    model, report = calibrated(batches_as(kind))
+    assert (report.images, report.batches) == (40, 3)
+    by_hand = prepared()
+    with torch.no_grad():
+        for x in X.split(7):
+            by_hand(x)
+    for path in ("0.bn", "2.bn"):
+        ours, theirs = site(model, path), site(by_hand, path)
+        assert ours.count == theirs.count
+        sigma = theirs.var.sqrt()
+        assert ((ours.mean - theirs.mean).abs() < 1e-5 * sigma).all()
+        assert ((ours.var - theirs.var).abs() < 1e-5 * theirs.var).all()
+
+
+def test_moments_are_those_of_the_original_networks_activations():
+    model, _ = calibrated(X.split(16))
+    plain = nets.build(nets.root_sequential).double()
+    with torch.no_grad():
+        activations = plain[:3](X.double()).movedim(1, 0).flatten(1)
+    moments = site(model, "2.bn")
+    sigma = activations.std(1)
+    assert ((moments.mean - activations.mean(1)).abs() < 1e-5 * sigma).all()
+    assert ((moments.var.sqrt() - sigma).abs() < 1e-5 * sigma).all()
+
+
+def test_max_images_cuts_the_last_batch():
+    model, report = calibrated(X.split(16), max_images=20)
+    assert report.images == 20
+    only, _ = calibrated([X[:20]])
+    torch.testing.assert_close(site(model).var, site(only).var, rtol=1e-6, atol=0)
+
+
+def test_calling_again_adds_data():
+    model, _ = calibrated(X[:10].split(5))
+    retrofit.calibrate(model, X[10:].split(5), progress=False)
+    whole, _ = calibrated([X])
+    torch.testing.assert_close(site(model).mean, site(whole).mean, rtol=1e-6, atol=1e-7)
+
+
+def test_forward_fn_calls_the_model_its_own_way():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, *, picture, gain):
+            return F.relu(self.conv(picture * gain))
+
+    model = retrofit.prepare(Named())
+    data = [{"id": "a", "picture": x} for x in X.split(16)]
+    seen = []
+
+    def forward(m, batch):
+        seen.append(m(picture=batch["picture"], gain=2.0).shape)
+
+    report = retrofit.calibrate(model, data, forward_fn=forward, progress=False)
+    assert report.images == 40
+    assert seen[0] == (16, 4, 10, 10)
+
+
+def test_a_model_that_cannot_run_in_channels_last():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3)
+            self.second = nn.Conv1d(4, 5, 3)
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            return F.relu(self.second(x.view(x.shape[0], 4, -1)))
+
+    model = retrofit.prepare(Viewing())
+    assert retrofit.calibrate(model, X.split(16), progress=False).images == 40
+    assert site(model, "first.bn").count == 40 * 100
+    assert site(model, "second.bn").count == 40 * 98
+
+
+def test_the_forward_pass_ends_after_the_last_site():
+    class Tail(nn.Module):
+        def forward(self, x):
+            self.ran = True
+            return x
+
+    tail = Tail()
+    model = retrofit.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), tail))
+    retrofit.calibrate(model, [X], progress=False)
+    assert not hasattr(model[2], "ran")
+    model(X)
+    assert model[2].ran  # and only inside calibrate
+
+
+def test_a_site_called_several_times_is_measured_at_each_call():
+    model = retrofit.prepare(nets.build(nets.SharedConv))
+    retrofit.calibrate(model, [X], progress=False)
+    assert site(model, "shared.bn").count == 2 * 40 * 144
+    assert int(model.get_submodule("shared.bn").images) == 80
+
+
+def test_the_original_is_untouched_and_shares_its_storage():
+    model = nets.build(nets.AlreadyNormed).train()
+    model.free.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    ready = retrofit.prepare(model)
+    retrofit.calibrate(ready, [X], progress=False)
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m.training for m in ready.modules())
+    assert not any(m._forward_hooks for m in (*model.modules(), *ready.modules()))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert ready.batch.weight.data_ptr() == model.batch.weight.data_ptr()
+    assert ready.batch.weight is not model.batch.weight
+    ready.double()
+    assert model.batch.weight.dtype == torch.float32
+    converted = retrofit.convert(ready)
+    assert converted.training
+    assert not converted.free.bn.training
+    assert converted.batch.weight.data_ptr() != model.batch.weight.data_ptr()
+
+
+def test_hooks_are_removed_and_modes_restored_when_the_model_raises():
+    model = prepared().train()
+    with pytest.raises(RuntimeError):
+        retrofit.calibrate(model, [torch.randn(2, 5, 8, 8)], progress=False)
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_ties_between_parameters_stay_ties():
+    converted = retrofit.add_batchnorm(nets.build(nets.TiedWeights), [X], progress=False)
+    assert converted.first.conv.weight is converted.second.conv.weight
+
+
+def test_batchnorm_parameters_follow_the_convolutions_requires_grad():
+    model = nets.build(nets.root_sequential)
+    model[0].weight.requires_grad_(False)
+    converted = retrofit.add_batchnorm(model, [X], progress=False)
+    assert [converted[i].bn.weight.requires_grad for i in (0, 2)] == [False, True]
+    assert [converted[i].bn.bias.requires_grad for i in (0, 2)] == [False, True]
+
+
+def test_what_convert_records():
+    converted = retrofit.add_batchnorm(
+        nets.build(nets.root_sequential), X.split(16), momentum=None, progress=False
+    )
+    norm = converted[0].bn
+    assert (norm.eps, norm.momentum, int(norm.num_batches_tracked)) == (1e-5, None, 3)
+
+
+def test_another_eps_is_exact_and_warned_of():
+    model, _ = calibrated([X])
+    with pytest.warns(UserWarning, match=r"eps=0\.001 is not stored in a state dict"):
+        converted = retrofit.convert(model, eps=1e-3)
+    assert torch.equal(converted(X), nets.build(nets.root_sequential)(X))
+
+
+def test_convert_can_share_the_tensors():
+    model = nets.build(nets.root_sequential)
+    ready = retrofit.prepare(model)
+    retrofit.calibrate(ready, [X], progress=False)
+    shared = retrofit.convert(ready, copy=False)
+    assert shared[0].conv.weight.data_ptr() == model[0].weight.data_ptr()
+
+
+def test_a_sample_sorted_by_kind_is_warned_of_and_a_mixed_one_is_not():
+    kinds = torch.cat([X + 2, X - 2])
+    with pytest.warns(UserWarning, match=r"two halves of the 80 .* sorted by class"):
+        _, report = calibrated(kinds.split(10))
+    assert report.disagreement > 1
+    assert report.sites[0].mean_worst >= report.sites[0].mean
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    _, mixed = calibrated(kinds[order].split(10))
+    assert mixed.disagreement < 1
+    assert "80 images in" in str(mixed)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "has 0 images"),
+        ([X[:1]], "has 1 images"),
+        (X, r"one tensor of shape \(40, 3, 12, 12\)"),
+        (["a"], "a batch of type str holds no tensor"),
+        ([X.mul(10).to(torch.uint8)], "the batches are torch.uint8"),
+        ([X[0]], r"^0 got a tensor of shape \(6, 10, 10\).*batch axis"),
+    ],
+    ids=["empty", "single", "tensor", "text", "uint8", "unbatched"],
+)
+def test_data_that_cannot_be_used_is_named(data, message):
+    with pytest.raises(RetrofitError, match=message):
+        calibrated(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_gives_nan_is_named_with_its_layer(value):
+    data = X.clone()
+    data[25, 1, 3, 3] = value
+    with pytest.raises(NonFiniteError, match="output of 0 has NaN or Inf for image 25 of the data"):
+        calibrated(data.split(16))
+
+
+def test_a_device_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RetrofitError, match="device cuda cannot be used here"):
+        calibrated([X], device="cuda")
+
+
+def test_converting_without_data_names_the_site():
+    with pytest.raises(RetrofitError, match="0 saw no data"):
+        retrofit.convert(prepared())
+
+
+def test_what_was_not_prepared_is_refused():
+    with pytest.raises(RetrofitError, match="carries no plan.*prepare"):
+        retrofit.calibrate(nets.build(nets.Residual), [X])
+    with pytest.raises(RetrofitError, match="already prepared"):
+        retrofit.prepare(prepared())
+
+
+def test_a_network_with_nothing_to_insert_needs_no_data():
+    model = nets.build(nets.AlreadyNormed)
+    plan = retrofit.plan(model, exclude="free")
+    ready = retrofit.prepare(model, plan)
+    assert retrofit.calibrate(ready, [], progress=False).images == 0
+    assert torch.equal(retrofit.convert(ready)(X), model(X))

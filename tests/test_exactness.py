@@ -1,0 +1,166 @@
+"""The promise: bit for bit the same network, before and after, there and back."""
+
+import copy
+
+import nets
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import retrofit
+
+
+def assert_equal_outputs(a, b, x):
+    with torch.no_grad():
+        ours, theirs = a(x), b(x)
+    for one, other in zip(
+        ours if isinstance(ours, list) else [ours],
+        theirs if isinstance(theirs, list) else [theirs],
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def assert_same_state(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert list(ours) == list(theirs)
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+        assert tensor.dtype == theirs[key].dtype
+
+
+def retrofitted(model, *batches):
+    return retrofit.add_batchnorm(model, batches, progress=False)
+
+
+@pytest.mark.parametrize("net", nets.IMAGE_NETS, ids=lambda net: net.__name__)
+def test_small_networks_compute_the_same_and_fold_back_to_their_bits(net):
+    model = nets.build(net)
+    before = copy.deepcopy(model.state_dict())
+    converted = retrofitted(model, nets.images(8, 3, 16, 16), nets.images(5, 3, 16, 16))
+
+    assert type(converted) is type(model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+    for shape in ((1, 3, 16, 16), (5, 3, 17, 19)):
+        x = nets.images(*shape, seed=2)
+        assert_equal_outputs(converted, model, x)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        assert_equal_outputs(converted, model, channels_last)
+    assert retrofit.verify(model, converted, [nets.images(4, 3, 16, 16)]).exact
+    folded = retrofit.fold(converted)
+    assert_same_state(folded, model)
+    assert str(folded) == str(model)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"), [(nets.Audio, (3, 40)), (nets.Volume, (2, 9, 10, 11))], ids=["1d", "3d"]
+)
+def test_one_and_three_spatial_axes(net, shape):
+    model = nets.build(net)
+    converted = retrofitted(model, nets.images(6, *shape))
+    assert_equal_outputs(converted, model, nets.images(3, *shape, seed=2))
+    assert_same_state(retrofit.fold(converted), model)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
+def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    converted = retrofitted(model, nets.images(4, 3, 96, 96))
+    stock = torchvision.models.get_model(f"{name}_bn", weights=None, init_weights=False).eval()
+    stock.load_state_dict(converted.state_dict(), strict=True)
+
+    for shape in ((1, 3, 224, 224), (5, 3, 199, 211)):
+        x = nets.images(*shape, seed=2)
+        assert_equal_outputs(stock, model, x)
+        assert_equal_outputs(converted, model, x)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        assert_equal_outputs(stock, model, channels_last)
+    assert_same_state(retrofit.fold(converted), model)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("size", [(224, 224), (197, 211)], ids=["224", "odd"])
+def test_vgg16_in_a_channels_last_model_too(batch, size):
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16(init_weights=False).eval()
+    stock = torchvision.models.vgg16_bn(init_weights=False).eval()
+    stock.load_state_dict(retrofitted(model, nets.images(2, 3, 64, 64)).state_dict())
+    x = nets.images(batch, 3, *size, seed=2)
+    assert_equal_outputs(stock, model, x)
+    model, stock = (m.to(memory_format=torch.channels_last) for m in (model, stock))
+    assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_0", "squeezenet1_1", "vgg16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
+def test_torchvision_networks(name, autocast):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    converted = retrofitted(model, nets.images(4, 3, 96, 96))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for shape in ((1, 3, 224, 224), (3, 3, 127, 131)):
+            x = nets.images(*shape, seed=2)
+            assert_equal_outputs(converted, model, x)
+            assert_equal_outputs(converted, model, x.to(memory_format=torch.channels_last))
+    assert_same_state(retrofit.fold(converted), model)
+
+
+def test_timms_vgg_and_the_features_it_returns_by_index():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vgg11", num_classes=10).eval()
+    converted = retrofitted(model, nets.images(2, 3, 224, 224))
+    x = nets.images(2, 3, 224, 224, seed=2)
+    assert_equal_outputs(converted, model, x)
+    with torch.no_grad():
+        ours, theirs = converted.forward_intermediates(x), model.forward_intermediates(x)
+    assert torch.equal(ours[0], theirs[0])
+    assert len(ours[1]) == len(theirs[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+    assert_same_state(retrofit.fold(converted), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model = nets.build(nets.root_sequential).to(dtype)
+    converted = retrofitted(model, nets.images(8, 3, 16, 16).to(dtype))
+    norm = next(m for m in converted.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_equal_outputs(converted, model, nets.images(3, 3, 17, 15, seed=2).to(dtype))
+    assert_same_state(retrofit.fold(converted), model)
+
+
+def test_a_constant_channel_stays_the_identity_and_keeps_its_gradient():
+    model = nets.build(nets.root_sequential)
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    converted = retrofitted(model, nets.images(8, 3, 16, 16))
+    norm = converted.get_submodule("0.bn")
+    assert norm.running_var[2] < 1e-12
+    x = nets.images(4, 3, 16, 16, seed=2)
+    assert_equal_outputs(converted, model, x)
+    converted(x).sum().backward()
+    assert converted.get_submodule("0.conv").weight.grad[2].isfinite().all()
+    assert norm.weight[2] > 0
+
+
+def test_training_mode_runs_and_every_gradient_is_finite():
+    converted = retrofitted(nets.build(nets.Residual), nets.images(16, 3, 16, 16)).train()
+    converted(nets.images(8, 3, 16, 16)).square().sum().backward()
+    for name, parameter in converted.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_inserting_without_data_is_exact_too():
+    model = nets.build(nets.Concat)
+    inserted = retrofit.insert(model)
+    assert_equal_outputs(inserted, model, nets.images(3, 3, 16, 16))
+    assert_same_state(retrofit.fold(inserted), model)
+    norm = inserted.get_submodule("squeeze.bn")
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    torch.testing.assert_close(norm.running_var, torch.ones(4))

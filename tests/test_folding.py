@@ -1,0 +1,162 @@
+"""Folding of BatchNorms that are not the identity, against torch's own fusion."""
+
+import copy
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import retrofit
+from retrofit import RetrofitError
+from retrofit.folding import fold_weights
+
+
+def trained(model):
+    """BatchNorms as after some training: nothing is the identity any more."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
+            module.running_var.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize("net", [n for n in nets.IMAGE_NETS if n is not nets.subclassed])
+def test_a_trained_network_folds_to_one_that_computes_the_same(net):
+    model = nets.build(net)
+    converted = trained(retrofit.add_batchnorm(model, [nets.images(8, 3, 16, 16)], progress=False))
+    before = copy.deepcopy(converted.state_dict())
+    folded = retrofit.fold(converted)
+    assert folded.state_dict().keys() >= model.state_dict().keys()
+    report = retrofit.verify(converted, folded, [nets.images(4, 3, 16, 16)])
+    assert report.passed(1e-5), report
+    assert all(torch.equal(before[k], v) for k, v in converted.state_dict().items())
+
+
+def test_every_foldable_pair_of_a_stock_network_is_folded():
+    model = trained(torchvision.models.resnet18()).eval()
+    folded = retrofit.fold(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert isinstance(folded.bn1, nn.Identity)
+    assert retrofit.verify(model, folded, [nets.images(2, 3, 64, 64)]).passed(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "shape"),
+    [
+        (nn.Conv2d(6, 8, 3, groups=2), nn.BatchNorm2d(8), (2, 6, 9, 9)),
+        (nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False), (2, 6, 9, 9)),
+        (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), (2, 3, 9)),
+        (nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), (2, 2, 5, 5, 5)),
+        (nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8), (2, 6, 5, 5)),
+    ],
+    ids=["grouped", "without bias", "1d", "3d", "transposed"],
+)
+def test_against_torchs_fusion(conv, norm, shape):
+    model = nn.Sequential(conv, norm).eval()
+    norm.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+    norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
+    folded = retrofit.fold(model)
+    fused = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
+    torch.testing.assert_close(folded[0].weight, fused.weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(folded[0].bias, fused.bias, rtol=1e-5, atol=1e-6)
+    x = nets.images(*shape)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grouped_transposed_convolution():
+    model = nn.Sequential(nn.ConvTranspose2d(6, 9, 3, groups=3), nn.BatchNorm2d(9))
+    model = trained(model).eval()
+    x = nets.images(2, 6, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(retrofit.fold(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_untouched_channels_keep_their_bits():
+    weight = torch.randn(3, 2, 1, 1)
+    bias = torch.tensor([-0.0, 0.1, 0.2])
+    alpha, shift = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])
+    new_weight, new_bias = fold_weights(weight, bias, alpha, shift)
+    assert torch.equal(new_weight[::2], weight[::2])
+    assert torch.signbit(new_bias[0])
+    assert new_bias[1] == 0.1 * 2 + 1
+
+
+def test_a_missing_bias_appears_only_where_it_is_needed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU()).eval()
+    converted = retrofit.insert(model, retrofit.plan(model))
+    assert retrofit.fold(converted)[0].bias is None
+    assert retrofit.fold(trained(converted))[0].bias is not None
+
+
+def test_a_convolution_read_by_two_batchnorms_is_refused_naming_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.two(self.conv(F.relu(self.one(self.conv(x)))))
+
+    with pytest.raises(RetrofitError, match="conv feeds several BatchNorms, one and two"):
+        retrofit.fold(Shared().eval())
+
+
+def test_a_convolution_that_others_read_before_the_batchnorm_is_left():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x + self.bn(x)
+
+    assert isinstance(retrofit.fold(Both().eval()).bn, nn.BatchNorm2d)
+
+
+def test_weight_standardisation_cannot_absorb_a_trained_batchnorm():
+    model = nets.build(nets.subclassed)
+    converted = trained(retrofit.insert(model))
+    with pytest.raises(RetrofitError, match="0, a Standardised, does not scale with its weight"):
+        retrofit.fold(converted)
+
+
+def test_a_parametrized_weight_is_named():
+    model = nets.build(nets.root_sequential)
+    parametrizations.weight_norm(model[0])
+    converted = retrofit.insert(model)
+    assert list(retrofit.fold(converted).state_dict()) == list(model.state_dict())
+    with pytest.raises(RetrofitError, match="weight of 0 is parametrized"):
+        retrofit.fold(trained(converted))
+
+
+def test_a_batchnorm_without_running_statistics_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    with pytest.raises(RetrofitError, match="after 0 has no running statistics"):
+        retrofit.fold(model)
+
+
+def test_a_model_that_lost_its_batchnorm_is_named():
+    converted = retrofit.insert(nets.build(nets.Residual))
+    converted.stem = nn.Conv2d(3, 8, 3)
+    with pytest.raises(RetrofitError, match=r"no stem.bn.*changed after the conversion"):
+        retrofit.fold(converted)
+
+
+def test_bf16_weights_fold_in_float32():
+    model = nets.build(nets.root_sequential).bfloat16()
+    converted = trained(retrofit.add_batchnorm(model, [nets.images(8, 3, 16, 16).bfloat16()]))
+    folded = retrofit.fold(converted)
+    assert folded[0].weight.dtype == torch.bfloat16
+    x = nets.images(4, 3, 16, 16).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x).float(), converted(x).float(), rtol=0.1, atol=0.05)

@@ -1,0 +1,299 @@
+"""What the plan decides, what it says, and what it refuses."""
+
+import json
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import retrofit
+from retrofit import Plan, RetrofitError
+
+
+def decisions(model, **options):
+    return {s.path: (s.decision, s.reason) for s in retrofit.plan(model, **options).sites}
+
+
+def inserted(model, **options):
+    return [s.path for s in retrofit.plan(model, **options).inserted]
+
+
+def test_the_printed_plan():
+    assert str(retrofit.plan(nets.build(nets.AlreadyNormed))) == (
+        "layer     type    channels  decision  BatchNorm  reason\n"
+        "--------  ------  --------  --------  ---------  ----------------------------------\n"
+        "batch     Conv2d         4  skip                 already normalised by bn\n"
+        "group     Conv2d         4  skip                 already normalised by gn\n"
+        "layer     Conv2d         4  skip                 already normalised by ln\n"
+        "function  Conv2d         4  skip                 already normalised by instancenorm\n"
+        "free      Conv2d         4  insert    free.bn    no norm follows\n"
+        "AlreadyNormed: 1 of 5 convolutions get a BatchNorm"
+    )
+
+
+def test_vgg16_gets_the_thirteen_batchnorms_of_vgg16_bn():
+    plan = retrofit.plan(torchvision.models.vgg16(init_weights=False))
+    stock = torchvision.models.vgg16_bn(init_weights=False)
+    norms = [path for path, m in stock.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [site.norm for site in plan.inserted] == norms
+    assert set(plan.key_map.values()) < set(stock.state_dict())
+
+
+def test_a_checkpoint_of_the_original_loads_through_the_key_map():
+    for net in nets.IMAGE_NETS:
+        model = nets.build(net)
+        plan = retrofit.plan(model)
+        converted = retrofit.insert(model, plan)
+        state = converted.state_dict()
+        for old, new in plan.key_map.items():
+            assert torch.equal(model.state_dict()[old], state[new])
+        own = {key.rpartition(".")[0] for key in state} - {
+            key.rpartition(".")[0] for key in plan.key_map.values()
+        }
+        assert all(isinstance(converted.get_submodule(m), nn.BatchNorm2d) for m in own)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "vgg11_bn"])
+def test_networks_that_have_their_norms_get_none(name):
+    assert inserted(torchvision.models.get_model(name, weights=None)) == []
+
+
+def test_converting_twice_changes_nothing():
+    once = retrofit.insert(nets.build(nets.Residual))
+    assert inserted(once) == []
+    assert list(retrofit.insert(once).state_dict()) == list(once.state_dict())
+
+
+class Ends(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.last = nn.Conv2d(4, 4, 3)
+        self.end = end
+
+    def forward(self, x):
+        return self.end(self.last(F.relu(self.stem(x))))
+
+
+@pytest.mark.parametrize(
+    ("end", "head"),
+    [
+        (nn.Identity(), True),
+        (nn.Softmax(1), True),
+        (nn.Sigmoid(), True),
+        (nn.Upsample(scale_factor=2), True),
+        (nn.PixelShuffle(2), True),
+        (nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), True),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LogSoftmax(1)), True),
+        (nn.ReLU(), False),
+        (nn.PReLU(), False),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), False),
+        (nn.Sequential(nn.Flatten(), nn.Linear(576, 3)), False),
+    ],
+    ids=repr,
+)
+def test_which_last_convolution_is_an_output_head(end, head):
+    last = decisions(Ends(end))["last"]
+    assert last == (("skip", "output head") if head else ("insert", "no norm follows"))
+
+
+def test_a_head_that_returns_the_mean_over_pixels():
+    class Mean(nn.Sequential):
+        def forward(self, x):
+            return F.relu(super().forward(x)).mean([2, 3])
+
+    assert decisions(Mean(nn.Conv2d(3, 4, 3)))["0"] == ("skip", "output head")
+
+
+def test_the_last_convolution_of_a_backbone_is_no_head():
+    features = torchvision.models.vgg11(init_weights=False).features
+    assert len(inserted(features)) == 8
+
+
+def test_include_asks_for_a_head_and_leaves_the_rest():
+    model = torchvision.models.squeezenet1_1()
+    assert decisions(model)["classifier.1"] == ("skip", "output head")
+    assert inserted(model, include="classifier.*") == ["classifier.1"]
+    assert len(inserted(model, include="*")) == 26
+
+
+def test_exclude_wins():
+    model = nets.build(nets.Grouped)
+    assert inserted(model, include="layers.*", exclude=["layers.0", "layers.[46]"]) == ["layers.2"]
+    assert decisions(model, exclude="layers.0")["layers.0"] == ("skip", "excluded by 'layers.0'")
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(RetrofitError, match=r"'feature\.\*' matches none of the 4 conv"):
+        retrofit.plan(nets.build(nets.Grouped), exclude="feature.*")
+
+
+def test_a_convolution_called_twice_is_one_site():
+    (inner, shared) = retrofit.plan(nets.build(nets.SharedConv)).sites
+    assert (inner.calls, shared.calls) == (1, 2)
+    assert shared.reason == "called 2 times: one BatchNorm, moments pooled"
+
+
+def test_a_convolution_that_the_models_code_reads_is_left_alone():
+    found = decisions(nets.build(nets.ReadsItsConv))
+    assert found["read"] == ("skip", "the model's own code reads its .kernel_size")
+    assert found["plain"][0] == "insert"
+
+
+def test_what_is_not_called_or_no_module_is_said():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.never = nn.Conv2d(3, 4, 3)
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            return F.relu(F.conv2d(x, self.weight))
+
+    assert decisions(Odd()) == {
+        "conv2d": ("skip", "a function: there is no module to put a BatchNorm after"),
+        "never": ("skip", "not called in eval mode"),
+    }
+
+
+def test_a_model_that_is_a_convolution():
+    assert decisions(nn.Conv2d(3, 4, 3))[""][0] == "skip"
+
+
+def test_arguments_with_defaults_keep_them():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, mask=None, *, flat=False):
+            x = F.relu(self.conv(x))
+            if mask is not None:
+                x = x * mask
+            return x.flatten(1) if flat else x
+
+    assert inserted(Optional()) == ["conv"]
+
+
+def test_in_place_is_the_default_and_moves_no_index():
+    model = nets.build(nets.ByIndex)
+    converted = retrofit.insert(model)
+    assert len(converted.features) == len(model.features)
+    assert list(converted.features[0]._modules) == ["conv", "bn"]
+
+
+def test_renumbering_by_request():
+    model = nets.build(nets.Grouped)
+    converted = retrofit.insert(model, retrofit.plan(model, renumber="layers"))
+    kinds = [type(layer).__name__ for layer in converted.layers]
+    assert kinds[:5] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"]
+    x = nets.images(2, 3, 16, 16)
+    assert torch.equal(converted(x), model(x))
+    assert str(retrofit.fold(converted)) == str(model)
+
+
+def test_renumbering_the_root():
+    model = nets.build(nets.root_sequential)
+    converted = retrofit.insert(model, retrofit.plan(model, renumber=""))
+    assert [site.norm for site in retrofit.plan(model, renumber="").inserted] == ["1", "4"]
+    x = nets.images(2, 3, 16, 16)
+    assert torch.equal(converted(x), model(x))
+    assert list(retrofit.fold(converted).state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("net", "path", "reason"),
+    [
+        (nets.ByIndex, "features", "features.0 is called from outside its forward"),
+        (nets.named_sequential, "", "its children have names of their own"),
+        (nets.Residual, "stem", "it is a Conv2d, not an nn.Sequential"),
+        (nets.Residual, "trunk", "Residual has no such module"),
+    ],
+)
+def test_renumbering_that_would_break_the_model_is_refused(net, path, reason):
+    with pytest.raises(RetrofitError, match=f"cannot renumber .*: {reason}"):
+        retrofit.plan(nets.build(net), renumber=path)
+
+
+def test_a_subclass_of_vgg_that_indexes_its_features_is_not_renumbered():
+    class Perceptual(torchvision.models.VGG):
+        def forward(self, x):
+            return [x := layer(x) for layer in self.features]
+
+    features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    with torch.device("meta"):
+        model = Perceptual(features, init_weights=False)
+    assert [s.norm for s in retrofit.plan(model, include="*").inserted] == [
+        "features.0.bn",
+        "features.2.bn",
+    ]
+
+
+def test_a_submodule_that_cannot_be_traced_is_left_out_and_named():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Branching(), nn.ReLU())
+    found = decisions(model)
+    assert found["0"][0] == "insert"
+    assert found["2.conv"][0] == "skip"
+    assert "inside 2, which torch.fx cannot trace (test_plan.py:" in found["2.conv"][1]
+
+
+def test_a_model_that_cannot_be_traced_names_the_line():
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            if x.mean() > 0:
+                return x
+            return -x
+
+    with pytest.raises(RetrofitError, match=r'test_plan\.py:\d+, in forward: "if x\.mean\(\) > 0:"'):
+        retrofit.plan(Untraceable())
+
+
+def test_lazy_modules_are_named():
+    with pytest.raises(RetrofitError, match="0 is a lazy LazyConv2d"):
+        retrofit.plan(nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()))
+
+
+def test_a_plan_leaves_the_model_alone():
+    model = nets.build(nets.SharedConv).train()
+    model.inner.eval()
+    names = sorted(vars(model))
+    retrofit.plan(model)
+    assert model.training
+    assert not model.inner.training
+    assert sorted(vars(model)) == names
+    assert "__getattribute__" not in vars(nn.modules.conv._ConvNd)
+
+
+def test_a_plan_survives_json():
+    plan = retrofit.plan(nets.build(nets.Concat), exclude="left")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sites": 3}', "[" * 5000, json.dumps({"a": 1})])
+def test_text_that_is_no_plan_is_refused(text):
+    with pytest.raises(RetrofitError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_of_another_model_is_refused_by_name():
+    plan = retrofit.plan(nets.build(nets.Concat))
+    with pytest.raises(RetrofitError, match="does not fit this Residual: squeeze is not"):
+        retrofit.prepare(nets.build(nets.Residual), plan)
+
+
+def test_timm_models_whose_code_reads_a_convolution():
+    timm = pytest.importorskip("timm")
+    for name, attribute in (("edgenext_xx_small", ".weight"), ("davit_tiny", ".kernel_size")):
+        reasons = [reason for _, reason in decisions(timm.create_model(name)).values()]
+        assert f"the model's own code reads its {attribute}" in reasons
