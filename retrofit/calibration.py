@@ -117,7 +117,7 @@ def calibrate(
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
     if observers:
         bar = tqdm(total=_total(data, max_images), unit="img", disable=not progress)
-        with _moved(prepared, device) as target, evaluating(prepared), torch.no_grad(), bar:
+        with bar, _moved(prepared, device) as target, evaluating(prepared), torch.no_grad():
             feed = _Feed(prepared, plan, observers, target, forward_fn)
             for batch in data:
                 left = None if max_images is None else max_images - images

@@ -229,7 +229,7 @@ def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
 
 
 def _list_bad(*sources: PictureBatches) -> None:
-    bad = [name for source in sources for name in source.bad]
+    bad = list(dict.fromkeys(name for source in sources for name in source.bad))
     if bad:
         print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
 

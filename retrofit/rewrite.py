@@ -14,7 +14,6 @@ from retrofit.layers import is_conv
 from retrofit.sites import Plan, Site
 
 
-
 def put_after_sites(
     model: nn.Module, plan: Plan, make: Callable[[Site, nn.Module], nn.Module]
 ) -> None:

@@ -257,7 +257,7 @@ def test_converting_without_data_names_the_site():
 
 
 def test_what_was_not_prepared_is_refused():
-    with pytest.raises(RetrofitError, match="carries no plan.*prepare"):
+    with pytest.raises(RetrofitError, match=r"carries no plan.*prepare"):
         retrofit.calibrate(nets.build(nets.Residual), [X])
     with pytest.raises(RetrofitError, match="already prepared"):
         retrofit.prepare(prepared())

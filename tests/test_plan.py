@@ -255,7 +255,9 @@ def test_a_model_that_cannot_be_traced_names_the_line():
                 return x
             return -x
 
-    with pytest.raises(RetrofitError, match=r'test_plan\.py:\d+, in forward: "if x\.mean\(\) > 0:"'):
+    with pytest.raises(
+        RetrofitError, match=r'test_plan\.py:\d+, in forward: "if x\.mean\(\) > 0:"'
+    ):
         retrofit.plan(Untraceable())
 
 

@@ -1,0 +1,225 @@
+"""Files: what is in them, what loads them, and what is refused."""
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import nets
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from safetensors import safe_open
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+
+X = nets.images(8, 3, 16, 16)
+
+
+def converted(net=nets.Residual):
+    return retrofit.add_batchnorm(nets.build(net), [X], progress=False)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize("net", [nets.Residual, nets.TwoNames, nets.TiedWeights, nets.Grouped])
+def test_what_is_saved_loads_into_the_plain_architecture(tmp_path, net, suffix):
+    model = converted(net)
+    retrofit.save(model, tmp_path / f"model{suffix}")
+    plain = net()
+    loaded = retrofit.load(tmp_path / f"model{suffix}", plain)
+    assert type(loaded) is type(plain)
+    assert not loaded.training
+    assert torch.equal(loaded(X), model(X))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    folded = retrofit.fold(loaded)
+    assert torch.equal(folded(X), nets.build(net)(X))
+    assert [f.name for f in tmp_path.iterdir()] == [f"model{suffix}"]
+
+
+def test_a_folded_file_loads_too(tmp_path):
+    folded = retrofit.fold(converted())
+    retrofit.save(folded, tmp_path / "a.safetensors")
+    loaded = retrofit.load(tmp_path / "a.safetensors", nets.Residual())
+    assert torch.equal(loaded(X), folded(X))
+    assert list(loaded.state_dict()) == list(folded.state_dict())
+
+
+def test_torchvision_models_are_rebuilt_by_name(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1().eval()
+    x = nets.images(2, 3, 64, 64)
+    ours = retrofit.add_batchnorm(model, [x], exclude="features.0", progress=False)
+    retrofit.save(ours, tmp_path / "s.safetensors", name="squeezenet1_1")
+    loaded = retrofit.load(tmp_path / "s.safetensors")
+    assert isinstance(loaded, torchvision.models.SqueezeNet)
+    assert torch.equal(loaded(x), model(x))
+    assert not any("features.0.bn" in key for key in loaded.state_dict())
+
+
+def test_others_load_it_without_this_package(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.vgg11(num_classes=3, init_weights=False).eval()
+    x = nets.images(2, 3, 64, 64)
+    ours = retrofit.add_batchnorm(model, [x], progress=False)
+    retrofit.save(ours, tmp_path / "v.safetensors")
+    retrofit.save(ours, tmp_path / "v.pth")
+    for state in (
+        safetensors.torch.load_file(tmp_path / "v.safetensors"),
+        torch.load(tmp_path / "v.pth", weights_only=True),
+    ):
+        stock = torchvision.models.vgg11_bn(num_classes=3, init_weights=False).eval()
+        stock.load_state_dict(state, strict=True)
+        assert torch.equal(stock(x), model(x))
+
+
+def test_a_pickled_model_names_nothing_of_this_package():
+    assert b"retrofit." not in pickle.dumps(converted(nets.root_sequential))
+
+
+def test_provenance_says_where_the_file_comes_from(tmp_path):
+    model = nets.build(nets.Residual)
+    ours = retrofit.add_batchnorm(model, X.split(3), progress=False)
+    parity = retrofit.verify(model, ours, [X])
+    file = tmp_path / "r.safetensors"
+    retrofit.save(ours, file, name="my.module:factory", data="eight pictures", parity=parity)
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()["retrofit"])
+    assert told["retrofit"] == retrofit.__version__
+    assert told["torch"] == torch.__version__
+    assert (told["model"], told["class"]) == ("my.module:factory", "Residual")
+    assert (told["eps"], told["momentum"], told["images"]) == (1e-5, 0.1, 8)
+    assert told["data"] == "eight pictures"
+    assert told["parity"]["exact"] is True
+    assert [s["path"] for s in told["plan"]["sites"]] == ["stem", "body.0", "body.2"]
+    assert told["date"].startswith("20")
+
+
+def test_another_eps_is_restored_from_the_file(tmp_path):
+    ready = retrofit.prepare(nets.build(nets.Residual))
+    retrofit.calibrate(ready, [X], progress=False)
+    with pytest.warns(UserWarning, match="eps"):
+        ours = retrofit.convert(ready, eps=1e-3, momentum=None)
+    retrofit.save(ours, tmp_path / "e.safetensors")
+    loaded = retrofit.load(tmp_path / "e.safetensors", nets.Residual())
+    assert (loaded.stem.bn.eps, loaded.stem.bn.momentum) == (1e-3, None)
+    assert torch.equal(loaded(X), ours(X))
+
+
+def test_shared_tensors_are_stored_once(tmp_path):
+    retrofit.save(converted(nets.TiedWeights), tmp_path / "t.safetensors")
+    keys = safetensors.torch.load_file(tmp_path / "t.safetensors").keys()
+    assert ("first.conv.weight" in keys) != ("second.conv.weight" in keys)
+
+
+def test_channels_last_weights_are_stored(tmp_path):
+    model = converted().to(memory_format=torch.channels_last)
+    retrofit.save(model, tmp_path / "c.safetensors")
+    assert torch.equal(
+        retrofit.load(tmp_path / "c.safetensors", nets.Residual()).stem.conv.weight,
+        model.stem.conv.weight,
+    )
+
+
+def test_a_file_is_not_overwritten_unasked(tmp_path):
+    model, file = converted(), tmp_path / "m.pth"
+    file.write_text("precious")
+    with pytest.raises(RetrofitError, match=r"m\.pth exists"):
+        retrofit.save(model, file)
+    assert file.read_text() == "precious"
+    retrofit.save(model, file, overwrite=True)
+    assert torch.equal(retrofit.load(file, nets.Residual())(X), model(X))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    model, file = converted(), tmp_path / "m.pth"
+    file.write_text("precious")
+
+    def full(_state, to):
+        Path(to).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        retrofit.save(model, file, overwrite=True)
+    assert file.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.bin", "must end in .safetensors, .pth or .pt"),
+        ("missing/model.pth", "the folder .*missing does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_named(tmp_path, name, message):
+    with pytest.raises(RetrofitError, match=message):
+        retrofit.save(converted(), tmp_path / name)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def write(path, kind):
+    state = nets.build(nets.Residual).state_dict()
+    if kind == "truncated pth":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "truncated safetensors":
+        safetensors.torch.save_file(state, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "no tensors":
+        torch.save({"state_dict": {"epoch": 3}}, path)
+    elif kind == "whole model":
+        torch.save(nets.build(nets.Residual), path)
+    elif kind == "fewer keys":
+        torch.save({k: v for k, v in state.items() if not k.startswith("body")}, path)
+    elif kind == "other shapes":
+        torch.save({**state, "head.weight": torch.zeros(7, 8)}, path)
+    elif kind == "bad plan":
+        metadata = {"retrofit": json.dumps({"plan": {"sites": "x"}, "eps": 1e-5, "momentum": 0.1})}
+        safetensors.torch.save_file(state, path, metadata)
+    elif kind == "bad metadata":
+        safetensors.torch.save_file(state, path, {"retrofit": "{"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "message"),
+    [
+        ("missing", ".pth", "there is no file"),
+        ("truncated pth", ".pth", "cannot be read as a state dict"),
+        ("truncated safetensors", ".safetensors", "cannot be read as safetensors"),
+        ("pickle", ".pth", "cannot be read as a state dict"),
+        ("no tensors", ".pth", "holds no state dict"),
+        ("whole model", ".pth", "cannot be read as a state dict"),
+        ("fewer keys", ".pth", r"keys \d+ missing \(.*, \.\.\.\)"),
+        ("other shapes", ".pth", r"head.weight \(7, 8\) instead of \(5, 8\)"),
+        ("bad plan", ".safetensors", "not a plan"),
+        ("bad metadata", ".safetensors", "metadata cannot be read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, monkeypatch, kind, suffix, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"bad{suffix}"
+    write(path, kind)
+    model = nets.Residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RetrofitError, match=message) as raised:
+        retrofit.load(path, model)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_never_names_code_to_import(tmp_path):
+    retrofit.save(converted(), tmp_path / "m.safetensors", name="nets:Residual")
+    with pytest.raises(RetrofitError, match="pass the plain model"):
+        retrofit.load(tmp_path / "m.safetensors")

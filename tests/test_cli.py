@@ -1,0 +1,330 @@
+"""The command line as a user types it: what it prints, writes, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+
+import retrofit
+from retrofit.cli import main
+
+SMALL = ("--resize", "40", "--crop", "32", "--workers", "0")
+
+
+def pictures(folder, count, *, seed=0):
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        file = folder / f"{i % 3}" / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        low = random.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+        Image.fromarray(low).resize((50, 48), Image.Resampling.BILINEAR).save(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("pictures"), 40)
+
+
+@pytest.fixture(scope="module")
+def squeezenet(tmp_path_factory):
+    """A weights file of a squeezenet1_1."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder: exit code, stdout, and stderr without the progress bar."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = [line for line in err.replace("\r", "\n").splitlines() if "img" not in line]
+        return code, out, [line for line in lines if line and "warning: the two halves" not in line]
+
+    return call
+
+
+def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16(init_weights=False).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "vgg16.pth")
+    code, out, err = run(
+        "convert", "vgg16", "--weights", "vgg16.pth", "--data", folder, "--output",
+        "bn.safetensors", "--images", 20, *SMALL,
+    )  # fmt: skip
+    assert (code, err) == (0, [])
+    assert "outputs             equal bit for bit, at every site and at the end" in out
+    assert "verified on         16 other pictures" in out
+    assert "features.41       512" in out
+    stock = torchvision.models.vgg16_bn(init_weights=False).eval()
+    state = {}
+    with safe_open(tmp_path / "bn.safetensors", framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    stock.load_state_dict(state, strict=True)
+    x = nets.images(2, 3, 64, 64)
+    assert torch.equal(stock(x), model(x))
+
+
+def test_convert_verify_inspect_and_fold(run, folder, squeezenet, tmp_path):
+    weights = ("--weights", squeezenet, "--data", folder)
+    code, out, err = run("convert", "squeezenet1_1", *weights, "--output", "bn.pth", *SMALL)
+    assert (code, err) == (0, [])
+    assert "classifier.1   Conv2d  output head" in out
+    assert "calibrated on       40 pictures" in out
+    assert "verified on         16 pictures" in out  # there are no others
+
+    out_file = ("--output", "bn.safetensors", "--images", "24", "--seed", "3")
+    code, out, err = run("convert", "squeezenet1_1", *weights, *out_file, *SMALL)
+    assert (code, err) == (0, [])
+
+    code, out, err = run("verify", "bn.safetensors", *weights, *SMALL)
+    assert (code, err) == (0, [])
+    assert out.endswith("equal bit for bit on 16 images, top-1 agreement 100.00%\n")
+
+    code, out, err = run("inspect", "bn.safetensors")
+    assert (code, err) == (0, [])
+    assert "model        squeezenet1_1" in out
+    assert "images       24" in out
+    assert "64/64" in out
+
+    code, out, err = run("fold", "bn.safetensors", "--output", "plain.pth")
+    assert (code, out) == (0, "25 BatchNorms folded, 0 left; written: plain.pth\n")
+    folded = torch.load(tmp_path / "plain.pth", weights_only=True)
+    original = torch.load(squeezenet, weights_only=True)
+    assert list(folded) == list(original)
+    assert all(torch.equal(folded[key], value) for key, value in original.items())
+
+
+def test_the_same_seed_gives_the_same_file_and_another_another(run, folder, squeezenet, tmp_path):
+    arguments = ("convert", "squeezenet1_1", "--weights", squeezenet, "--data", folder, *SMALL)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*arguments, "--output", f"{name}.pth", "--seed", seed, "--images", 8)
+    a, b, c = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["features.0.bn.running_mean"], c["features.0.bn.running_mean"])
+
+
+def test_a_factory_in_a_file_and_pictures_in_an_array(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),"
+        " nn.Linear(3600, 2))\n"
+    )
+    array = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "b.npz", images=array, labels=np.arange(30))
+    for spec, data in (("mine.py:net", "a.npy"), ("mine:net", "b.npz")):
+        code, out, err = run(
+            "convert", spec, "--data", data, "--output", "out.safetensors", "--overwrite", *SMALL
+        )
+        assert (code, err) == (0, []), err
+        assert "written             out.safetensors" in out
+        # The file names the code, and the user has to.
+        assert run("fold", "out.safetensors", "--output", "x.pth")[0] == 2
+        code, out, err = run(
+            "fold", "out.safetensors", "--model", spec, "--output", "x.pth", "--overwrite"
+        )
+        assert code == 0
+
+
+def test_plan_prints_the_table_and_takes_patterns(run):
+    code, out, err = run("plan", "alexnet", "--exclude", "features.0", "--exclude", "features.3")
+    assert (code, err) == (0, [])
+    assert out.endswith("AlexNet: 3 of 5 convolutions get a BatchNorm\n")
+
+
+def test_an_unreadable_picture_is_named_or_left_out(run, squeezenet, tmp_path):
+    folder = pictures(tmp_path / "mixed", 30)
+    (folder / "0" / "bad.jpg").write_bytes(b"no picture")
+    arguments = ("convert", "squeezenet1_1", "--weights", squeezenet, "--data", folder, *SMALL)
+    code, out, err = run(*arguments, "--output", "a.pth")
+    assert code == 2
+    assert len(err) == 1
+    assert "bad.jpg cannot be read" in err[0]
+    assert not (tmp_path / "a.pth").exists()
+    code, out, err = run(*arguments, "--output", "a.pth", "--skip-bad-images")
+    assert code == 0
+    assert err == [f"left out 1 unreadable pictures: {folder / '0' / 'bad.jpg'}"]
+    assert "calibrated on       30 pictures" in out
+
+
+def test_a_picture_that_gives_nan_is_named_with_the_layer(run, folder, squeezenet, tmp_path):
+    state = torch.load(squeezenet, weights_only=True)
+    state["features.3.squeeze.bias"][2] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    code, out, err = run(
+        "convert", "squeezenet1_1", "--weights", "nan.pth", "--data", folder, "--output", "a.pth",
+        *SMALL,
+    )  # fmt: skip
+    assert code == 2
+    assert len(err) == 1
+    assert "output of features.3.squeeze has NaN or Inf for" in err[0]
+    assert ".png" in err[0]
+
+
+def test_lost_parity_exits_1_and_writes_nothing(run, folder, squeezenet, tmp_path, monkeypatch):
+    from retrofit import cli  # noqa: PLC0415
+
+    def broken(prepared, **options):
+        model = retrofit.convert(prepared, **options)
+        model.features[0].bn.bias.data += 1
+        return model
+
+    monkeypatch.setattr(cli, "convert", broken)
+    code, out, err = run(
+        "convert", "squeezenet1_1", "--weights", squeezenet, "--data", folder, "--output", "a.pth",
+        *SMALL,
+    )  # fmt: skip
+    assert code == 1
+    assert err == [
+        "retrofit: the converted model is not equal to the original: nothing was written"
+    ]
+    assert "features.0             no" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_a_changed_file(run, folder, squeezenet, tmp_path):
+    weights = ("--weights", squeezenet, "--data", folder)
+    run("convert", "squeezenet1_1", *weights, "--output", "bn.safetensors", *SMALL)
+    other = torch.load(squeezenet, weights_only=True)
+    other["features.0.bias"][0] += 1e-3
+    torch.save(other, tmp_path / "other.pth")
+    changed = ("--weights", "other.pth", "--data", folder)
+    code, _, err = run("verify", "bn.safetensors", *changed, *SMALL)
+    assert code == 1
+    assert len(err) == 1
+    assert "the models differ" in err[0]
+    assert run("verify", "bn.safetensors", *changed, "--tolerance", "10", *SMALL)[0] == 0
+
+
+GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "out.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "vgg61"}, "no model 'vgg61'; nearest: vgg"),
+        ({"model": "nothing.here:net"}, "nothing.here cannot be imported: ModuleNotFoundError"),
+        ({"model": "nothing.py:net"}, "there is no file nothing.py"),
+        ({"model": "torchvision.models:vgg"}, "has no factory 'vgg'; nearest: vgg"),
+        ({"model": "builtins:dict"}, "builtins:dict returned a dict, not an nn.Module"),
+        ({"model": "alexnet"}, "do not fit AlexNet: keys"),
+        ({"--weights": None}, "squeezenet1_1 without weights is random"),
+        ({"--weights": "IMAGENET1K_V7"}, "no file and no weights of squeezenet1_1; those are"),
+        ({"--weights": "missing.pth"}, "there is no file missing.pth"),
+        ({"--weights": "truncated.pth"}, "truncated.pth cannot be read as a state dict"),
+        ({"--data": "nowhere"}, "there is no folder or file nowhere"),
+        ({"--data": "empty"}, "empty has no pictures in it"),
+        ({"--data": "single"}, "single has 1 picture"),
+        ({"--data": "text.txt"}, "neither a folder of pictures nor a .npy"),
+        ({"--data": "floats.npy"}, "must hold one uint8 array of shape"),
+        ({"--data": "broken.npz"}, "broken.npz cannot be read"),
+        ({"--output": "out.bin"}, "must end in .safetensors"),
+        ({"--output": "missing/out.pth"}, "the folder missing does not exist"),
+        ({"--output": "there.pth"}, "there.pth exists"),
+        ({"--include": "feature.*"}, "'feature.*' matches none of the 26 convolutions"),
+        ({"--exclude": "nope"}, "'nope' matches none"),
+        ({"--include": "classifier.1", "--exclude": "classifier.1"}, "nothing to convert"),
+        ({"--images": "0"}, "0 is not positive"),
+        ({"--images": "many"}, "invalid _positive value"),
+        ({"--batch-size": "-3"}, "-3 is not positive"),
+        ({"--device": "gpu"}, "gpu is no device"),
+        ({"--device": "cuda"}, "device cuda cannot be used here"),
+        ({"--frobnicate": "1"}, "unrecognized arguments"),
+    ],
+)
+def test_a_bad_request_is_one_line_exit_2_and_writes_nothing(
+    run, folder, squeezenet, tmp_path, changes, message
+):
+    if "cuda" in changes.values() and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty").mkdir()
+    pictures(tmp_path / "single", 1)
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "there.pth").write_text("precious")
+    np.save(tmp_path / "floats.npy", np.zeros((3, 4, 4, 3)))
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    (tmp_path / "truncated.pth").write_bytes(squeezenet.read_bytes()[:1000])
+    before = sorted(tmp_path.rglob("*"))
+    options = GOOD | changes
+    known = {"W": squeezenet, "D": folder}
+    pairs = [(k, known.get(v, v)) for k, v in options.items() if v is not None and k != "model"]
+    code, _, err = run("convert", options["model"], *(a for pair in pairs for a in pair), *SMALL)
+    assert code == 2
+    assert len(err) == 1, err
+    assert message in err[0]
+    assert err[0].startswith("retrofit: ")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "there.pth").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_calibration(
+    run, folder, squeezenet, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    code, _, err = run(
+        "convert", "squeezenet1_1", "--weights", squeezenet, "--data", folder, "--output", "a.pth"
+    )
+    assert (code, err) == (2, ["retrofit: cannot write to .: Read-only file system"])
+
+
+def test_a_model_that_cannot_be_traced_names_the_line(run, tmp_path):
+    (tmp_path / "branch.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n"
+        "        if x.sum() > 0:\n            return x\n        return -x\n"
+    )
+    code, _, err = run("plan", "branch.py:Net")
+    assert code == 2
+    assert len(err) == 1
+    assert 'branch.py:4, in forward: "if x.sum() > 0:"' in err[0]
+
+
+def test_an_error_in_the_users_code_is_one_line_and_exit_1(run, tmp_path, folder):
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\n"
+        "def net():\n    return nn.Sequential(nn.Conv2d(7, 4, 3), nn.ReLU())\n"
+    )
+    arguments = ("convert", "odd.py:net", "--data", folder, "--output", "a.pth", *SMALL)
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert len(err) == 1
+    assert "RuntimeError" in err[0]
+    with pytest.raises(RuntimeError):
+        main(["--debug", *map(str, arguments)])
+    assert not (tmp_path / "a.pth").exists()
+
+
+def test_as_a_program_with_workers_and_as_a_script(folder, squeezenet, tmp_path):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "convert.py"
+    options = [
+        "squeezenet1_1", "--weights", squeezenet, "--data", folder, "--images", "8", "--resize",
+        "40", "--crop", "32", "--workers", "2",
+    ]  # fmt: skip
+    for number, program in enumerate((["-m", "retrofit", "convert"], [str(script)])):
+        output = tmp_path / f"{number}.safetensors"
+        command = [sys.executable, *program, *map(str, options), "--output", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        with safe_open(output, framework="pt") as file:
+            assert json.loads(file.metadata()["retrofit"])["images"] == 8

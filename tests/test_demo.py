@@ -1,0 +1,47 @@
+"""The demo that comes with the package."""
+
+import re
+import tarfile
+
+import torch
+import torchvision
+from safetensors import safe_open
+
+from retrofit import demo
+from retrofit.cli import main
+
+
+def test_the_demo_shows_what_it_claims(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    out, _ = capsys.readouterr()
+    plain, retrofitted, folded, batchwise, uncalibrated = (
+        float(number) for number in re.findall(r"([\d.]+)%\n", out)[:5]
+    )
+    assert plain == retrofitted == folded > 80
+    assert plain - 3 < batchwise
+    assert uncalibrated < batchwise - 5
+    assert "equal bit for bit on 2,000 pictures, at 8 sites and the output" in out
+    assert "the same top-1 on 100.00%" in out
+    written = tmp_path / "demo" / "vgg-cifar10-bn.safetensors"
+    with safe_open(written, framework="pt") as file:
+        assert len(list(file.keys())) == 8 * 7 + 2
+
+
+def test_the_network_is_torchvisions_vgg_without_batchnorm():
+    model = demo.trained_vgg()
+    assert type(model) is torchvision.models.VGG
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    assert not model.training
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_what_the_package_carries_is_small_and_says_how_good_it_is():
+    assert demo.WEIGHTS.stat().st_size < 3_000_000
+    assert demo.PICTURES.stat().st_size < 1_000_000
+    with safe_open(demo.WEIGHTS, framework="pt") as file:
+        assert float(file.metadata()["test_accuracy"]) >= 0.85
+    with tarfile.open(demo.PICTURES) as tar:
+        names = tar.getnames()
+    assert sum(name.startswith("test/") for name in names) == 2000
+    assert sum(name.startswith("calibration/") for name in names) == 1024

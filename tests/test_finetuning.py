@@ -1,0 +1,113 @@
+"""Frozen statistics and parameter groups."""
+
+import copy
+import io
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+import retrofit
+
+
+def converted():
+    return retrofit.add_batchnorm(
+        nets.build(nets.Residual), [nets.images(16, 3, 16, 16)], progress=False
+    )
+
+
+def statistics(model):
+    return {
+        name: value.clone()
+        for name, value in model.named_buffers()
+        if "running" in name or "tracked" in name
+    }
+
+
+def assert_frozen(model, *, frozen):
+    before = statistics(model)
+    model(nets.images(4, 3, 16, 16, seed=9))
+    same = [torch.equal(before[name], value) for name, value in statistics(model).items()]
+    assert all(same) if frozen else not any(same)
+
+
+def test_frozen_statistics_stay_through_a_parents_train():
+    model = converted()
+    parent = nn.Sequential(model, nn.Dropout())
+    retrofit.freeze_statistics(model)
+    parent.train()
+    assert model.training
+    assert_frozen(model, frozen=True)
+    parent.eval().train()
+    assert_frozen(model, frozen=True)
+    model(nets.images(4, 3, 16, 16)).sum().backward()
+    assert model.stem.bn.weight.grad is not None
+
+
+def test_in_train_mode_a_frozen_network_computes_what_the_original_does():
+    model = converted().train()
+    retrofit.freeze_statistics(model)
+    x = nets.images(4, 3, 16, 16, seed=9)
+    assert torch.equal(model(x), nets.build(nets.Residual)(x))
+
+
+def test_unfreezing_follows_the_mode_of_the_model_again():
+    model = converted()
+    retrofit.freeze_statistics(model)
+    model.train()
+    retrofit.unfreeze_statistics(model)
+    assert_frozen(model, frozen=False)
+    model.eval()
+    assert_frozen(model, frozen=True)
+    assert "train" not in vars(model.stem.bn)
+
+
+def test_copies_and_pickles_stay_frozen_on_their_own():
+    model = converted()
+    retrofit.freeze_statistics(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        other.train()
+        assert_frozen(other, frozen=True)
+        retrofit.unfreeze_statistics(other)
+        assert_frozen(other, frozen=False)
+    model.train()
+    assert_frozen(model, frozen=True)
+
+
+def test_param_groups_keep_decay_from_batchnorm_and_biases():
+    model = converted()
+    model.head.weight.requires_grad_(False)
+    decayed, free = retrofit.param_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    assert [names[id(p)] for p in decayed["params"]] == [
+        "stem.conv.weight",
+        "body.0.conv.weight",
+        "body.2.conv.weight",
+    ]
+    assert len(free["params"]) == 3 + 6 + 1
+    optimizer = torch.optim.SGD(retrofit.param_groups(model, 0.1), lr=0.1)
+    gamma = model.stem.bn.weight.clone()
+    (model(nets.images(2, 3, 16, 16)).sum() * 0).backward()
+    optimizer.step()
+    assert torch.equal(model.stem.bn.weight, gamma)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_training_step_lowers_the_loss(batch):
+    model = converted().train()
+    x, y = nets.images(batch, 3, 16, 16), torch.arange(batch) % 5
+    optimizer = torch.optim.SGD(retrofit.param_groups(model, 5e-4), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

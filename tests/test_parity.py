@@ -1,0 +1,162 @@
+"""What verify and drift report, against figures computed by hand."""
+
+import copy
+import math
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+
+X = nets.images(40, 3, 16, 16)
+
+
+def pair(net=nets.Residual):
+    model = nets.build(net)
+    return model, retrofit.add_batchnorm(model, X.split(10), progress=False)
+
+
+def test_the_printed_report_of_an_exact_conversion():
+    model, converted = pair()
+    report = retrofit.verify(model, converted, X.split(10))
+    assert report.exact
+    assert report.passed()
+    assert report.top1 == 1.0
+    assert str(report) == (
+        "tensor  exact  max abs  relative\n"
+        "------  -----  -------  --------\n"
+        "stem    yes          0         0\n"
+        "body.0  yes          0         0\n"
+        "body.2  yes          0         0\n"
+        "output  yes          0         0\n"
+        "equal bit for bit on 40 images, top-1 agreement 100.00%"
+    )
+
+
+def test_a_difference_is_found_where_it_is_and_measured():
+    model, converted = pair()
+    with torch.no_grad():
+        converted.body[2].bn.bias[3] += 0.5
+    report = retrofit.verify(model, converted, X.split(16))
+    by_name = {d.name: d for d in (*report.sites, *report.outputs)}
+    assert by_name["stem"].exact
+    assert by_name["body.0"].exact
+    with torch.no_grad():
+        stem = F.relu(model.stem(X))
+        site = model.body(stem)
+        error = (converted(X) - model(X)).abs().max()
+    assert by_name["body.2"].max_abs == pytest.approx(0.5, abs=1e-6)
+    assert by_name["body.2"].relative == pytest.approx(
+        0.5 / float(site.square().mean().sqrt()), rel=1e-5
+    )
+    assert by_name["output"].max_abs == pytest.approx(float(error), rel=1e-5)
+    assert not report.exact
+    assert not report.passed(1e-3)
+    assert report.passed(100)
+    assert "NOT equal" in str(report)
+
+
+def test_equal_nans_are_equal_and_lone_ones_are_not():
+    class Log(nn.Module):
+        def forward(self, x):
+            return torch.log(x)
+
+    class LogOfAbs(nn.Module):
+        def forward(self, x):
+            return torch.log(x.abs())
+
+    assert retrofit.verify(Log(), Log(), [X]).exact
+    report = retrofit.verify(Log(), LogOfAbs(), [X])
+    assert not report.exact
+    assert report.outputs[0].max_abs == math.inf
+
+
+def test_the_sign_of_zero_does_not_count():
+    class Zero(nn.Module):
+        def forward(self, x):
+            return x * 0.0
+
+    class Negative(nn.Module):
+        def forward(self, x):
+            return -(x * 0.0)
+
+    assert retrofit.verify(Zero(), Negative(), [X]).exact
+
+
+def test_structured_outputs_are_compared_leaf_by_leaf():
+    class Many(nn.Module):
+        def forward(self, x):
+            return {"out": x, "aux": [x * 2, (x + 1, "text")]}
+
+    report = retrofit.verify(Many(), Many(), [X])
+    assert [d.name for d in report.outputs] == [
+        "output['out']",
+        "output['aux'][0]",
+        "output['aux'][1][0]",
+    ]
+
+
+def test_verify_leaves_both_models_as_they_were():
+    model, converted = pair()
+    model.train()
+    converted.train()
+    before = copy.deepcopy(converted.state_dict())
+    assert retrofit.verify(model, converted, [X]).exact
+    assert model.training
+    assert converted.training
+    assert not any(m._forward_hooks for m in (*model.modules(), *converted.modules()))
+    assert all(torch.equal(before[k], v) for k, v in converted.state_dict().items())
+
+
+def test_models_that_cannot_be_compared_are_named():
+    model, converted = pair()
+    with pytest.raises(RetrofitError, match="no data"):
+        retrofit.verify(model, converted, [])
+    wider = copy.deepcopy(model)
+    wider.head = nn.Linear(8, 6)
+    with pytest.raises(RetrofitError, match=r"output has shape \(40, 5\) in the original and"):
+        retrofit.verify(model, wider, [X])
+    with pytest.raises(RetrofitError, match="data is one tensor"):
+        retrofit.verify(model, converted, X)
+
+
+def test_drift_is_what_train_mode_changes_batch_by_batch():
+    model, converted = pair()
+    report = retrofit.drift(model, converted, X.split(7), batch_sizes=(4, 16, 64))
+    assert [(r.batch_size, r.images) for r in report.rows] == [(4, 40), (16, 32)]
+    assert report.left_out == (64,)
+    trained = copy.deepcopy(converted).train()
+    with torch.no_grad():
+        expected = model(X)
+        actual = torch.cat([trained(x) for x in X.split(4)])
+    error = (actual - expected).double().square().mean().sqrt() / expected.double().std(
+        correction=0
+    )
+    agreement = (actual.argmax(1) == expected.argmax(1)).float().mean()
+    assert report.rows[0].error == pytest.approx(float(error), rel=1e-4)
+    assert report.rows[0].top1 == pytest.approx(float(agreement))
+    assert report.rows[0].error > report.rows[1].error > 0
+    assert "too few images for batches of 64" in str(report)
+
+
+def test_drift_leaves_dropout_off_and_everything_as_it_was():
+    class Dropping(nn.Sequential):
+        pass
+
+    model = Dropping(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.9), nn.Flatten()).eval()
+    converted = retrofit.add_batchnorm(model, [X], include="0", progress=False)
+    before = copy.deepcopy(converted.state_dict())
+    whole = retrofit.drift(model, converted, [X], batch_sizes=(40,))
+    assert whole.rows[0].error < 1e-3  # the calibration batch itself
+    assert not any(m.training for m in converted.modules())
+    assert all(torch.equal(before[k], v) for k, v in converted.state_dict().items())
+
+
+def test_drift_without_enough_images_is_refused():
+    model, converted = pair()
+    with pytest.raises(RetrofitError, match="40 images are too few"):
+        retrofit.drift(model, converted, [X], batch_sizes=(64,))
