@@ -21,8 +21,8 @@ from retrofit.record import required_record
 from retrofit.sites import Plan
 from retrofit.tables import table
 
-# Halves of a well-mixed sample of 64 images or more differ by less for 99 of 100 channels; those
-# of a folder sorted by class by more.
+# On the demo's network the halves of well-mixed samples of 256 pictures and more differ by less than
+# 0.2, those of samples sorted by class by 0.6 to 1.4.
 DISAGREEMENT = 0.3
 
 

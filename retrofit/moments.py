@@ -17,9 +17,9 @@ from typing_extensions import Self
 
 from retrofit.errors import NonFiniteError, RetrofitError
 
-# Rows of a channels_last activation reduced at once. Longer stretches lose digits in float32,
-# shorter ones cost calls.
-STRETCH = 4096
+# Elements of a channel reduced in float32 at once: by a kernel that adds up naively, and by
+# torch.sum. The rounding errors of many such stretches then average out in float64.
+NAIVE, PAIRWISE = 4096, 32
 # Elements of a channels-first activation whose deviations are held at once: they fit a cache.
 CACHED = 1 << 19
 
@@ -69,18 +69,30 @@ def batch_moments(x: Tensor) -> Moments:
 
 def _moments_of_rows(x: Tensor) -> Moments:
     """Moments of (R, C), channels adjacent in memory."""
-    stretches = x.split(STRETCH)
-    # The kernel adds up its mean naively: good enough to measure deviations from, not to report.
-    if x.device.type in ("cpu", "cuda"):
-        stats = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in stretches]
-    else:  # no such kernel
-        stats = [torch.var_mean(part, 0, correction=0)[::-1] for part in stretches]
-    centre = torch.stack([mean for mean, _ in stats]).double()
-    counts = torch.tensor([float(len(part)) for part in stretches], dtype=torch.float64)
-    var = torch.stack([var for _, var in stats]).double()
-    merged = merge(counts, centre, var * counts.to(var.device).unsqueeze(1))
-    sums = torch.stack([part.sum(0) for part in stretches]).double()
-    return replace(merged, mean=sums.sum(0) / len(x))
+    counts, centres, M2s = [], [], []
+    for part in _folded(x, NAIVE):
+        if x.device.type in ("cpu", "cuda"):
+            mean, var = torch.batch_norm_update_stats(part, None, None, 0.0)
+        else:  # no such kernel
+            var, mean = torch.var_mean(part, 0, correction=0)
+        centres.append(mean.double().view(-1, x.shape[1]))
+        M2s.append(var.double().view(-1, x.shape[1]) * len(part))
+        counts.append(torch.full((len(centres[-1]),), float(len(part)), dtype=torch.float64))
+    merged = merge(torch.cat(counts), torch.cat(centres), torch.cat(M2s))
+    # Those centres are good enough to measure deviations from, but not to report.
+    sums = [part.sum(0).double().view(-1, x.shape[1]).sum(0) for part in _folded(x, PAIRWISE)]
+    return replace(merged, mean=torch.stack(sums).sum(0) / len(x))
+
+
+def _folded(x: Tensor, length: int) -> list[Tensor]:
+    """(R, C) as (R / k, k * C) with R / k at least `length`, and the rows that are left over.
+
+    So one call reduces k stretches of each channel at once. No copy is made.
+    """
+    rows, channels = x.shape
+    k = max(1, rows // length)
+    parts = (x[: rows // k * k].view(-1, k * channels), x[rows // k * k :])
+    return [part for part in parts if len(part)]
 
 
 def _moments_of_planes(x: Tensor) -> Moments:

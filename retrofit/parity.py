@@ -252,12 +252,15 @@ class _Comparison:
             )
         actual = actual.to(expected.device)
         self.count += expected.numel()
-        wide = expected.double()
+        wide = expected if expected.dtype == torch.float64 else expected.float()
         self.sum += float(wide.sum())
-        self.squares += float(wide.square().sum())
+        self.squares += float(torch.linalg.vector_norm(wide)) ** 2
+        if torch.equal(expected, actual):
+            return
         equal = (expected == actual) | (expected.isnan() & actual.isnan())
         if not bool(equal.all()):
-            error = (wide - actual.double()).masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
+            error = expected.double() - actual.double()
+            error = error.masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
             self.exact = False
             self.max_abs = max(self.max_abs, float(error.max()))
             self.squared_errors += float(error.square().sum())
