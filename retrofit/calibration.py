@@ -17,12 +17,12 @@ from retrofit.batches import ForwardFn, first_tensor, home, input_of, refuse_sin
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.modes import evaluating
 from retrofit.moments import MomentObserver
+from retrofit.plans import Plan
 from retrofit.record import required_record
-from retrofit.sites import Plan
 from retrofit.tables import table
 
-# On the demo's network the halves of well-mixed samples of 256 pictures and more differ by less than
-# 0.2, those of samples sorted by class by 0.6 to 1.4.
+# On the demo's network the halves of well-mixed samples of 256 pictures and more differ by less
+# than 0.2, those of samples sorted by class by 0.6 to 1.4.
 DISAGREEMENT = 0.3
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from retrofit.conversion import insert
 from retrofit.errors import RetrofitError
 from retrofit.parity import ParityReport
+from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
-from retrofit.sites import Plan
 from retrofit.version import __version__
 from retrofit.zoo import torchvision_model
 

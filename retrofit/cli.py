@@ -25,7 +25,8 @@ from retrofit.folding import fold
 from retrofit.identity import scale_and_shift
 from retrofit.images import PictureBatches, Pictures, open_pictures, preprocessing, shuffled
 from retrofit.parity import ParityReport, verify
-from retrofit.sites import Plan, plan
+from retrofit.plans import Plan
+from retrofit.sites import plan
 from retrofit.tables import table
 from retrofit.version import __version__
 from retrofit.zoo import build, pretrained

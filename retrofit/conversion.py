@@ -20,9 +20,10 @@ from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
 from retrofit.layers import batchnorm_class
 from retrofit.moments import MomentObserver
+from retrofit.plans import Plan, Site
 from retrofit.record import Record, attach, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace
-from retrofit.sites import Patterns, Plan, Site
+from retrofit.sites import Patterns
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,9 +14,9 @@ from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
 from retrofit.layers import dims, is_conv, is_transposed
+from retrofit.plans import Plan
 from retrofit.record import attach, record_of
 from retrofit.rewrite import find_site, replace, take_out
-from retrofit.sites import Plan
 from retrofit.trace import Call, trace
 
 M = TypeVar("M", bound=nn.Module)

@@ -15,9 +15,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run
 from retrofit.errors import RetrofitError
 from retrofit.modes import batch_statistics, evaluating
+from retrofit.plans import Site
 from retrofit.record import record_of
 from retrofit.rewrite import find_site
-from retrofit.sites import Site
 from retrofit.tables import table
 
 

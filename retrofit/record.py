@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.sites import Plan
+from retrofit.plans import Plan
 
 _ATTRIBUTE = "_retrofit"
 

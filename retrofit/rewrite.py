@@ -11,7 +11,7 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.layers import is_conv
-from retrofit.sites import Plan, Site
+from retrofit.plans import Plan, Site
 
 
 def put_after_sites(
@@ -30,7 +30,12 @@ def put_after_sites(
                 f"{site.kind} with {site.channels} output channels; plan this model anew"
             )
         convs[conv] = make(site, conv)
-    growing = {model.get_submodule(path) for path in plan.renumbered}
+    growing = {_find(model, path) for path in plan.renumbered}
+    if not all(isinstance(module, nn.Sequential) for module in growing):
+        raise RetrofitError(
+            f"the plan does not fit this {type(model).__name__}: not all of "
+            f"{', '.join(plan.renumbered)} are nn.Sequentials; plan this model anew"
+        )
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         if parent in growing:

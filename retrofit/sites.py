@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torchvision.models import VGG
 
+from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.layers import (
     ACTIVATIONS,
@@ -25,87 +25,12 @@ from retrofit.layers import (
     is_norm,
     is_weighted,
 )
-from retrofit.tables import table
+from retrofit.layout import Layout
+from retrofit.plans import Plan, Site
+from retrofit.rewrite import put_after_sites
 from retrofit.trace import Call, Trace, trace
 
 Patterns = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class Site:
-    """One convolution and what happens to it.
-
-    Attributes:
-        path: its module path in the original model; for a function, that of the calling module
-            followed by the function's name.
-        kind: class or function name.
-        channels: output channels, 0 where unknown (a function).
-        dims: spatial axes.
-        calls: calls in one forward pass.
-        decision: "insert" or "skip".
-        reason: why, in a few words.
-        conv, norm: module paths of the convolution and its BatchNorm in the converted model;
-            empty for a site that is skipped.
-    """
-
-    path: str
-    kind: str
-    channels: int
-    dims: int
-    calls: int
-    decision: Literal["insert", "skip"]
-    reason: str
-    conv: str = ""
-    norm: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every convolution of a model in the order of execution, and what happens to each.
-
-    Attributes:
-        model: class name of the planned model.
-        sites: all convolutions, those never called last.
-        renumbered: paths of the Sequentials whose children move up to make room; at every other
-            place a convolution becomes `nn.Sequential(conv=..., bn=...)`.
-        last: path of the inserted site that is called last, None if nothing is inserted.
-        key_map: keys of the original state dict to keys of the converted one.
-    """
-
-    model: str
-    sites: tuple[Site, ...]
-    renumbered: tuple[str, ...]
-    last: str | None
-    key_map: dict[str, str]
-
-    @property
-    def inserted(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.decision == "insert")
-
-    def __str__(self) -> str:
-        rows = [
-            (s.path, s.kind, str(s.channels or ""), s.decision, s.norm or "", s.reason)
-            for s in self.sites
-        ]
-        head = ("layer", "type", "channels", "decision", "BatchNorm", "reason")
-        summary = f"{len(self.inserted)} of {len(self.sites)} convolutions get a BatchNorm"
-        if not rows:
-            return f"{self.model} has no convolutions"
-        return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote; RetrofitError for anything else."""
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            sites = tuple(Site(**site) for site in raw.pop("sites"))
-            renumbered = tuple(raw.pop("renumbered"))
-            return cls(sites=sites, renumbered=renumbered, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RetrofitError(f"this is not a plan: {error}") from error
 
 
 def plan(
@@ -119,7 +44,7 @@ def plan(
 
     The model is traced with torch.fx in eval mode, without data, and not changed. By default
     every convolution gets one but those that a norm already follows, the output head, and those
-    that the model's own code reads (`self.conv.weight`).
+    that the model's own code reads (`self.conv.weight`) or calls past its module tree.
 
     Args:
         model: any module that torch.fx can trace; its convolutions are modules.
@@ -137,122 +62,147 @@ def plan(
     Raises:
         RetrofitError: torch.fx cannot trace the model (the message has the line that stopped
             it); a pattern matches no convolution; lazy modules are not initialised; a Sequential
-            cannot be renumbered since code other than its own forward calls its children.
+            cannot be renumbered since code other than its own forward calls its children; the
+            model's code does something else once there are more layers.
 
     Example:
         >>> print(retrofit.plan(torchvision.models.alexnet()))
     """
     _refuse_lazy(model)
     traced = trace(model)
-    sites = _decide(model, traced, _patterns(include), _patterns(exclude))
-    inserted = {site.path for site in sites if site.decision == "insert"}
+    sites = _Rules(model, traced, _patterns(include), _patterns(exclude)).sites()
     renumbered = _renumbered(model, traced, renumber)
-    layout = _Layout(model, inserted, renumbered)
-    sites = [
-        replace(site, conv=layout.new_path(site.path), norm=layout.norm_path(site.path))
-        if site.path in inserted
-        else site
-        for site in sites
-    ]
+    while True:
+        drawn = _drawn(model, traced, sites, renumbered)
+        missed = _missed(model, traced, drawn)
+        if not missed:
+            return drawn
+        sites = [
+            replace(
+                site,
+                decision="skip",
+                reason="the model's own code calls it past its module tree, from a list say",
+            )
+            if site.path in missed
+            else site
+            for site in sites
+        ]
+
+
+def _drawn(
+    model: nn.Module, traced: Trace, sites: Sequence[Site], renumbered: tuple[str, ...]
+) -> Plan:
+    """The plan for decided sites: with the places in the converted model."""
+    inserted = {site.path for site in sites if site.decision == "insert"}
+    layout = Layout(model, inserted, renumbered)
     order = [call.path for call in traced.calls if call.module is not None]
     return Plan(
         model=type(model).__name__,
-        sites=tuple(sites),
+        sites=tuple(
+            replace(site, conv=layout.new_path(site.path), norm=layout.norm_path(site.path))
+            if site.path in inserted
+            else site
+            for site in sites
+        ),
         renumbered=renumbered,
         last=next((path for path in reversed(order) if path in inserted), None),
         key_map={key: layout.new_key(key) for key in model.state_dict(keep_vars=True)},
     )
 
 
+def _missed(model: nn.Module, traced: Trace, drawn: Plan) -> set[str]:
+    """Sites whose BatchNorm the model would not call: tried out with nn.Identity in their place."""
+    if not drawn.inserted:
+        return set()
+    trial = shared_copy(model)
+    put_after_sites(trial, drawn, lambda _site, _conv: nn.Identity())
+    norms = {site.norm for site in drawn.inserted}
+    calls = trace(trial).calls
+    if [c.name for c in calls if c.path not in norms] != [c.name for c in traced.calls]:
+        raise RetrofitError(
+            f"the code of {type(model).__name__} does something else once layers are inserted "
+            "(it may ask for their type or number): exclude those layers, or pass renumber=()"
+        )
+    called = Counter(call.path for call in calls)
+    return {site.path for site in drawn.inserted if called[site.norm] != site.calls}
+
+
 # --- decisions ---------------------------------------------------------------------------------
 
 
-def _decide(
-    model: nn.Module, traced: Trace, include: tuple[str, ...], exclude: tuple[str, ...]
-) -> list[Site]:
-    convs = {path: module for path, module in model.named_modules() if is_conv(module)}
-    calls: dict[str, list[Call]] = {}
-    for call in traced.calls:
-        if call.path in convs and call.module is not None:
-            calls.setdefault(call.path, []).append(call)
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(path, pattern) for path in convs):
-            raise RetrofitError(
-                f"the pattern {pattern!r} matches none of the {len(convs)} convolutions of "
-                f"{type(model).__name__}: patterns are globs over module paths, such as "
-                f"{next(iter(convs), 'features.*')!r}"
-            )
+@dataclass(frozen=True)
+class _Rules:
+    """Decides for each convolution of a traced model."""
 
-    sites: list[Site] = []
-    for call in traced.calls:
-        if call.module is None and call.name in CONVOLUTIONS:
-            path = f"{call.path}.{call.name}".lstrip(".")
-            reason = "a function: there is no module to put a BatchNorm after"
-            sites.append(Site(path, call.name, 0, int(call.name[-2]), 1, "skip", reason))
-        elif call.path in calls and call is calls[call.path][0]:
-            sites.append(_site(model, call.path, calls[call.path], traced, include, exclude))
-    sites.extend(
-        _site(model, path, [], traced, include, exclude) for path in convs if path not in calls
-    )
-    return sites
+    model: nn.Module
+    traced: Trace
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
+    def sites(self) -> list[Site]:
+        """All convolutions in the order of execution, those never called last."""
+        convs = [path for path, module in self.model.named_modules() if is_conv(module)]
+        self._refuse_idle_patterns(convs)
+        calls: dict[str, list[Call]] = {}
+        for call in self.traced.calls:
+            if call.module is not None and call.path in convs:
+                calls.setdefault(call.path, []).append(call)
+        found: list[Site] = []
+        for call in self.traced.calls:
+            if call.module is None and call.name in CONVOLUTIONS:
+                path = f"{call.path}.{call.name}".lstrip(".")
+                reason = "a function: there is no module to put a BatchNorm after"
+                found.append(Site(path, call.name, 0, int(call.name[-2]), 1, "skip", reason))
+            elif call.path in calls and call is calls[call.path][0]:
+                found.append(self._site(call.path, calls[call.path]))
+        found.extend(self._site(path, []) for path in convs if path not in calls)
+        return found
 
-def _site(
-    model: nn.Module,
-    path: str,
-    calls: list[Call],
-    traced: Trace,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> Site:
-    conv = model.get_submodule(path)
-    skip = _reason_to_skip(conv, path, calls, traced, include, exclude)
-    reason = skip or "no norm follows"
-    if not skip and len(calls) > 1:
-        reason = f"called {len(calls)} times: one BatchNorm, moments pooled"
-    return Site(
-        path=path,
-        kind=type(conv).__name__,
-        channels=int(conv.out_channels),  # type: ignore[arg-type]
-        dims=dims(conv),
-        calls=len(calls),
-        decision="skip" if skip else "insert",
-        reason=reason,
-    )
+    def _site(self, path: str, calls: list[Call]) -> Site:
+        conv = self.model.get_submodule(path)
+        skip = self._reason_to_skip(conv, path, calls)
+        pooled = f"called {len(calls)} times: one BatchNorm, moments pooled"
+        return Site(
+            path=path,
+            kind=type(conv).__name__,
+            channels=int(conv.out_channels),  # type: ignore[arg-type]
+            dims=dims(conv),
+            calls=len(calls),
+            decision="skip" if skip else "insert",
+            reason=skip or (pooled if len(calls) > 1 else "no norm follows"),
+        )
 
+    def _reason_to_skip(self, conv: nn.Module, path: str, calls: list[Call]) -> str | None:
+        included = any(fnmatchcase(path, pattern) for pattern in self.include)
+        opaque = next((o for o in self.traced.opaque if f"{path}.".startswith(f"{o}.")), None)
+        if excluded := next((p for p in self.exclude if fnmatchcase(path, p)), None):
+            return f"excluded by {excluded!r}"
+        if self.include and not included:
+            return "not among those included"
+        if opaque is not None:
+            return f"inside {opaque}, which torch.fx cannot trace ({self.traced.opaque[opaque]})"
+        if not path:
+            return "the model itself is this layer: wrap it in nn.Sequential"
+        if not calls:
+            return "not called in eval mode"
+        if conv.weight.dtype.is_complex:  # type: ignore[union-attr]
+            return "complex weights"
+        if read := sorted(self.traced.reads.get(path, ())):
+            return f"the model's own code reads its {', '.join(f'.{name}' for name in read)}"
+        if norm := next((n for call in calls if (n := _norm_after(call))), None):
+            return f"already normalised by {norm}"
+        if not included and any(_is_head(call) for call in calls):
+            return "output head"
+        return None
 
-def _reason_to_skip(
-    conv: nn.Module,
-    path: str,
-    calls: list[Call],
-    traced: Trace,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> str | None:
-    excluded = next((pattern for pattern in exclude if fnmatchcase(path, pattern)), None)
-    included = next((pattern for pattern in include if fnmatchcase(path, pattern)), None)
-    opaque = next((o for o in traced.opaque if f"{path}.".startswith(f"{o}.")), None)
-    if excluded:
-        return f"excluded by {excluded!r}"
-    if include and not included:
-        return "not among those included"
-    if opaque is not None:
-        return f"inside {opaque}, which torch.fx cannot trace ({traced.opaque[opaque]})"
-    if not path:
-        return "the model itself is this layer: wrap it in nn.Sequential"
-    if not calls:
-        return "not called in eval mode"
-    if conv.weight.dtype.is_complex:  # type: ignore[union-attr]
-        return "complex weights"
-    if path in traced.reads:
-        read = ", ".join(f".{name}" for name in sorted(traced.reads[path]))
-        return f"the model's own code reads its {read}"
-    norm = next((n for call in calls if (n := _norm_after(call))), None)
-    if norm:
-        return f"already normalised by {norm}"
-    if not included and any(_is_head(call) for call in calls):
-        return "output head"
-    return None
+    def _refuse_idle_patterns(self, convs: list[str]) -> None:
+        for pattern in (*self.include, *self.exclude):
+            if not any(fnmatchcase(path, pattern) for path in convs):
+                raise RetrofitError(
+                    f"the pattern {pattern!r} matches none of the {len(convs)} convolutions of "
+                    f"{type(self.model).__name__}: patterns are globs over module paths, such as "
+                    f"{next(iter(convs), 'features.*')!r}"
+                )
 
 
 def _norm_after(call: Call) -> str | None:
@@ -305,46 +255,6 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 def _patterns(given: Patterns) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-# --- layout ------------------------------------------------------------------------------------
-
-
-class _Layout:
-    """Module paths and state dict keys of the original model to those of the converted one."""
-
-    def __init__(self, model: nn.Module, inserted: set[str], renumbered: tuple[str, ...]) -> None:
-        every = list(model.named_modules(remove_duplicate=False))
-        convs = {id(model.get_submodule(path)) for path in inserted}
-        growing = {id(model.get_submodule(path)) for path in renumbered}
-        self.sites = {path for path, module in every if id(module) in convs}
-        # For each path of a renumbered Sequential: old names of its children to new ones.
-        self.moves: dict[str, dict[str, str]] = {}
-        for path, module in every:
-            if id(module) in growing:
-                shift, self.moves[path] = 0, {}
-                for name, child in module._modules.items():
-                    self.moves[path][name] = str(int(name) + shift)
-                    shift += id(child) in convs
-
-    def new_path(self, old: str) -> str:
-        new, parent = [], ""
-        for name in old.split("."):
-            path = f"{parent}.{name}" if parent else name
-            new.append(self.moves.get(parent, {}).get(name, name))
-            if path in self.sites and parent not in self.moves:
-                new.append("conv")
-            parent = path
-        return ".".join(new)
-
-    def norm_path(self, site: str) -> str:
-        parent, _, name = self.new_path(site).rpartition(".")
-        own = str(int(name) + 1) if site.rpartition(".")[0] in self.moves else "bn"
-        return f"{parent}.{own}".lstrip(".")
-
-    def new_key(self, key: str) -> str:
-        module, _, tensor = key.rpartition(".")
-        return f"{self.new_path(module)}.{tensor}".lstrip(".")
 
 
 def _renumbered(model: nn.Module, traced: Trace, renumber: Patterns) -> tuple[str, ...]:

@@ -27,7 +27,6 @@ import torchvision
 from torch import Tensor, nn
 
 import retrofit
-from retrofit.sites import Site
 from retrofit.zoo import build
 
 Pass = Callable[[], None]
@@ -60,7 +59,9 @@ def ours(model: nn.Module, images: list[Tensor]) -> Pass:
 def void(_: object) -> None: ...
 
 
-def hooked(model: nn.Module, images: list[Tensor], observe: Callable[[Site, Tensor], None]) -> Pass:
+def hooked(
+    model: nn.Module, images: list[Tensor], observe: Callable[[retrofit.Site, Tensor], None]
+) -> Pass:
     """A pass with a forward hook on every convolution."""
     sites = retrofit.plan(model).inserted
 
@@ -68,7 +69,7 @@ def hooked(model: nn.Module, images: list[Tensor], observe: Callable[[Site, Tens
         with ExitStack() as stack:
             for site in sites:
 
-                def hook(_m: nn.Module, _i: Any, y: Tensor, site: Site = site) -> None:
+                def hook(_m: nn.Module, _i: Any, y: Tensor, site: retrofit.Site = site) -> None:
                     observe(site, y)
 
                 conv = model.get_submodule(site.path)
@@ -81,7 +82,7 @@ def hooked(model: nn.Module, images: list[Tensor], observe: Callable[[Site, Tens
 def var_mean_hooks(model: nn.Module, images: list[Tensor]) -> Pass:
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def observe(site: Site, y: Tensor) -> None:
+    def observe(site: retrofit.Site, y: Tensor) -> None:
         seen.setdefault(site.path, []).append(torch.var_mean(y, (0, 2, 3)))
 
     return hooked(model, images, observe)
@@ -91,7 +92,7 @@ def repvgg_style(model: nn.Module, images: list[Tensor]) -> Pass:
     """As RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
     running: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def observe(site: Site, y: Tensor) -> None:
+    def observe(site: retrofit.Site, y: Tensor) -> None:
         mean = y.mean((0, 2, 3))
         var = (y - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
         old_mean, old_var = running.get(site.path, (mean, var))

@@ -73,12 +73,12 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     stock = torchvision.models.get_model(f"{name}_bn", weights=None, init_weights=False).eval()
     stock.load_state_dict(converted.state_dict(), strict=True)
 
-    for shape in ((1, 3, 224, 224), (5, 3, 199, 211)):
-        x = nets.images(*shape, seed=2)
-        assert_equal_outputs(stock, model, x)
-        assert_equal_outputs(converted, model, x)
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        assert_equal_outputs(stock, model, channels_last)
+    for batch in (1, 5):
+        for size in ((224, 224), (197, 211)):
+            x = nets.images(batch, 3, *size, seed=2)
+            assert_equal_outputs(stock, model, x)
+            assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
+    assert_equal_outputs(converted, model, x)
     assert_same_state(retrofit.fold(converted), model)
 
 

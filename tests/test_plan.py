@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import retrofit
-from retrofit import Plan, RetrofitError
+from retrofit import Plan, RetrofitError, Site
 
 
 def decisions(model, **options):
@@ -232,6 +232,42 @@ def test_a_subclass_of_vgg_that_indexes_its_features_is_not_renumbered():
     ]
 
 
+def test_a_convolution_called_through_a_list_is_left_alone():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.layers = [self.second]
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            for layer in self.layers:
+                x = F.relu(layer(x))
+            return x
+
+    assert decisions(Listed()) == {
+        "first": ("insert", "no norm follows"),
+        "second": (
+            "skip",
+            "the model's own code calls it past its module tree, from a list say",
+        ),
+    }
+
+
+def test_a_model_whose_code_asks_for_the_type_of_its_layers_is_refused():
+    class Asking(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d):
+                    x = F.relu(x)
+            return x
+
+    model = Asking(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.raises(RetrofitError, match="code of Asking does something else once layers"):
+        retrofit.plan(model)
+
+
 def test_a_submodule_that_cannot_be_traced_is_left_out_and_named():
     class Branching(nn.Module):
         def __init__(self):
@@ -282,7 +318,13 @@ def test_a_plan_survives_json():
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sites": 3}', "[" * 5000, json.dumps({"a": 1})])
+BAD_SITE = {**vars(Site("a", "Conv2d", 4, 2, 1, "insert", "")), "dims": 7}
+BAD_PLAN = {"model": "", "sites": [BAD_SITE], "renumbered": [], "last": None, "key_map": {}}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"sites": 3}', "[" * 5000, json.dumps(BAD_PLAN)], ids=len
+)
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(RetrofitError, match="not a plan"):
         Plan.from_json(text)
