@@ -39,12 +39,10 @@ def put_after_sites(
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         if parent in growing:
-            children = [
-                new
-                for child in parent._modules.values()
-                for new in (child, convs.get(child) if child else None)
-                if new is not None
-            ]
+            children: list[nn.Module] = []
+            for child in parent._modules.values():
+                if child is not None:
+                    children += [child, convs[child]] if child in convs else [child]
             _set_children(parent, children)
         else:
             for name, child in parent._modules.items():
@@ -70,9 +68,9 @@ def take_out(model: nn.Module, plan: Plan) -> None:
         if (name, site.norm) == ("conv", f"{wrapper}.bn"):
             wrappers[model.get_submodule(wrapper)] = conv
     for parent in list(model.modules()):
-        children = list(parent._modules.values())
+        children = [child for child in parent._modules.values() if child is not None]
         if parent not in wrappers and not norms.isdisjoint(children):
-            _set_children(parent, [child for child in children if child and child not in norms])
+            _set_children(parent, [child for child in children if child not in norms])
     replace(model, wrappers)
 
 

@@ -178,6 +178,18 @@ def root_sequential():
     )
 
 
+def with_empty_sequentials():
+    """As left behind by code that builds optional layers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.Sequential(),
+        nn.ReLU(),
+        nn.Sequential(),
+        nn.Conv2d(6, 4, 1),
+        nn.ReLU(),
+    )
+
+
 def named_sequential():
     return nn.Sequential(
         OrderedDict(one=nn.Conv2d(3, 6, 3), act=nn.Tanh(), two=nn.Conv2d(6, 4, 1), last=nn.ReLU())
@@ -210,6 +222,7 @@ IMAGE_NETS = [
     ReadsItsConv,
     AlreadyNormed,
     root_sequential,
+    with_empty_sequentials,
     named_sequential,
     subclassed,
     transposed,
