@@ -56,7 +56,10 @@ def home(model: nn.Module) -> torch.device | None:
 
 
 def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
-    """Call the model with a batch: with its first tensor, on the model's device, by default."""
+    """Call the model with a batch: with its first tensor, on the model's device, by default.
+
+    The tensor is a copy, since a model may write to its input.
+    """
     if forward_fn is not None:
         return forward_fn(model, batch)
-    return model(input_of(batch).to(home(model)))
+    return model(input_of(batch).to(home(model), copy=True))

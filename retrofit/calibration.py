@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from retrofit.batches import ForwardFn, first_tensor, home, input_of, refuse_single_tensor
+from retrofit.batches import ForwardFn, home, input_of, refuse_single_tensor
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.modes import evaluating
 from retrofit.moments import MomentObserver
@@ -128,8 +128,8 @@ def calibrate(
                     break
         if images < 2:
             raise RetrofitError(
-                f"the calibration data has {images} images: variances need at least 2, and "
-                "some hundred to be worth anything"
+                f"calibration got {images} of the at least 2 images that a variance needs (some "
+                "hundred make a good one)"
             )
     report = Calibration(
         images=images,
@@ -165,34 +165,39 @@ class _Feed:
         self.model, self.observers = model, observers
         self.device, self.forward_fn = device, forward_fn
         last = next(site for site in plan.inserted if site.path == plan.last)
-        self.last, self.last_calls = model.get_submodule(last.norm), last.calls
-        self.channels_last = True
+        self.last = next(observer for observer in observers if observer.site == last.path)
+        self.last_calls = last.calls
+        self.channels_last: bool | None = None  # not known before the first batch
 
     def __call__(self, batch: Any, most: int | None, seen: int) -> int:
         """Run one batch, at most `most` images of it; returns how many."""
         try:
+            before = int(self.last.images)
             if self.forward_fn is not None:
                 self.forward_fn(self.model, batch)
-                x = first_tensor(batch)
-                return 0 if x is None else len(x)
-            x = input_of(batch)[:most].to(self.device)
-            self._run(x)
-            return len(x)
+            else:
+                self._run(input_of(batch)[:most].to(self.device))
+            return (int(self.last.images) - before) // self.last_calls
         except NonFiniteError as error:
             where = f"image {seen + error.item} of the data"
             raise NonFiniteError(error.site, error.item, where) from None
 
     def _run(self, x: Tensor) -> None:
         fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if fast is None or not self.channels_last or x.device.type != "cpu":
+        if fast is None or self.channels_last is False or x.device.type != "cpu":
             return self._forward(x)
+        if self.channels_last:
+            return self._forward(x.contiguous(memory_format=fast))
         before = [{k: v.clone() for k, v in o.named_buffers()} for o in self.observers]
         try:
-            return self._forward(x.contiguous(memory_format=fast))
+            self._forward(x.contiguous(memory_format=fast))
         except RuntimeError as error:
             # A model that calls .view() on an activation cannot run in this memory format.
             if "view size is not compatible" not in str(error):
                 raise
+        else:
+            self.channels_last = True
+            return None
         self.channels_last = False
         for observer, buffers in zip(self.observers, before, strict=True):
             observer.load_state_dict(buffers)
@@ -246,12 +251,12 @@ def _total(data: Iterable[Any], max_images: int | None) -> int | None:
 def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
     """The model on `device`, and afterwards every tensor where it was."""
     origin = home(model)
-    if device is None or origin is None or torch.device(device) == origin:
+    if device is None or origin is None or str(device) == str(origin):
         yield origin
         return
-    target = torch.device(device)
     try:
-        torch.empty(0, device=target)
+        target = torch.device(device)
+        torch.empty(1, device=target).item()  # meta has no items
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RetrofitError(f"device {device} cannot be used here: {reason}") from error

@@ -9,7 +9,6 @@ import copy
 import datetime
 import json
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -75,7 +74,7 @@ def save(
         RetrofitError: the path cannot be written, or exists without `overwrite`.
         OSError: writing failed half-way; an existing file is then as it was.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to is what gets replaced
     check_output(path, overwrite=overwrite)
     state = model.state_dict()
     if path.suffix in PICKLED:
@@ -125,16 +124,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if model is None:
         model = _rebuild(path, provenance)
     if provenance.get("plan"):
-        eps, momentum = provenance.get("eps"), provenance.get("momentum")
-        if not isinstance(eps, float) or not isinstance(momentum, (float, type(None))):
-            raise RetrofitError(f"{path} is damaged: its eps is {eps!r}, momentum {momentum!r}")
-        plan = Plan.from_json(json.dumps(provenance["plan"]))
-        result = insert(model, plan, eps=eps, momentum=momentum)
-        attach(result, Record(plan, eps, momentum, int(provenance.get("images") or 0)))
+        record = _record(path, provenance)
+        result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
+        attach(result, record)
     elif tensors.keys() == model.state_dict().keys():  # folded, or never converted
         result = copy.deepcopy(model)
     else:
         result = insert(model)
+    for key, own in result.state_dict(keep_vars=True).items():
+        if own.is_meta:
+            raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
+        if key in tensors:  # a file in bfloat16 gives a model in bfloat16
+            own.data = own.data.to(tensors[key].dtype)
     load_weights(result, tensors, str(path))
     return result.eval()
 
@@ -179,7 +180,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, provenance = _read_pickled(path), {}
     else:
         raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
-    if tensors and all(key.startswith("module.") for key in tensors):
+    if tensors and not provenance and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     return tensors, provenance
 
@@ -197,7 +198,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         provenance = json.loads(metadata.get("retrofit", "{}"))
         aliases = provenance.get("aliases", {})
         tensors.update({alias: tensors[key] for alias, key in aliases.items()})
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}") from error
     return tensors, provenance
 
@@ -207,7 +208,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # what torch finds odd ends in an error or is harmless
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can make it raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
     for wrapper in WRAPPERS:
@@ -219,6 +220,15 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             f"{', '.join(WRAPPERS)}"
         )
     return {str(key): tensor for key, tensor in content.items()}
+
+
+def _record(path: Path, provenance: dict[str, Any]) -> Record:
+    values = {key: provenance.get(key) for key in ("eps", "momentum", "images")}
+    eps, momentum, images = values.values()
+    numbers = (eps, images) if momentum is None else (eps, images, momentum)
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+        raise RetrofitError(f"{path} is damaged: its metadata has {values}")
+    return Record(Plan.from_json(json.dumps(provenance["plan"])), eps, momentum, images)  # type: ignore[arg-type]
 
 
 def _rebuild(path: Path, provenance: dict[str, Any]) -> nn.Module:

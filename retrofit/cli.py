@@ -251,7 +251,9 @@ def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
         names = [f"{path}.{t}" for t in ("running_mean", "running_var", "weight", "bias")]
         if last != "running_var" or any(name not in tensors for name in names):
             continue
-        mean, var, weight, bias = (tensors[name].detach().cpu().numpy() for name in names)
+        norm = [tensors[name].detach().cpu() for name in names]
+        wide = torch.float64 if norm[0].dtype == torch.float64 else torch.float32
+        mean, var, weight, bias = (tensor.to(wide).numpy() for tensor in norm)
         alpha, shift = scale_and_shift(mean, var, weight, bias, eps)
         identity = int(((alpha == 1) & (shift == 0)).sum())
         std = np.sqrt(var)
@@ -307,11 +309,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
     )
     parser.add_argument("--version", action="version", version=f"retrofit {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    debug = "show where an error came from"
+    parser.add_argument("--debug", action="store_true", help=debug)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--debug", action="store_true", help=debug, default=argparse.SUPPRESS)
         added.set_defaults(run=run)
         return added
 

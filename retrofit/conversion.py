@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from retrofit.identity import exact_identity
 from retrofit.layers import batchnorm_class
 from retrofit.moments import MomentObserver
 from retrofit.plans import Plan, Site
-from retrofit.record import Record, attach, required_record
+from retrofit.record import Record, attach, record_of, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace
 from retrofit.sites import Patterns
 
@@ -41,15 +42,16 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     Raises:
         RetrofitError: the plan is not one of this model, or the model is already prepared.
     """
-    if any(isinstance(module, MomentObserver) for module in model.modules()):
+    if _observers(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
     plan = plan or sites.plan(model)
+    record = _extended(model, plan)
     prepared = shared_copy(model)
     put_after_sites(prepared, plan, _observer)
     training = tuple(path for path, module in prepared.named_modules() if module.training)
     for module in prepared.modules():
         module.training = False
-    attach(prepared, Record(plan, training=training))
+    attach(prepared, dataclasses.replace(record, training=training))
     return prepared
 
 
@@ -82,19 +84,21 @@ def convert(
     batchnorms: dict[nn.Module, nn.Module] = {}
     images = 0
     model = shared_copy(prepared)
-    for site in record.plan.inserted:
+    for site in record.plan.inserted if _observers(model) else ():
         conv, observer = find_site(model, site)
         if not isinstance(observer, MomentObserver):
             raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
         moments = observer.moments()
         batchnorm = _batchnorm(site, conv, moments.mean, moments.var, eps, momentum)
-        batchnorm.num_batches_tracked = observer.batches.clone()
+        batchnorm.num_batches_tracked = observer.batches.to(_weight(conv).device, copy=True)
         batchnorms[observer] = batchnorm
         images = max(images, int(observer.images) // site.calls)
     replace(model, batchnorms)
     for path, module in model.named_modules():
         module.training = path in record.training
-    attach(model, Record(record.plan, eps, momentum, images))
+    if batchnorms:
+        record = Record(record.plan, eps, momentum, images)
+    attach(model, dataclasses.replace(record, training=()))
     return copying.deepcopy(model) if copy else model
 
 
@@ -110,6 +114,7 @@ def insert(
     Args and errors as for `prepare` and `convert`.
     """
     plan = plan or sites.plan(model)
+    record = _extended(model, plan)
     result = shared_copy(model)
 
     def standard(site: Site, conv: nn.Module) -> nn.Module:
@@ -117,7 +122,7 @@ def insert(
         return _batchnorm(site, conv, zero, zero + 1, eps, momentum)
 
     put_after_sites(result, plan, standard)
-    attach(result, Record(plan, eps, momentum))
+    attach(result, Record(plan, eps, momentum) if plan.inserted else record)
     return copying.deepcopy(result)
 
 
@@ -156,6 +161,20 @@ def add_batchnorm(
     return convert(prepared, eps=eps, momentum=momentum)
 
 
+def _observers(model: nn.Module) -> bool:
+    return any(isinstance(module, MomentObserver) for module in model.modules())
+
+
+def _extended(model: nn.Module, plan: Plan) -> Record:
+    """The record for `model` once `plan` is carried out: its own if there is nothing to do."""
+    earlier = record_of(model)
+    if earlier and plan.inserted:
+        raise RetrofitError(
+            f"this {type(model).__name__} was converted before: fold it, then plan all at once"
+        )
+    return earlier or Record(plan)
+
+
 def _observer(site: Site, conv: nn.Module) -> MomentObserver:
     observer = MomentObserver(site.path, site.channels, site.dims, _weight(conv).device)
     observer.training = conv.training
@@ -190,7 +209,8 @@ def _batchnorm(
         {name: torch.from_numpy(array) for name, array in arrays}
         | {"num_batches_tracked": torch.zeros((), dtype=torch.int64)}
     )
-    batchnorm.requires_grad_(weight.requires_grad)
+    weights = [p for name, p in conv.named_parameters() if not name.endswith("bias")]
+    batchnorm.requires_grad_(any(p.requires_grad for p in weights))
     batchnorm.training = conv.training
     return batchnorm
 

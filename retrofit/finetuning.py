@@ -12,7 +12,8 @@ def freeze_statistics(model: nn.Module) -> None:
     """BatchNorms of `model` use their running statistics from now on, in train mode too.
 
     They are put in eval mode and stay there through `.train()` of the model or of any module above
-    them. weight and bias still learn. Undone by `unfreeze_statistics`.
+    them. weight and bias still learn. Undone by `unfreeze_statistics`. Freeze after
+    `SyncBatchNorm.convert_sync_batchnorm`, which makes new layers.
     """
     for norm in _batchnorms(model):
         vars(norm)["train"] = _StayInEval(norm)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
-from retrofit.layers import dims, is_conv, is_transposed
+from retrofit.layers import is_conv, is_transposed
+from retrofit.modes import evaluating
 from retrofit.plans import Plan
 from retrofit.record import attach, record_of
 from retrofit.rewrite import find_site, replace, take_out
@@ -67,14 +67,15 @@ def fold(model: M, plan: Plan | None = None) -> M:
         model: converted by this package, or any other with BatchNorm after convolutions; not
             changed.
         plan: which BatchNorms, and the containers to restore; by default the model's own. A model
-            without one gets every BatchNorm folded that alone follows a convolution (found with
-            torch.fx), and nn.Identity in its place so that no index moves.
+            without one gets every torch.nn.BatchNorm folded that alone follows a convolution (found
+            with torch.fx), and nn.Identity in its place so that no index moves. Subclasses of
+            BatchNorm stay, since they may do more.
 
     Raises:
         RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a convolution
-            feeds several BatchNorms; a convolution whose output does not scale with its weight
-            (weight standardisation), or whose weight is parametrized, has a BatchNorm to absorb
-            that is not the identity.
+            feeds several BatchNorms; or, where the BatchNorm is not the identity: the weight is
+            parametrized, the convolution has a hook, or its output does not follow its weight
+            and bias linearly (weight standardisation).
     """
     record = record_of(model)
     plan = plan or (record.plan if record else None)
@@ -101,27 +102,41 @@ def _absorb(conv: nn.Module, norm: nn.Module, path: str) -> None:
             f"the BatchNorm after {path} has no running statistics (track_running_stats=False): "
             "what it computes depends on the batch and cannot be folded"
         )
-    mean, var = norm.running_mean, norm.running_var
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-    arrays = [t.to(mean.dtype).cpu().numpy() for t in (mean, var, gamma, beta)]
-    numbers = scale_and_shift(arrays[0], arrays[1], arrays[2], arrays[3], norm.eps)
-    alpha, shift = (torch.from_numpy(array).to(mean.device) for array in numbers)
+    alpha, shift = _scale_and_shift(norm)
     if bool((alpha == 1).all() and (shift == 0).all()):
         return
-    if parametrize.is_parametrized(conv):
+    if "weight" not in conv._parameters:
         raise RetrofitError(
-            f"the weight of {path} is parametrized: call "
-            "torch.nn.utils.parametrize.remove_parametrizations before folding"
+            f"the weight of {path} is parametrized: remove the parametrization (or weight_norm) "
+            "before folding"
         )
-    if not _scales_with_its_weight(conv):
+    folded = _absorbed(conv, alpha, shift)
+    if not _computes(folded, conv, alpha, shift):
         raise RetrofitError(
-            f"the output of {path}, a {type(conv).__name__}, does not scale with its weight: the "
-            "BatchNorm after it cannot be folded"
+            f"the output of {path}, a {type(conv).__name__}, does not follow its weight and bias "
+            "linearly (or has a hook): the BatchNorm after it cannot be folded"
         )
+    conv.weight, conv.bias = folded.weight, folded.bias
+
+
+def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """alpha and shift, in float32 or, for a float64 BatchNorm, in float64."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
+    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    arrays = [t.to(dtype).cpu().numpy() for t in (mean, var, gamma, beta)]
+    alpha, shift = scale_and_shift(arrays[0], arrays[1], arrays[2], arrays[3], norm.eps)
+    return torch.from_numpy(alpha).to(mean.device), torch.from_numpy(shift).to(mean.device)
+
+
+def _absorbed(conv: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:
+    """A copy of `conv` that computes alpha * conv(x) + shift."""
     weight: nn.Parameter = conv.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = conv.bias  # type: ignore[assignment]
-    folded, new_bias = fold_weights(
+    new_weight, new_bias = fold_weights(
         weight.detach(),
         None if bias is None else bias.detach(),
         alpha,
@@ -129,29 +144,40 @@ def _absorb(conv: nn.Module, norm: nn.Module, path: str) -> None:
         transposed=is_transposed(conv),
         groups=int(conv.groups),  # type: ignore[arg-type]
     )
-    conv.weight = nn.Parameter(folded, weight.requires_grad)
+    folded = shared_copy(conv)
+    folded.weight = nn.Parameter(new_weight, weight.requires_grad)
     if new_bias is not None:
-        conv.bias = nn.Parameter(
-            new_bias, weight.requires_grad if bias is None else bias.requires_grad
-        )
+        learns = weight.requires_grad if bias is None else bias.requires_grad
+        folded.bias = nn.Parameter(new_bias, learns)
+    return folded
 
 
-def _scales_with_its_weight(conv: nn.Module) -> bool:
-    """torch's own convolutions do; of a subclass with a forward of its own, ask by trying."""
+def _computes(folded: nn.Module, conv: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
+    """Whether `folded` computes alpha * conv(x) + shift. torch's own convolutions do; a subclass
+    with a forward of its own (weight standardisation, an activation) is asked by trying."""
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return False
     if type(conv).__module__ == "torch.nn.modules.conv":
         return True
-    probe = copy.deepcopy(conv)
     generator = torch.Generator().manual_seed(0)
-    weight: Tensor = probe.weight  # type: ignore[assignment]
-    size = [32] * dims(conv)
-    x = torch.randn(1, int(conv.in_channels), *size, generator=generator)  # type: ignore[arg-type]
-    with torch.no_grad():
-        x = x.to(weight.device, weight.dtype)
-        before = probe(x)
-        weight.mul_(2)
-        if probe.bias is not None:
-            probe.bias.mul_(2)  # type: ignore[operator]
-        return torch.allclose(probe(x), 2 * before, rtol=1e-2)
+    size = [32 + kernel for kernel in conv.kernel_size]  # type: ignore[union-attr]
+    x = torch.randn(2, int(conv.in_channels), *size, generator=generator)  # type: ignore[arg-type]
+    weight: Tensor = conv.weight  # type: ignore[assignment]
+    try:
+        with torch.no_grad(), evaluating(conv, folded):
+            x = x.to(weight.device, weight.dtype)
+            scale, offset = (t.view(-1, *[1] * len(size)) for t in (alpha, shift))
+            expected = conv(x) * scale + offset
+            error = (folded(x) - expected).norm() / expected.norm()
+    except Exception:  # noqa: BLE001 - its forward takes something else
+        return False
+    return bool(error < (1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2))
+
+
+def _is_batchnorm(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
+    """One of torch's own; a subclass may do more, such as timm's BatchNormAct2d."""
+    own = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return isinstance(module, _BatchNorm) and own and not module._forward_hooks
 
 
 def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -165,14 +191,13 @@ def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
         if not is_conv(conv):
             continue
         users = [user for call in made for user in call.users]
-        norms = {user.module: user.path for user in users if isinstance(user.module, _BatchNorm)}
+        norms = {user.module: user.path for user in users if _is_batchnorm(user.module)}
         if len(norms) > 1:
             raise RetrofitError(
                 f"{made[0].path} feeds several BatchNorms, {' and '.join(norms.values())}: its one "
                 "weight cannot absorb them"
             )
         for norm in norms:
-            alone = len(users) == len(made) == len(calls[norm]) if norm is not None else False
-            if norm is not None and alone and _scales_with_its_weight(conv):
+            if norm is not None and len(users) == len(made) == len(calls[norm]):
                 pairs[made[0].path] = (conv, norm)
     return pairs

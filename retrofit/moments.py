@@ -157,6 +157,11 @@ class MomentObserver(nn.Module):
                 f"{self.site} got a tensor of shape {tuple(x.shape)}: expected a batch with "
                 f"{self.dims + 2} axes; add the batch axis with x.unsqueeze(0)"
             )
+        if not _is_dense(x):
+            raise RetrofitError(
+                f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "
+                "slice, it seems): a BatchNorm after it would not be exact; exclude this layer"
+            )
         if x.numel():
             self._learn(x.detach())
         return x
@@ -227,6 +232,13 @@ class MomentObserver(nn.Module):
         for name in ("mean", "M2"):
             setattr(self, name, getattr(self, name).to(_home(device)))
         return self
+
+
+def _is_dense(x: Tensor) -> bool:
+    """In a memory format for which torch's CPU kernel computes x * alpha + shift."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = x.is_contiguous()
+    return dense or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
 
 
 def _home(device: torch.device | None) -> torch.device | None:

@@ -214,6 +214,10 @@ def drift(
     batches = [input_of(batch) for batch in data]
     sizes = sorted(set(batch_sizes))
     total = sum(map(len, batches))
+    if sizes and sizes[0] < 1:
+        raise RetrofitError(f"a batch size must be positive, not {sizes[0]}")
+    if len({x.shape[1:] for x in batches}) > 1:
+        raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
     if not batches or not sizes or total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
     images = torch.cat(batches)
@@ -254,7 +258,10 @@ class _Comparison:
         self.count += expected.numel()
         wide = expected if expected.dtype == torch.float64 else expected.float()
         self.sum += float(wide.sum())
-        self.squares += float(torch.linalg.vector_norm(wide)) ** 2
+        norm = float(torch.linalg.vector_norm(wide))
+        if not math.isfinite(norm):  # infinities, NaN, or an overflow
+            norm = float(torch.linalg.vector_norm(wide[wide.isfinite()].double()))
+        self.squares += norm**2
         if torch.equal(expected, actual):
             return
         equal = (expected == actual) | (expected.isnan() & actual.isnan())
@@ -268,8 +275,6 @@ class _Comparison:
     def difference(self, name: str) -> Difference:
         rms = math.sqrt(self.squares / max(self.count, 1))
         relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if rms > 0 else math.inf
-        if math.isnan(relative):
-            relative = math.inf
         return Difference(name, self.exact, self.max_abs, relative)
 
     def rms_over_std(self) -> float:
@@ -302,7 +307,14 @@ def _recorded(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, lis
             def keep(_m: nn.Module, _i: Any, y: Tensor, to: list[Tensor] = outputs) -> None:
                 to.append(y.clone())
 
-            handles.append(model.get_submodule(path).register_forward_hook(keep))
+            try:
+                conv = model.get_submodule(path)
+            except AttributeError as error:
+                raise RetrofitError(
+                    f"the original, a {type(model).__name__}, has no {path}: compare the converted "
+                    "model with the one that it was made from"
+                ) from error
+            handles.append(conv.register_forward_hook(keep))
         yield seen
     finally:
         for handle in handles:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.layers import is_conv
+from retrofit.layers import dims, is_conv
 from retrofit.plans import Plan, Site
 
 
@@ -19,12 +19,13 @@ def put_after_sites(
 ) -> None:
     """Insert `make(site, conv)` after every site, in the layout of the plan, in place.
 
-    Raises RetrofitError, before anything is changed, when the plan is not one of this model.
+    Raises RetrofitError when the plan is not one of this model.
     """
     convs: dict[nn.Module, nn.Module] = {}
     for site in plan.inserted:
         conv = _find(model, site.path)
-        if conv is None or not is_conv(conv) or conv.out_channels != site.channels:
+        shape = (site.channels, site.dims)
+        if conv is None or not is_conv(conv) or (conv.out_channels, dims(conv)) != shape:
             raise RetrofitError(
                 f"the plan does not fit this {type(model).__name__}: {site.path} is not a "
                 f"{site.kind} with {site.channels} output channels; plan this model anew"
@@ -48,6 +49,13 @@ def put_after_sites(
             for name, child in parent._modules.items():
                 if child in convs:
                     parent._modules[name] = wrappers.setdefault(child, _wrap(child, convs[child]))
+    for site in plan.inserted:
+        conv, norm = find_site(model, site)
+        if convs.get(conv) is not norm:
+            raise RetrofitError(
+                f"the plan does not fit this {type(model).__name__}: {site.norm} is not the place "
+                f"after {site.path}; plan this model anew"
+            )
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -60,13 +68,12 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def take_out(model: nn.Module, plan: Plan) -> None:
     """Undo `put_after_sites`: remove what was inserted, leave the containers as they were."""
-    norms, wrappers = set(), {}
-    for site in plan.inserted:
-        conv, norm = find_site(model, site)
-        norms.add(norm)
-        wrapper, _, name = site.conv.rpartition(".")
-        if (name, site.norm) == ("conv", f"{wrapper}.bn"):
-            wrappers[model.get_submodule(wrapper)] = conv
+    norms = {find_site(model, site)[1] for site in plan.inserted}
+    wrappers = {
+        module: module.get_submodule("conv")
+        for module in model.modules()
+        if list(module._modules) == ["conv", "bn"] and module.bn in norms
+    }
     for parent in list(model.modules()):
         children = [child for child in parent._modules.values() if child is not None]
         if parent not in wrappers and not norms.isdisjoint(children):

@@ -174,7 +174,7 @@ class _Rules:
 
     def _reason_to_skip(self, conv: nn.Module, path: str, calls: list[Call]) -> str | None:
         included = any(fnmatchcase(path, pattern) for pattern in self.include)
-        opaque = next((o for o in self.traced.opaque if f"{path}.".startswith(f"{o}.")), None)
+        opaque = self._opaque_around(conv)
         if excluded := next((p for p in self.exclude if fnmatchcase(path, p)), None):
             return f"excluded by {excluded!r}"
         if self.include and not included:
@@ -185,6 +185,8 @@ class _Rules:
             return "the model itself is this layer: wrap it in nn.Sequential"
         if not calls:
             return "not called in eval mode"
+        if any(call.arguments > 1 for call in calls):
+            return "called with more than its input"
         if conv.weight.dtype.is_complex:  # type: ignore[union-attr]
             return "complex weights"
         if read := sorted(self.traced.reads.get(path, ())):
@@ -193,6 +195,15 @@ class _Rules:
             return f"already normalised by {norm}"
         if not included and any(_is_head(call) for call in calls):
             return "output head"
+        return None
+
+    def _opaque_around(self, conv: nn.Module) -> str | None:
+        """The opaque submodule that holds this convolution, under whatever name."""
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            if module is conv:
+                for opaque in self.traced.opaque:
+                    if f"{path}.".startswith(f"{opaque}."):
+                        return opaque
         return None
 
     def _refuse_idle_patterns(self, convs: list[str]) -> None:

@@ -29,6 +29,7 @@ class Call:
         path: module path of the called module; of the calling module for a function.
         module: the called module, None for a function.
         inside: paths of the modules whose forward makes this call, outermost first.
+        arguments: how many it is called with.
         keepdim: the function's keepdim argument.
         users: the calls this one feeds, in order.
     """
@@ -37,6 +38,7 @@ class Call:
     path: str
     module: nn.Module | None = None
     inside: tuple[str, ...] = ()
+    arguments: int = 1
     keepdim: bool = False
     users: list[Call] = field(default_factory=list, repr=False)
 
@@ -68,7 +70,10 @@ def trace(model: nn.Module) -> Trace:
     defaults = {
         name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty
     }
-    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies
+    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies;
+    for module in traced.modules():  # so may hooks
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     paths = {id(module): path for path, module in traced.named_modules() if is_conv(module)}
     opaque: dict[str, str] = {}
     with evaluating(traced):
@@ -80,7 +85,7 @@ def trace(model: nn.Module) -> Trace:
                 return Trace(_calls(model, graph), opaque, reads)
             except Exception as error:
                 frame, reason = _culprit(error)
-                if tracer.stopped_in is not None:
+                if tracer.stopped_in is not None and tracer.stopped_in not in opaque:
                     opaque[tracer.stopped_in] = f"{Path(frame.filename).name}:{frame.lineno}"
                     continue
                 raise RetrofitError(
@@ -129,12 +134,13 @@ def _calls(model: nn.Module, graph: fx.Graph) -> list[Call]:
         inside = tuple(path for path, _ in stack.values())
         if node.op == "call_module":
             module = model.get_submodule(node.target)
-            call = Call(module_name(module), node.target, module, inside)
+            arguments = len(node.args) + len(node.kwargs)
+            call = Call(module_name(module), node.target, module, inside, arguments)
         elif node.op in ("call_function", "call_method"):
             target = node.target if isinstance(node.target, str) else node.target.__name__
             keepdim = bool(node.kwargs.get("keepdim", False))
             where = inside[-1] if inside else ""
-            call = Call(function_name(target), where, None, inside, keepdim)
+            call = Call(function_name(target), where, None, inside, keepdim=keepdim)
         else:
             names = {"placeholder": "input", "get_attr": "attribute"}
             call = Call(names.get(node.op, node.op), "", None, inside)

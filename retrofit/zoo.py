@@ -86,6 +86,10 @@ def _from_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise RetrofitError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
+    sys.path.insert(
+        0, str(path.parent.resolve())
+    )  # as for a script: its neighbours can be imported
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -176,6 +176,36 @@ def test_ties_between_parameters_stay_ties():
     assert converted.first.conv.weight is converted.second.conv.weight
 
 
+def test_batchnorm_learns_where_the_weight_is_computed_from_parameters():
+    model = nets.build(nets.root_sequential)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        converted = retrofit.add_batchnorm(model, [X], progress=False)
+    assert converted[0].bn.weight.requires_grad
+
+
+def test_forward_fn_may_make_its_own_tensors():
+    data = [x.numpy() for x in X.split(16)]
+    model, report = calibrated(data, forward_fn=lambda m, a: m(torch.from_numpy(a)), max_images=20)
+    assert report.images == 32
+
+
+def test_converting_a_converted_model_changes_nothing():
+    once = retrofit.add_batchnorm(nets.build(nets.Residual), [X], progress=False)
+    again = retrofit.add_batchnorm(once, [X], progress=False)
+    assert torch.equal(again(X), once(X))
+    plain = retrofit.fold(again)
+    assert list(plain.state_dict()) == list(nets.build(nets.Residual).state_dict())
+
+
+def test_converting_more_of_a_converted_model_is_refused():
+    some = retrofit.insert(
+        nets.build(nets.Residual), retrofit.plan(nets.build(nets.Residual), include="stem")
+    )
+    with pytest.raises(RetrofitError, match="was converted before: fold it"):
+        retrofit.add_batchnorm(some, [X], progress=False)
+
+
 def test_batchnorm_parameters_follow_the_convolutions_requires_grad():
     model = nets.build(nets.root_sequential)
     model[0].weight.requires_grad_(False)
@@ -222,8 +252,8 @@ def test_a_sample_sorted_by_kind_is_warned_of_and_a_mixed_one_is_not():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "has 0 images"),
-        ([X[:1]], "has 1 images"),
+        ([], "got 0 of the at least 2 images"),
+        ([X[:1]], "got 1 of the at least 2 images"),
         (X, r"one tensor of shape \(40, 3, 12, 12\)"),
         (["a"], "a batch of type str holds no tensor"),
         ([X.mul(10).to(torch.uint8)], "the batches are torch.uint8"),
@@ -249,6 +279,12 @@ def test_a_device_that_is_not_there_is_named():
         pytest.skip("there is one")
     with pytest.raises(RetrofitError, match="device cuda cannot be used here"):
         calibrated([X], device="cuda")
+
+
+@pytest.mark.parametrize("device", ["nope", "meta"])
+def test_a_device_that_is_none_is_named(device):
+    with pytest.raises(RetrofitError, match=f"device {device} cannot be used here"):
+        calibrated([X], device=device)
 
 
 def test_converting_without_data_names_the_site():

@@ -109,6 +109,58 @@ def test_another_eps_is_restored_from_the_file(tmp_path):
     assert torch.equal(loaded(X), ours(X))
 
 
+def test_the_precision_of_the_file_is_kept(tmp_path):
+    model = nets.build(nets.root_sequential).bfloat16()
+    ours = retrofit.add_batchnorm(model, [X.bfloat16()], progress=False)
+    retrofit.save(ours, tmp_path / "b.safetensors")
+    loaded = retrofit.load(tmp_path / "b.safetensors", nets.root_sequential())
+    assert loaded[0].conv.weight.dtype == torch.bfloat16
+    assert loaded[0].bn.weight.dtype == torch.float32
+    assert torch.equal(loaded(X.bfloat16()), ours(X.bfloat16()))
+
+
+def test_a_link_keeps_pointing_at_the_file_it_names(tmp_path):
+    (tmp_path / "real.pth").write_text("old")
+    (tmp_path / "link.pth").symlink_to("real.pth")
+    model = converted()
+    with pytest.raises(RetrofitError, match="exists"):
+        retrofit.save(model, tmp_path / "link.pth")
+    retrofit.save(model, tmp_path / "link.pth", overwrite=True)
+    assert (tmp_path / "link.pth").is_symlink()
+    assert torch.equal(retrofit.load(tmp_path / "real.pth", nets.Residual())(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": "x"},
+        {"eps": None},
+        {"momentum": []},
+        {"aliases": {"a": ["b"]}},
+        {"aliases": 3},
+        {"plan": {"renumbered": ["stem"]}},
+        {"plan": {"site": {"norm": "head"}}},
+        {"plan": {"site": {"conv": "head"}}},
+        {"plan": {"site": {"dims": 3}}},
+        {"plan": {"site": {"path": "../x"}}},
+    ],
+    ids=str,
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path, change):
+    file = tmp_path / "m.safetensors"
+    retrofit.save(converted(), file)
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()["retrofit"])
+    plan = change.get("plan", {})
+    told["plan"]["sites"][0].update(plan.get("site", {}))
+    told["plan"].update({k: v for k, v in plan.items() if k != "site"})
+    told.update({k: v for k, v in change.items() if k != "plan"})
+    metadata = {"retrofit": json.dumps(told)}
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata)
+    with pytest.raises(RetrofitError):
+        retrofit.load(file, nets.Residual())
+
+
 def test_shared_tensors_are_stored_once(tmp_path):
     retrofit.save(converted(nets.TiedWeights), tmp_path / "t.safetensors")
     keys = safetensors.torch.load_file(tmp_path / "t.safetensors").keys()
@@ -185,7 +237,8 @@ def write(path, kind):
     elif kind == "other shapes":
         torch.save({**state, "head.weight": torch.zeros(7, 8)}, path)
     elif kind == "bad plan":
-        metadata = {"retrofit": json.dumps({"plan": {"sites": "x"}, "eps": 1e-5, "momentum": 0.1})}
+        told = {"plan": {"sites": "x"}, "eps": 1e-5, "momentum": 0.1, "images": 8}
+        metadata = {"retrofit": json.dumps(told)}
         safetensors.torch.save_file(state, path, metadata)
     elif kind == "bad metadata":
         safetensors.torch.save_file(state, path, {"retrofit": "{"})

@@ -126,8 +126,48 @@ def test_a_convolution_that_others_read_before_the_batchnorm_is_left():
 def test_weight_standardisation_cannot_absorb_a_trained_batchnorm():
     model = nets.build(nets.subclassed)
     converted = trained(retrofit.insert(model))
-    with pytest.raises(RetrofitError, match="0, a Standardised, does not scale with its weight"):
+    with pytest.raises(RetrofitError, match="0, a Standardised, does not follow its weight"):
         retrofit.fold(converted)
+
+
+def test_a_convolution_with_an_activation_or_a_hook_cannot_absorb_one_either():
+    class Activated(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(RetrofitError, match="0, a Activated, does not follow"):
+        retrofit.fold(trained(nn.Sequential(Activated(3, 4, 3), nn.BatchNorm2d(4))).eval())
+    hooked = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    hooked[0].register_forward_hook(lambda _m, _i, y: y.relu())
+    with pytest.raises(RetrofitError, match="has a hook"):
+        retrofit.fold(hooked)
+
+
+def test_a_subclass_of_convolution_that_is_one_folds():
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(F.pad(x, (1, 2, 1, 2)))
+
+    model = trained(nn.Sequential(Padded(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    folded = retrofit.fold(model)
+    assert isinstance(folded[1], nn.Identity)
+    assert retrofit.verify(model, folded, [nets.images(4, 3, 8, 8)]).passed(1e-5)
+
+
+def test_a_batchnorm_that_does_more_stays():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4)).eval()
+    assert isinstance(retrofit.fold(model)[1], Activated)
+
+
+def test_a_bfloat16_batchnorm_folds():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval().bfloat16()
+    x = nets.images(4, 3, 8, 8).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(retrofit.fold(model)(x), model(x), rtol=0.1, atol=0.05)
 
 
 def test_a_parametrized_weight_is_named():

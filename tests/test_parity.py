@@ -75,6 +75,32 @@ def test_equal_nans_are_equal_and_lone_ones_are_not():
     assert report.outputs[0].max_abs == math.inf
 
 
+def test_infinities_hide_no_difference():
+    class Masked(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x):
+            return torch.cat([x * 0 - math.inf, x * 0 + self.value])
+
+    assert retrofit.verify(Masked(1.0), Masked(1.0), [X]).exact
+    report = retrofit.verify(Masked(1.0), Masked(5.0), [X])
+    assert not report.passed(1e-2)
+    assert report.outputs[0].max_abs == 4
+
+
+def test_a_model_that_writes_to_its_input():
+    class Writing(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    model = Writing(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    x = X.clone()
+    assert retrofit.verify(model, retrofit.insert(model), [x]).exact
+    assert torch.equal(x, X)
+
+
 def test_the_sign_of_zero_does_not_count():
     class Zero(nn.Module):
         def forward(self, x):
