@@ -25,7 +25,7 @@ def put_after_sites(
     for site in plan.inserted:
         conv = _find(model, site.path)
         shape = (site.channels, site.dims)
-        if conv is None or not is_conv(conv) or (conv.out_channels, dims(conv)) != shape:
+        if conv is None or not is_conv(conv) or _shape(conv) != shape:
             raise RetrofitError(
                 f"the plan does not fit this {type(model).__name__}: {site.path} is not a "
                 f"{site.kind} with {site.channels} output channels; plan this model anew"
@@ -94,6 +94,11 @@ def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
             "(was the model changed after the conversion?)"
         )
     return conv, norm
+
+
+def _shape(conv: nn.Module) -> tuple[int, int]:
+    """Output channels and spatial axes."""
+    return int(conv.out_channels), dims(conv)  # type: ignore[arg-type]
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
