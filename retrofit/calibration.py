@@ -88,9 +88,9 @@ def calibrate(
     """Run data through a prepared model, once, in eval mode and without gradients.
 
     Only the observers learn; device, modes and parameters are afterwards as they were. A loop of
-    your own, `for x, _ in loader: prepared(x)` under `torch.no_grad()`, gives the same moments;
-    this one reads the activations in the faster memory format and leaves each forward pass after
-    the last site.
+    your own, `for x, _ in loader: prepared(x)` under `torch.no_grad()`, gives the same moments up
+    to rounding; this one reads the activations in the faster memory format and leaves each forward
+    pass after the last site.
 
     Args:
         prepared: made by `prepare`; calling again adds more data.
@@ -113,6 +113,8 @@ def calibrate(
     """
     plan = required_record(prepared, "prepare").plan
     refuse_single_tensor(data)
+    if max_images is not None and max_images < 1:
+        raise RetrofitError(f"max_images must be positive, not {max_images}")
     start, images, batches = time.perf_counter(), 0, 0
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
     if observers:
@@ -257,8 +259,8 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # meta has no items
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
     parameters = [(p, p.data) for p in model.parameters()]
     buffers = [

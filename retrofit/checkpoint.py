@@ -36,7 +36,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if path.suffix not in (".safetensors", *PICKLED):
         raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
     if path.exists() and not overwrite:
-        raise RetrofitError(f"{path} exists: choose another name or ask to overwrite it")
+        raise RetrofitError(f"{path} exists: choose another name, or --overwrite (overwrite=True)")
     if path.is_dir():
         raise RetrofitError(f"{path} is a folder")
     if not path.parent.is_dir():
@@ -209,7 +209,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make it raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if "weights_only" in str(error):
+            reason = "it holds more than tensors; save the model's state_dict() instead"
         raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -235,7 +237,8 @@ def _rebuild(path: Path, provenance: dict[str, Any]) -> nn.Module:
     name = provenance.get("model")
     if not isinstance(name, str) or ":" in name:
         raise RetrofitError(
-            f"{path} does not say which torchvision model it is ({name}): pass the plain model"
+            f"{path} does not name a torchvision model ({name}): pass the plain model, on the "
+            "command line with --model"
         )
     return torchvision_model(name)
 

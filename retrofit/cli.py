@@ -26,6 +26,7 @@ from retrofit.identity import scale_and_shift
 from retrofit.images import PictureBatches, Pictures, open_pictures, preprocessing, shuffled
 from retrofit.parity import ParityReport, verify
 from retrofit.plans import Plan
+from retrofit.record import record_of
 from retrofit.sites import plan
 from retrofit.tables import table
 from retrofit.version import __version__
@@ -68,7 +69,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, overwrite=arguments.overwrite)
     pictures = open_pictures(arguments.data)
     if len(pictures) < 2:
-        raise RetrofitError(f"{arguments.data} has 1 picture: calibration needs at least 2")
+        raise RetrofitError(
+            f"calibration needs at least 2 pictures: {arguments.data} has {len(pictures)}"
+        )
     model, entry = _model_with_weights(arguments.model, arguments.weights)
     order = shuffled(len(pictures), arguments.seed)
     chosen, others = order[: arguments.images], order[arguments.images :][:16]
@@ -84,6 +87,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     converted = convert(prepared, copy=False)
     tests = _batches(pictures, others if len(others) == 16 else chosen[:16], entry, arguments)
     parity = verify(model, converted, tests)
+    if not all(output.finite for output in parity.outputs):
+        raise RetrofitError(f"{arguments.model} gives NaN or Inf: check its weights")
     if not parity.exact:
         print(parity)
         return _fail("the converted model is not equal to the original: nothing was written", 1)
@@ -129,7 +134,9 @@ def _fold(arguments: argparse.Namespace) -> int:
     before, after = (sum(_is_batchnorm(m) for m in x.modules()) for x in (model, folded))
     if before == after:
         raise RetrofitError(f"{arguments.file} has no BatchNorm that can be folded")
-    save(folded, arguments.output, name=name, overwrite=arguments.overwrite)
+    # What was not converted here is not the plain model after folding: it has new biases.
+    plain = name if record_of(model) else None
+    save(folded, arguments.output, name=plain, overwrite=arguments.overwrite)
     print(f"{before - after} BatchNorms folded, {after} left; written: {arguments.output}")
     return 0
 
@@ -334,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("verify", _verify, "compare a converted file with the original weights")
     one.add_argument("file", type=Path, help="what convert wrote")
     one.add_argument("--model", help=f"{MODEL}; default: what the file says, if torchvision has it")
-    one.add_argument("--tolerance", type=float, default=0.0, help="default: 0, bit for bit")
+    one.add_argument("--tolerance", type=_tolerance, default=0.0, help="default: 0, bit for bit")
     _add_weights_and_data(one, images=16)
 
     one = command("fold", _fold, "absorb the BatchNorms of a file into its convolutions")
@@ -344,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
     one = command("inspect", _inspect, "show where a file comes from and what its BatchNorms hold")
-    one.add_argument("file", type=Path)
+    one.add_argument("file", type=Path, help=".safetensors, .pth or .pt file")
 
     one = command("demo", _demo, "the whole pipeline on a small VGG and pictures of CIFAR-10")
     one.add_argument(
@@ -369,11 +376,14 @@ def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> No
     add(
         "--data", type=Path, required=True, help="folder of pictures, or .npy or .npz of uint8 NHWC"
     )
-    add("--images", type=_positive, default=images, help="at most so many; default: %(default)s")
+    add("--images", type=_positive, default=images, help="use at most N; default: %(default)s")
     add("--batch-size", type=_positive, default=8, help="default: %(default)s")
-    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="reading processes")
-    add("--seed", type=int, default=0, help="of the shuffle; default: %(default)s")
-    add("--resize", type=_positive, metavar="PIXELS", help="shorter side, before the crop")
+    workers = min(4, os.cpu_count() or 1)
+    text = "processes that read pictures; default: %(default)s"
+    add("--workers", type=_whole, default=workers, help=text)
+    add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
+    text = "shorter side, before the crop; default: 256, or as --crop"
+    add("--resize", type=_positive, metavar="PIXELS", help=text)
     add("--crop", type=_positive, metavar="PIXELS", help="centre crop; default: 224")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
@@ -382,10 +392,27 @@ def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> No
     )
 
 
+def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from error
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+    return number
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return _whole(text, least=1)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
     return number
 
 

@@ -98,7 +98,7 @@ def convert(
         module.training = path in record.training
     if batchnorms:
         record = Record(record.plan, eps, momentum, images)
-    attach(model, dataclasses.replace(record, training=()))
+    attach(model, dataclasses.replace(record, training=()) if record.plan.inserted else None)
     return copying.deepcopy(model) if copy else model
 
 
@@ -122,7 +122,9 @@ def insert(
         return _batchnorm(site, conv, zero, zero + 1, eps, momentum)
 
     put_after_sites(result, plan, standard)
-    attach(result, Record(plan, eps, momentum) if plan.inserted else record)
+    if plan.inserted:
+        record = Record(plan, eps, momentum)
+    attach(result, record if record.plan.inserted else None)
     return copying.deepcopy(result)
 
 

@@ -29,7 +29,7 @@ def unfreeze_statistics(model: nn.Module) -> None:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weight decay for weights only.
+    """Parameter groups for an optimizer: no weight decay on BatchNorm and biases.
 
     BatchNorm's weight and bias, and every other bias, go without. A retrofitted BatchNorm's weight
     is the standard deviation of its channel, not 1: decay would pull the network away from what it

@@ -16,7 +16,7 @@ from torchvision.models import VGG16_Weights, WeightsEnum
 
 from retrofit.errors import RetrofitError
 
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -29,14 +29,17 @@ class Pictures(Protocol):
 
 
 class FolderPictures:
-    """All pictures in a folder and its subfolders, by their extension, sorted by path."""
+    """All pictures in a folder and its subfolders, by their extension, sorted by path.
+
+    Hidden files are left out.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(
             Path(root, file)
             for root, _, files in os.walk(folder)
             for file in files
-            if Path(file).suffix.lower() in EXTENSIONS
+            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
         )
         if not self.files:
             extensions = " ".join(sorted(EXTENSIONS))
@@ -61,7 +64,7 @@ class ArrayPictures:
             loaded = np.load(file, mmap_mode="r", allow_pickle=False)
             arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
         except (OSError, ValueError, EOFError) as error:
-            raise RetrofitError(f"{file} cannot be read: {error}") from error
+            raise RetrofitError(f"{file} cannot be read as arrays of plain numbers") from error
         usable = {
             key: array
             for key, array in arrays.items()
@@ -116,6 +119,8 @@ def preprocessing(
     changes = {name: value for name, value in given.items() if value is not None}
     if crop is not None and resize is None:
         changes["resize_size"] = crop
+    if std is not None and min(std) <= 0:
+        raise RetrofitError(f"the std must be positive, not {' '.join(map(str, std))}")
     source = entry or VGG16_Weights.IMAGENET1K_V1
     try:
         transform: Transform = source.transforms(**changes)

@@ -30,12 +30,14 @@ class Difference:
         exact: equal everywhere, where NaN equals NaN and 0 equals -0.
         max_abs: largest absolute difference; inf where one has a NaN and the other a number.
         relative: the same divided by the original's root mean square.
+        finite: the original has no NaN or Inf there.
     """
 
     name: str
     exact: bool
     max_abs: float
     relative: float
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class _Comparison:
     """Differences between pairs of tensors, pooled over batches."""
 
     def __init__(self) -> None:
-        self.exact = True
+        self.exact = self.finite = True
         self.max_abs = 0.0
         self.count = 0
         self.sum = self.squares = self.squared_errors = 0.0
@@ -260,7 +262,9 @@ class _Comparison:
         self.sum += float(wide.sum())
         norm = float(torch.linalg.vector_norm(wide))
         if not math.isfinite(norm):  # infinities, NaN, or an overflow
-            norm = float(torch.linalg.vector_norm(wide[wide.isfinite()].double()))
+            finite = wide.isfinite()
+            self.finite &= bool(finite.all())
+            norm = float(torch.linalg.vector_norm(wide[finite].double()))
         self.squares += norm**2
         if torch.equal(expected, actual):
             return
@@ -275,7 +279,7 @@ class _Comparison:
     def difference(self, name: str) -> Difference:
         rms = math.sqrt(self.squares / max(self.count, 1))
         relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if rms > 0 else math.inf
-        return Difference(name, self.exact, self.max_abs, relative)
+        return Difference(name, self.exact, self.max_abs, relative, self.finite)
 
     def rms_over_std(self) -> float:
         variance = self.squares / self.count - (self.sum / self.count) ** 2

@@ -68,6 +68,8 @@ def plan(
     Example:
         >>> print(retrofit.plan(torchvision.models.alexnet()))
     """
+    if not isinstance(model, nn.Module):
+        raise RetrofitError(f"plan takes an nn.Module, not a {type(model).__name__}")
     _refuse_lazy(model)
     traced = trace(model)
     sites = _Rules(model, traced, _patterns(include), _patterns(exclude)).sites()

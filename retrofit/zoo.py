@@ -36,7 +36,10 @@ def build(spec: str) -> nn.Module:
     if not callable(factory):
         callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetrofitError(f"{source} has no factory {name!r}{_nearest(name, callables)}")
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:
+        raise RetrofitError(f"{spec}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise RetrofitError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model

@@ -299,6 +299,12 @@ def test_what_was_not_prepared_is_refused():
         retrofit.prepare(prepared())
 
 
+def test_a_network_that_got_nothing_is_folded_as_any_other():
+    model = nets.build(nets.AlreadyNormed)
+    same = retrofit.add_batchnorm(model, [X], exclude="free", progress=False)
+    assert isinstance(retrofit.fold(same).bn, nn.Identity)
+
+
 def test_a_network_with_nothing_to_insert_needs_no_data():
     model = nets.build(nets.AlreadyNormed)
     plan = retrofit.plan(model, exclude="free")

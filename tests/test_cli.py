@@ -232,19 +232,25 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"--weights": "truncated.pth"}, "truncated.pth cannot be read as a state dict"),
         ({"--data": "nowhere"}, "there is no folder or file nowhere"),
         ({"--data": "empty"}, "empty has no pictures in it"),
-        ({"--data": "single"}, "single has 1 picture"),
+        ({"--data": "single"}, "at least 2 pictures: single has 1"),
         ({"--data": "text.txt"}, "neither a folder of pictures nor a .npy"),
         ({"--data": "floats.npy"}, "must hold one uint8 array of shape"),
-        ({"--data": "broken.npz"}, "broken.npz cannot be read"),
+        ({"--data": "broken.npz"}, "broken.npz cannot be read as arrays"),
         ({"--output": "out.bin"}, "must end in .safetensors"),
         ({"--output": "missing/out.pth"}, "the folder missing does not exist"),
         ({"--output": "there.pth"}, "there.pth exists"),
         ({"--include": "feature.*"}, "'feature.*' matches none of the 26 convolutions"),
         ({"--exclude": "nope"}, "'nope' matches none"),
         ({"--include": "classifier.1", "--exclude": "classifier.1"}, "nothing to convert"),
-        ({"--images": "0"}, "0 is not positive"),
-        ({"--images": "many"}, "invalid _positive value"),
-        ({"--batch-size": "-3"}, "-3 is not positive"),
+        ({"--images": "0"}, "0 is not between 1 and"),
+        ({"--images": "many"}, "many is not a whole number"),
+        ({"--batch-size": "-3"}, "-3 is not between 1 and"),
+        ({"--std": ("0", "1", "1")}, "the std must be positive, not 0.0 1.0 1.0"),
+        ({"--seed": "9" * 30}, "is not between 0 and"),
+        ({"--data": "none.npy"}, "at least 2 pictures: none.npy has 0"),
+        ({"--weights": "nan.pth"}, "squeezenet1_1 gives NaN or Inf"),
+        ({"model": "torch:ones"}, "torch:ones() failed: TypeError"),
+        ({"--device": "meta"}, "device meta cannot be used here"),
         ({"--device": "gpu"}, "gpu is no device"),
         ({"--device": "cuda"}, "device cuda cannot be used here"),
         ({"--frobnicate": "1"}, "unrecognized arguments"),
@@ -262,11 +268,16 @@ def test_a_bad_request_is_one_line_exit_2_and_writes_nothing(
     np.save(tmp_path / "floats.npy", np.zeros((3, 4, 4, 3)))
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
     (tmp_path / "truncated.pth").write_bytes(squeezenet.read_bytes()[:1000])
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 4, 3), dtype=np.uint8))
+    state = torch.load(squeezenet, weights_only=True)
+    state["classifier.1.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
     before = sorted(tmp_path.rglob("*"))
     options = GOOD | changes
     known = {"W": squeezenet, "D": folder}
     pairs = [(k, known.get(v, v)) for k, v in options.items() if v is not None and k != "model"]
-    code, _, err = run("convert", options["model"], *(a for pair in pairs for a in pair), *SMALL)
+    flat = [a for k, v in pairs for a in (k, *(v if isinstance(v, tuple) else (v,)))]
+    code, _, err = run("convert", options["model"], *flat, *SMALL)
     assert code == 2
     assert len(err) == 1, err
     assert message in err[0]

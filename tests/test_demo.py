@@ -20,7 +20,7 @@ def test_the_demo_shows_what_it_claims(tmp_path, capsys):
     assert plain == retrofitted == folded > 80
     assert plain - 3 < batchwise
     assert uncalibrated < batchwise - 5
-    assert "equal bit for bit on 2,000 pictures, at 8 sites and the output" in out
+    assert "equal bit for bit on 512 pictures, at 8 sites and the output" in out
     assert "the same top-1 on 100.00%" in out
     written = tmp_path / "demo" / "vgg-cifar10-bn.safetensors"
     with safe_open(written, framework="pt") as file:
