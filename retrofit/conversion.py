@@ -32,8 +32,8 @@ M = TypeVar("M", bound=nn.Module)
 def prepare(model: M, plan: Plan | None = None) -> M:
     """A copy of `model` with a `MomentObserver` wherever a BatchNorm will be, in eval mode.
 
-    The copy has modules of its own and shares the tensors, so it costs no memory; do not train
-    it. The original is not changed.
+    The copy has modules of its own and shares the parameters' storage, so it costs little memory;
+    do not train it. The original is not changed.
 
     Args:
         model: any module that `plan` can plan.
@@ -69,7 +69,7 @@ def convert(
         prepared: made by `prepare`, after calibration; not changed.
         eps, momentum: of the BatchNorms. eps is not part of a state dict: any other than 1e-5
             has to be set again wherever the weights are loaded.
-        copy: False shares the tensors of the original instead of copying them.
+        copy: False shares the parameters' storage with the original instead of copying it.
 
     Raises:
         RetrofitError: a site saw no data, or its moments are not finite or leave float32's range.
@@ -94,8 +94,9 @@ def convert(
         batchnorms[observer] = batchnorm
         images = max(images, int(observer.images) // site.calls)
     replace(model, batchnorms)
+    training = set(record.training)
     for path, module in model.named_modules():
-        module.training = path in record.training
+        module.training = path in training
     if batchnorms:
         record = Record(record.plan, eps, momentum, images)
     attach(model, dataclasses.replace(record, training=()) if record.plan.inserted else None)
