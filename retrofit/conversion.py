@@ -99,7 +99,7 @@ def convert(
         module.training = path in training
     if batchnorms:
         record = Record(record.plan, eps, momentum, images)
-    attach(model, dataclasses.replace(record, training=()) if record.plan.inserted else None)
+    attach(model, dataclasses.replace(record, training=()))
     return copying.deepcopy(model) if copy else model
 
 
@@ -123,9 +123,7 @@ def insert(
         return _batchnorm(site, conv, zero, zero + 1, eps, momentum)
 
     put_after_sites(result, plan, standard)
-    if plan.inserted:
-        record = Record(plan, eps, momentum)
-    attach(result, record if record.plan.inserted else None)
+    attach(result, Record(plan, eps, momentum) if plan.inserted else record)
     return copying.deepcopy(result)
 
 

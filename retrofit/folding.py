@@ -66,10 +66,11 @@ def fold(model: M, plan: Plan | None = None) -> M:
     Args:
         model: converted by this package, or any other with BatchNorm after convolutions; not
             changed.
-        plan: which BatchNorms, and the containers to restore; by default the model's own. A model
-            without one gets every torch.nn.BatchNorm folded that alone follows a convolution (found
-            with torch.fx), and nn.Identity in its place so that no index moves. Subclasses of
-            BatchNorm stay, since they may do more.
+        plan: which BatchNorms, and the containers to restore; by default the model's own, so that
+            what was there before the conversion stays, even if the conversion added nothing. A
+            model without one gets every torch.nn.BatchNorm folded that alone follows a convolution
+            (found with torch.fx), and nn.Identity in its place so that no index moves. Subclasses
+            of BatchNorm stay, since they may do more.
 
     Raises:
         RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a convolution

@@ -299,10 +299,11 @@ def test_what_was_not_prepared_is_refused():
         retrofit.prepare(prepared())
 
 
-def test_a_network_that_got_nothing_is_folded_as_any_other():
+def test_folding_undoes_the_conversion_even_if_that_added_nothing():
     model = nets.build(nets.AlreadyNormed)
     same = retrofit.add_batchnorm(model, [X], exclude="free", progress=False)
-    assert isinstance(retrofit.fold(same).bn, nn.Identity)
+    assert isinstance(retrofit.fold(same).bn, nn.BatchNorm2d)
+    assert isinstance(retrofit.fold(model).bn, nn.Identity)
 
 
 def test_a_network_with_nothing_to_insert_needs_no_data():
