@@ -132,6 +132,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     else:
         result = insert(model)
     for key, own in result.state_dict(keep_vars=True).items():
+        if not isinstance(own, Tensor):  # such as extra state, which load_weights judges
+            continue
         if own.is_meta:
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
         if key in tensors:  # a file in bfloat16 gives a model in bfloat16

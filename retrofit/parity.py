@@ -117,7 +117,7 @@ def verify(
     sites = record.plan.inserted if record else ()
     at_sites = {site.path: _Comparison() for site in sites}
     at_outputs: dict[str, _Comparison] = {}
-    images, same, ranked = 0, 0, 0
+    images, top1 = 0, _Top1()
     with evaluating(original, converted), torch.no_grad():
         for batch in data:
             with _recorded(original, sites) as seen:
@@ -133,9 +133,7 @@ def verify(
                 at_outputs.setdefault(name, _Comparison()).add(tensor, actual[name], name)
             x = first_tensor(batch)
             images += 0 if x is None else len(x)
-            agreed = _same_top1(expected, actual)
-            if agreed is not None:
-                same, ranked = same + agreed[0], ranked + agreed[1]
+            top1.add(expected, actual)
     if not at_outputs:
         raise RetrofitError(
             "there is no data, or no tensor in the output, to compare the models on"
@@ -144,7 +142,7 @@ def verify(
         images=images,
         outputs=tuple(c.difference(name) for name, c in at_outputs.items()),
         sites=tuple(c.difference(name) for name, c in at_sites.items()),
-        top1=same / ranked if ranked else None,
+        top1=top1.share,
     )
 
 
@@ -225,7 +223,7 @@ def drift(
     images = torch.cat(batches)
     rows = []
     for size in (s for s in sizes if s <= total):
-        error, same, ranked = _Comparison(), 0, 0
+        error, top1 = _Comparison(), _Top1()
         for x in images[: total // size * size].split(size):
             with torch.no_grad(), evaluating(original):
                 expected = _leaves(run(original, x, None))
@@ -233,11 +231,8 @@ def drift(
                 actual = _leaves(run(converted, x, None))
             for name, tensor in expected.items():
                 error.add(tensor, actual[name], name)
-            agreed = _same_top1(expected, actual)
-            if agreed is not None:
-                same, ranked = same + agreed[0], ranked + agreed[1]
-        top1 = same / ranked if ranked else None
-        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1))
+            top1.add(expected, actual)
+        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
     return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
 
 
@@ -292,12 +287,22 @@ def _leaves(output: Any) -> dict[str, Tensor]:
     return {f"output{keystr(path)}": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def _same_top1(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> tuple[int, int] | None:
-    """Of the first output, if that is (N, classes): images with the same class, and images."""
-    name, first = next(iter(expected.items()), ("", None))
-    if first is None or first.dim() != 2 or first.shape[1] < 2:
-        return None
-    return int((first.argmax(1) == actual[name].to(first.device).argmax(1)).sum()), len(first)
+class _Top1:
+    """How often the largest output is the same, where the first output is (N, classes)."""
+
+    def __init__(self) -> None:
+        self.same = self.ranked = 0
+
+    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+        name, first = next(iter(expected.items()), ("", None))
+        if first is not None and first.dim() == 2 and first.shape[1] > 1:
+            other = actual[name].to(first.device)
+            self.same += int((first.argmax(1) == other.argmax(1)).sum())
+            self.ranked += len(first)
+
+    @property
+    def share(self) -> float | None:
+        return self.same / self.ranked if self.ranked else None
 
 
 @contextmanager

@@ -201,11 +201,9 @@ class _Rules:
 
     def _opaque_around(self, conv: nn.Module) -> str | None:
         """The opaque submodule that holds this convolution, under whatever name."""
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            if module is conv:
-                for opaque in self.traced.opaque:
-                    if f"{path}.".startswith(f"{opaque}."):
-                        return opaque
+        for opaque in self.traced.opaque:
+            if any(module is conv for module in self.model.get_submodule(opaque).modules()):
+                return opaque
         return None
 
     def _refuse_idle_patterns(self, convs: list[str]) -> None:
