@@ -1,31 +1,114 @@
-"""What a batch is: how the model is called with one, and what comes out."""
+"""What a batch is: how the model is called with one, and which tensors come out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
 
 ForwardFn = Callable[[nn.Module, Any], object]
 
 
-def first_tensor(batch: Any) -> Tensor | None:
-    """The first tensor of nested tuples, lists and dicts; None if there is none."""
+class Arguments(NamedTuple):
+    """The arguments of one forward pass: `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many samples: the length of the first tensor, or of a list of pictures."""
+        first = next(iter((*self.args, *self.kwargs.values())), None)
+        if isinstance(first, (list, tuple)):
+            return len(first)
+        tensor = first_tensor((self.args, self.kwargs))
+        return len(tensor) if tensor is not None and tensor.dim() else 0
+
+    def head(self, most: int | None) -> Arguments:
+        """The first `most` samples of it; None for all."""
+        images = self.images
+        if most is None or most >= images:
+            return self
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, (list, tuple)) and len(value) == images:
+                return value[:most]
+            return tree_map_only(
+                Tensor, lambda t: t[:most] if t.dim() and len(t) == images else t, value
+            )
+
+        return Arguments(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
+
+    def to(self, device: torch.device | None, *, copy: bool = False) -> Arguments:
+        """The same on another device; `copy`, since a model may write to its input."""
+        return Arguments(
+            *tree_map_only(Tensor, lambda t: t.to(device, copy=copy), (self.args, self.kwargs))
+        )
+
+
+def arguments_of(model: nn.Module, batch: Any) -> Arguments:
+    """How `model` is called with a batch, by default.
+
+    - A tensor is the input.
+    - A mapping that has all arguments that `forward` requires is passed by name; what `forward`
+      does not take (labels, say) is left out.
+    - Of a tuple or list, as many leading items as `forward` requires: (images, labels) gives
+      `model(images)`, and (image1, image2, flow) gives `model(image1, image2)`.
+    - Where `forward` requires one argument, that is the first tensor in the batch; or, if it is
+      annotated as a list (torchvision's detectors), the first list of tensors, or all images of the
+      first tensor.
+
+    Raises RetrofitError when the batch does not have what `forward` requires; `forward_fn` is for
+    every other way of calling a model.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    required = [n for n, p in named.items() if p.default is p.empty]
+    if isinstance(batch, Mapping) and set(required) <= batch.keys() and named.keys() & batch.keys():
+        return Arguments((), {name: batch[name] for name in named if name in batch})
+    if len(required) > 1:
+        if isinstance(batch, (list, tuple)) and len(batch) >= len(required):
+            return Arguments(tuple(batch[: len(required)]), {})
+        raise RetrofitError(
+            f"{type(model).__name__} takes {' and '.join(required)}: give batches that are tuples "
+            "of these or dicts with these keys, or pass forward_fn= to say how the model is called"
+        )
+    if _takes_list(model, next(iter(named), "")):
+        return Arguments((_pictures(batch),), {})
+    return Arguments((input_of(batch),), {})
+
+
+def _takes_list(model: nn.Module, parameter: str) -> bool:
+    try:
+        hint = typing.get_type_hints(model.forward).get(parameter)
+    except (NameError, TypeError, AttributeError):  # annotations that cannot be looked up
+        return False
+    return typing.get_origin(hint) in (list, Sequence, Iterable)
+
+
+def _pictures(batch: Any) -> list[Tensor]:
+    """The first list of tensors in a batch, or the pictures of its first tensor."""
     if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif not isinstance(batch, (list, tuple)):
-        return None
-    return next((x for item in batch if (x := first_tensor(item)) is not None), None)
+        return list(batch)
+    if isinstance(batch, (list, tuple)):
+        pictures = [item for item in batch if isinstance(item, Tensor)]
+        if len(pictures) == len(batch) and all(p.dim() < 4 for p in pictures):
+            return pictures
+        if batch:
+            return _pictures(batch[0])
+    return list(input_of(batch))
 
 
 def input_of(batch: Any) -> Tensor:
-    """The model's input in a batch; RetrofitError when there is none to feed to a convolution."""
+    """The first tensor in a batch; RetrofitError when there is none to feed to a convolution."""
     x = first_tensor(batch)
     if x is None:
         raise RetrofitError(
@@ -38,6 +121,40 @@ def input_of(batch: Any) -> Tensor:
             "normalise them as the model was trained"
         )
     return x
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in nested values; None if there is none."""
+    return next(iter(tensors(value).values()), None)
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors in nested values, by their place: "output", "output['out']", "output[1].boxes".
+
+    Looks into mappings, lists, tuples, dataclasses, and objects with attributes such as
+    SimpleNamespace.
+    """
+    return dict(_walk(value, name, set()))
+
+
+def _walk(value: Any, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    items: Iterable[tuple[str, Any]]
+    if isinstance(value, Mapping):
+        items = ((f"{name}[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        items = ((f"{name}[{i}]", item) for i, item in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        items = ((f"{name}.{key}", item) for key, item in vars(value).items())
+    else:
+        return
+    if id(value) not in above:  # an object may hold itself
+        for place, item in items:
+            yield from _walk(item, place, above | {id(value)})
 
 
 def refuse_single_tensor(data: Iterable[Any]) -> None:
@@ -56,10 +173,8 @@ def home(model: nn.Module) -> torch.device | None:
 
 
 def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
-    """Call the model with a batch: with its first tensor, on the model's device, by default.
-
-    The tensor is a copy, since a model may write to its input.
-    """
+    """Call the model with a batch, on the model's device: see `arguments_of`, or `forward_fn`."""
     if forward_fn is not None:
         return forward_fn(model, batch)
-    return model(input_of(batch).to(home(model), copy=True))
+    arguments = arguments_of(model, batch).to(home(model), copy=True)
+    return model(*arguments.args, **arguments.kwargs)

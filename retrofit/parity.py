@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run
+from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run, tensors
 from retrofit.errors import RetrofitError
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.plans import Site
@@ -121,9 +120,9 @@ def verify(
     with evaluating(original, converted), torch.no_grad():
         for batch in data:
             with _recorded(original, sites) as seen:
-                expected = _leaves(run(original, batch, forward_fn))
+                expected = tensors(run(original, batch, forward_fn), "output")
             with _compared(converted, sites, seen, at_sites):
-                actual = _leaves(run(converted, batch, forward_fn))
+                actual = tensors(run(converted, batch, forward_fn), "output")
             if expected.keys() != actual.keys():
                 raise RetrofitError(
                     f"the outputs differ in structure: {', '.join(expected)} against "
@@ -226,9 +225,9 @@ def drift(
         error, top1 = _Comparison(), _Top1()
         for x in images[: total // size * size].split(size):
             with torch.no_grad(), evaluating(original):
-                expected = _leaves(run(original, x, None))
+                expected = tensors(run(original, x, None), "output")
             with torch.no_grad(), batch_statistics(converted):
-                actual = _leaves(run(converted, x, None))
+                actual = tensors(run(converted, x, None), "output")
             for name, tensor in expected.items():
                 error.add(tensor, actual[name], name)
             top1.add(expected, actual)
@@ -279,12 +278,6 @@ class _Comparison:
     def rms_over_std(self) -> float:
         variance = self.squares / self.count - (self.sum / self.count) ** 2
         return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
-
-
-def _leaves(output: Any) -> dict[str, Tensor]:
-    """The tensors of nested outputs, by their place: "output", "output['out']", "output[1]"."""
-    leaves, _ = tree_flatten_with_path(output)
-    return {f"output{keystr(path)}": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 class _Top1:
