@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from retrofit.parity import ParityReport
 from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
 from retrofit.version import __version__
+from retrofit.weights import PICKLED, SUFFIXES
+from retrofit.weights import load_weights as load_weights  # noqa: PLC0414 - retrofit.demo's too
+from retrofit.weights import read as read  # noqa: PLC0414
 from retrofit.zoo import torchvision_model
-
-PICKLED = (".pth", ".pt")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """RetrofitError if `save` could not write there; for asking before the work is done."""
-    if path.suffix not in (".safetensors", *PICKLED):
+    if path.suffix not in SUFFIXES:
         raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
     if path.exists() and not overwrite:
         raise RetrofitError(f"{path} exists: choose another name, or --overwrite (overwrite=True)")
@@ -140,90 +139,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             own.data = own.data.to(tensors[key].dtype)
     load_weights(result, tensors, str(path))
     return result.eval()
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Strict `load_state_dict`; the RetrofitError names `source` and the keys that do not fit."""
-    own = model.state_dict()
-    wrong = {
-        "missing": [key for key in own if key not in tensors],
-        "unexpected": [key for key in tensors if key not in own],
-        "of another shape": [
-            f"{key} {tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in tensors
-            and isinstance(own[key], Tensor)
-            and tensors[key].shape != own[key].shape
-        ],
-    }
-    problems = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in wrong.items()
-        if keys
-    ]
-    if problems:
-        raise RetrofitError(
-            f"the weights in {source} do not fit {type(model).__name__}: keys {'; '.join(problems)}"
-        )
-    model.load_state_dict(dict(tensors))
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a weights file, and the provenance that `save` put there (else empty).
-
-    Understands state dicts wrapped as {"state_dict": ...} and keys with DataParallel's "module."
-    prefix. Raises RetrofitError for anything that is not a file of tensors.
-    """
-    if not path.is_file():
-        raise RetrofitError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        tensors, provenance = _read_safetensors(path)
-    elif path.suffix in PICKLED:
-        tensors, provenance = _read_pickled(path), {}
-    else:
-        raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
-    if tensors and not provenance and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    return tensors, provenance
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RetrofitError(f"{path} cannot be read as safetensors: {error}") from error
-    try:
-        provenance = json.loads(metadata.get("retrofit", "{}"))
-        aliases = provenance.get("aliases", {})
-        tensors.update({alias: tensors[key] for alias, key in aliases.items()})
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}") from error
-    return tensors, provenance
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():  # what torch finds odd ends in an error or is harmless
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make it raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if "weights_only" in str(error):
-            reason = "it holds more than tensors; save the model's state_dict() instead"
-        raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise RetrofitError(
-            f"{path} holds no state dict: expected tensors by name, or those under one of the keys "
-            f"{', '.join(WRAPPERS)}"
-        )
-    return {str(key): tensor for key, tensor in content.items()}
 
 
 def _record(path: Path, provenance: dict[str, Any]) -> Record:

@@ -14,25 +14,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
 
 from retrofit import demo
+from retrofit.batches import arguments_of
 from retrofit.calibration import calibrate
-from retrofit.checkpoint import PICKLED, check_output, load, load_weights, read, save
+from retrofit.checkpoint import check_output, load, save
 from retrofit.conversion import convert, prepare
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.folding import fold
 from retrofit.identity import scale_and_shift
-from retrofit.images import PictureBatches, Pictures, open_pictures, preprocessing, shuffled
+from retrofit.images import (
+    PictureBatches,
+    Pictures,
+    Transform,
+    Transforms,
+    open_pictures,
+    preprocessing,
+    shuffled,
+)
 from retrofit.parity import ParityReport, verify
 from retrofit.plans import Plan
 from retrofit.record import record_of
 from retrofit.sites import plan
 from retrofit.tables import table
 from retrofit.version import __version__
-from retrofit.zoo import build, pretrained
-
-MODEL = "torchvision name (vgg16), package.module:factory, or path/to/file.py:factory"
+from retrofit.weights import read
+from retrofit.zoo import NAMES, build, trained, transforms
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +79,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise RetrofitError(
             f"calibration needs at least 2 pictures: {arguments.data} has {len(pictures)}"
         )
-    model, entry = _model_with_weights(arguments.model, arguments.weights)
+    model = trained(arguments.model, arguments.weights)
+    to_input = _to_input(arguments, transforms(arguments.model, model, arguments.weights))
     order = shuffled(len(pictures), arguments.seed)
     chosen, others = order[: arguments.images], order[arguments.images :][:16]
     the_plan = plan(model, include=arguments.include, exclude=arguments.exclude)
@@ -80,12 +88,13 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(the_plan)
         raise RetrofitError("there is nothing to convert: no convolution gets a BatchNorm")
 
-    batches = _batches(pictures, chosen, entry, arguments)
+    batches = _batches(arguments, model, pictures, chosen, to_input)
     prepared = prepare(model, the_plan)
     with _naming_pictures(batches):
         calibration = calibrate(prepared, batches, device=arguments.device)
     converted = convert(prepared, copy=False)
-    tests = _batches(pictures, others if len(others) == 16 else chosen[:16], entry, arguments)
+    held_out = others if len(others) == 16 else chosen[:16]
+    tests = _batches(arguments, model, pictures, held_out, to_input)
     parity = verify(model, converted, tests)
     if not all(output.finite for output in parity.outputs):
         raise RetrofitError(f"{arguments.model} gives NaN or Inf: check its weights")
@@ -116,10 +125,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     converted, name = _load(arguments)
-    original, entry = _model_with_weights(name, arguments.weights)
+    original = trained(name, arguments.weights)
+    to_input = _to_input(arguments, transforms(name, original, arguments.weights))
     pictures = open_pictures(arguments.data)
     chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
-    batches = _batches(pictures, chosen, entry, arguments)
+    batches = _batches(arguments, original, pictures, chosen, to_input)
     report = verify(original, converted, batches)
     print(report)
     _list_bad(batches)
@@ -172,28 +182,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 # --- what the commands share -------------------------------------------------------------------
 
 
-def _model_with_weights(spec: str, weights: str | None) -> tuple[nn.Module, WeightsEnum | None]:
-    """The model as trained, in eval mode; and torchvision's weights entry if it came from one."""
-    if weights is None:
-        if ":" not in spec:
-            raise RetrofitError(
-                f"{spec} without weights is random: give --weights DEFAULT or a file"
-            )
-        return build(spec).eval(), None
-    if Path(weights).suffix in (".safetensors", *PICKLED):
-        model = build(spec)
-        load_weights(model, read(Path(weights))[0], weights)
-        return model.eval(), None
-    entry = pretrained(spec, weights)
-    try:
-        tensors = entry.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        raise RetrofitError(f"{entry} cannot be downloaded: {error}") from error
-    model = build(spec)
-    load_weights(model, tensors, str(entry))
-    return model.eval(), entry
-
-
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
     """The model of a file, and what it is called."""
     provenance = read(arguments.file)[1]
@@ -204,25 +192,30 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
     return load(arguments.file, build(name) if arguments.model else None), name
 
 
-def _batches(
-    pictures: Pictures,
-    indices: Sequence[int],
-    entry: WeightsEnum | None,
-    arguments: argparse.Namespace,
-) -> PictureBatches:
-    transform = preprocessing(
-        entry,
+def _to_input(arguments: argparse.Namespace, made: Transforms) -> Transform:
+    return preprocessing(
+        made,
         resize=arguments.resize,
         crop=arguments.crop,
         mean=arguments.mean,
         std=arguments.std,
     )
+
+
+def _batches(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    pictures: Pictures,
+    indices: Sequence[int],
+    to_input: Transform,
+) -> PictureBatches:
     return PictureBatches(
         pictures,
         indices,
-        transform,
+        to_input,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
+        lists=isinstance(arguments_of(model, torch.zeros(1, 3, 8, 8)).args[0], list),
         skip_bad=arguments.skip_bad_images,
     )
 
@@ -327,11 +320,11 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     one = command("plan", _plan, "show what happens to every convolution, and why")
-    one.add_argument("model", help=MODEL)
+    one.add_argument("model", help=NAMES)
     _add_patterns(one)
 
     one = command("convert", _convert, "insert calibrated BatchNorms, verify, save")
-    one.add_argument("model", help=MODEL)
+    one.add_argument("model", help=NAMES)
     one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
     one.add_argument("--device", type=_device, help="for the calibration; default: cpu")
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -340,14 +333,14 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("verify", _verify, "compare a converted file with the original weights")
     one.add_argument("file", type=Path, help="what convert wrote")
-    one.add_argument("--model", help=f"{MODEL}; default: what the file says, if torchvision has it")
+    one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
     one.add_argument("--tolerance", type=_tolerance, default=0.0, help="default: 0, bit for bit")
     _add_weights_and_data(one, images=16)
 
     one = command("fold", _fold, "absorb the BatchNorms of a file into its convolutions")
     one.add_argument("file", type=Path, help="what convert or a training run wrote")
     one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
-    one.add_argument("--model", help=f"{MODEL}; default: what the file says, if torchvision has it")
+    one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
     one = command("inspect", _inspect, "show where a file comes from and what its BatchNorms hold")
@@ -372,7 +365,7 @@ def _add_patterns(parser: argparse.ArgumentParser) -> None:
 
 def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> None:
     add = parser.add_argument
-    add("--weights", help="torchvision weights name (DEFAULT), or .pth, .pt, .safetensors file")
+    add("--weights", help="name (DEFAULT), or .pth, .pt, .safetensors file")
     add(
         "--data", type=Path, required=True, help="folder of pictures, or .npy or .npz of uint8 NHWC"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models import VGG16_Weights, WeightsEnum
+from torchvision.models import VGG16_Weights
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from retrofit.errors import RetrofitError
 
 EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 Transform = Callable[[Image.Image], Tensor]
+Transforms = Callable[..., Transform]
+PRESET: Transforms = VGG16_Weights.IMAGENET1K_V1.transforms
 
 
 class Pictures(Protocol):
@@ -102,7 +106,7 @@ def open_pictures(path: Path) -> Pictures:
 
 
 def preprocessing(
-    entry: WeightsEnum | None = None,
+    transforms: Transforms = PRESET,
     *,
     resize: int | None = None,
     crop: int | None = None,
@@ -111,24 +115,41 @@ def preprocessing(
 ) -> Transform:
     """From a picture to the model's input (3, H, W).
 
-    The weights entry's own transforms, or torchvision's classification preset (shorter side to
-    256, centre crop of 224, ImageNet's mean and std); single steps are replaced by the arguments
-    that are given.
+    Args:
+        transforms: makes the transform that the model was trained for, and takes the steps that
+            are to be replaced as torchvision's weights do: resize_size, crop_size, mean, std. By
+            default torchvision's classification preset (shorter side to 256, centre crop of 224,
+            ImageNet's mean and std).
+        resize, crop: pixels; added at the end where the transform has no such step. The default
+            of `resize` is then `crop`.
+        mean, std: of the channels, for pixels in 0 to 1.
     """
-    given = {"resize_size": resize, "crop_size": crop, "mean": mean, "std": std}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if crop is not None and resize is None:
-        changes["resize_size"] = crop
     if std is not None and min(std) <= 0:
         raise RetrofitError(f"the std must be positive, not {' '.join(map(str, std))}")
-    source = entry or VGG16_Weights.IMAGENET1K_V1
-    try:
-        transform: Transform = source.transforms(**changes)
-    except TypeError as error:
+    given = {"resize_size": resize or crop, "crop_size": crop, "mean": mean, "std": std}
+    changes = {name: value for name, value in given.items() if value is not None}
+    own = inspect.signature(transforms).parameters
+    transform = transforms(**{name: value for name, value in changes.items() if name in own})
+    _try_out(transform)
+    if not own.keys() >= changes.keys() & {"mean", "std"}:
         raise RetrofitError(
-            f"the transforms of {entry} take no {', '.join(changes)}: leave those options out"
+            f"{type(transform).__name__} leaves it to the model to normalise: leave out --mean and "
+            "--std"
+        )
+    sizes = {"resize_size": Resize, "crop_size": CenterCrop}
+    added = [step(changes[n]) for n, step in sizes.items() if n in changes and n not in own]
+    return Compose([transform, *added]) if added else transform
+
+
+def _try_out(transform: Transform) -> None:
+    """Those of videos and of optical flow take other things than a picture."""
+    try:
+        transform(Image.new("RGB", (64, 64)))
+    except (AttributeError, TypeError) as error:
+        raise RetrofitError(
+            f"the model takes no single pictures (its transform is {type(transform).__name__}): "
+            "convert it in Python, with batches of your own"
         ) from error
-    return transform
 
 
 class _Item(NamedTuple):
@@ -156,18 +177,20 @@ class _Items(Dataset[_Item]):
 
 
 class PictureBatches:
-    """Batches (N, 3, H, W) of pictures, read by worker processes.
+    """Batches of pictures, read by worker processes: tensors (N, 3, H, W), or lists of (3, H, W).
 
     Args:
         pictures, indices: which pictures, in which order.
         transform: see `preprocessing`.
+        lists: the model takes pictures of different sizes, as a list; such a batch is one.
         skip_bad: leave unreadable pictures out, and list them in `bad`, instead of raising.
 
     Attributes:
         names: of the pictures in the batch yielded last.
         bad: names of the unreadable pictures left out so far.
 
-    Raises RetrofitError, while iterating, with the name of an unreadable picture.
+    Raises RetrofitError, while iterating, with the name of an unreadable picture, or when pictures
+    have different sizes and the model takes no lists.
     """
 
     def __init__(
@@ -178,17 +201,18 @@ class PictureBatches:
         *,
         batch_size: int,
         workers: int,
+        lists: bool = False,
         skip_bad: bool = False,
     ) -> None:
         self.dataset = _Items(pictures, indices, transform)
         self.loader: DataLoader[_Item] = DataLoader(
             self.dataset, batch_size=batch_size, num_workers=workers, collate_fn=list
         )
-        self.skip_bad = skip_bad
+        self.lists, self.skip_bad = lists, skip_bad
         self.names: list[str] = []
         self.bad: list[str] = []
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for items in self.loader:
             self.names = [item.name for item in items if item.tensor is not None]
             for item in items:
@@ -201,7 +225,19 @@ class PictureBatches:
                     self.bad.append(item.name)
             tensors = [item.tensor for item in items if item.tensor is not None]
             if tensors:
-                yield torch.stack(tensors)
+                yield self._batch(tensors)
+
+    def _batch(self, tensors: list[Tensor]) -> Any:
+        sizes = list(dict.fromkeys(tuple(tensor.shape[1:]) for tensor in tensors))
+        if len(sizes) == 1:
+            return torch.stack(tensors)
+        if not self.lists:
+            shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
+            raise RetrofitError(
+                f"the pictures have different sizes ({shown}{', ...' if len(sizes) > 3 else ''}) "
+                "and the model takes them as one tensor: give --crop, or --batch-size 1"
+            )
+        return tensors
 
 
 def shuffled(count: int, seed: int) -> list[int]:
