@@ -6,9 +6,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,8 +190,9 @@ class _Timm(_Source):
         ):
             raise RetrofitError(f"timm has no weights for {self.name}: give a file")
         try:
-            model: nn.Module = self.timm.create_model(self.name, pretrained=True)
-        except Exception as error:  # its hub's client raises errors of many kinds
+            with _quiet("huggingface_hub"):  # it tells of every retry
+                model: nn.Module = self.timm.create_model(self.name, pretrained=True)
+        except Exception as error:  # the hub's client raises errors of many kinds
             reason = " ".join(str(error).split())
             raise RetrofitError(
                 f"the weights of timm's {self.name} cannot be loaded: {type(error).__name__}: "
@@ -305,6 +308,18 @@ def _from_import(name: str) -> ModuleType:
         raise RetrofitError(
             f"{name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Let it log nothing but errors."""
+    of = logging.getLogger(logger)
+    level = of.level
+    of.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        of.setLevel(level)
 
 
 def _nearest(name: str, known: list[str]) -> str:
