@@ -8,6 +8,7 @@ from pathlib import Path
 import nets
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -144,6 +145,28 @@ def test_a_factory_in_a_file_and_pictures_in_an_array(run, tmp_path):
         assert code == 0
 
 
+def test_a_timm_model_is_named_and_never_built_from_what_a_file_says(run, folder, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("test_nfnet").state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    weights = ("--weights", "w.pth", "--data", folder, "--images", "16")
+    code, out, err = run(
+        "convert", "timm:test_nfnet", *weights, "--output", "bn.safetensors", *SMALL
+    )
+    assert (code, err) == (0, [])
+    code, out, err = run("verify", "bn.safetensors", *weights, *SMALL)
+    assert code == 2
+    assert "(timm:test_nfnet): pass the plain model, on the command line with --model" in err[0]
+    model = ("--model", "timm:test_nfnet")
+    code, out, err = run("verify", "bn.safetensors", *model, *weights, *SMALL)
+    assert (code, err) == (0, [])
+    code, out, err = run("fold", "bn.safetensors", *model, "--output", "plain.pth")
+    assert (code, err) == (0, [])
+    folded = torch.load(tmp_path / "plain.pth", weights_only=True)
+    assert list(folded) == list(state)
+    assert all(torch.equal(folded[key], value) for key, value in state.items())
+
+
 def test_plan_prints_the_table_and_takes_patterns(run):
     code, out, err = run("plan", "alexnet", "--exclude", "features.0", "--exclude", "features.3")
     assert (code, err) == (0, [])
@@ -221,6 +244,19 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
     ("changes", "message"),
     [
         ({"model": "vgg61"}, "no model 'vgg61'; nearest: vgg"),
+        ({"model": "timm:repvg_a0"}, "timm has no model 'repvg_a0'; nearest: repvgg_a0"),
+        ({"model": "timm:vgg11.tv_in2k"}, "timm has no model 'vgg11.tv_in2k'; nearest: vgg11"),
+        ({"model": "timm:hf-hub:timm/vgg11"}, "timm has no model 'hf-hub:timm/vgg11'"),
+        ({"model": "timm:local-dir:D"}, "timm has no model 'local-dir:D'"),
+        ({"model": "timm-reparameterized:test_nfnet"}, "nothing to reparameterise: name it timm:"),
+        ({"model": "timm:test_nfnet"}, "do not fit NormFreeNet: keys"),
+        ({"model": "timm:test_nfnet", "--weights": None}, "without weights is random"),
+        ({"model": "timm:test_nfnet", "--weights": "IN1K"}, "timm's weights are DEFAULT, or named"),
+        (
+            {"model": "timm:efficientnet_b0_gn", "--weights": "DEFAULT"},
+            "timm has no weights for efficientnet_b0_gn",
+        ),
+        ({"model": "torchvision.models:vgg11", "--weights": "DEFAULT"}, "is no model that has"),
         ({"model": "nothing.here:net"}, "nothing.here cannot be imported: ModuleNotFoundError"),
         ({"model": "nothing.py:net"}, "there is no file nothing.py"),
         ({"model": "torchvision.models:vgg"}, "has no factory 'vgg'; nearest: vgg"),
