@@ -1,0 +1,104 @@
+"""The recipe in docs/recipes.md, as it stands there: convert, fine-tune, fold a merged network."""
+
+import re
+import shlex
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.utils import reparameterize_model
+from torch import nn
+
+import retrofit
+from retrofit.cli import main
+
+RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", RECIPES, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def original():
+    """A RepVGG before merging, each BatchNorm with values of its own."""
+    torch.manual_seed(0)
+    model = timm.create_model("repvgg_a0")
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.3)
+    with torch.no_grad():
+        for _ in range(5):
+            model(2 * nets.images(8, 3, 64, 64) + 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def released(original, monkeypatch):
+    """The same once merged; its unmerged weights are what timm downloads."""
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf", lambda *_, **__: original.state_dict()
+    )
+    return reparameterize_model(original).eval()
+
+
+def run(code, variables):
+    exec(code, variables)  # noqa: S102 - the documentation's own
+
+
+@torch.no_grad()
+def assert_close(model, other, x):
+    expected = other(x)
+    assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def test_the_recipe_in_python(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    pictures = [nets.images(8, 3, 64, 64) for _ in range(4)]
+    x = torch.cat(pictures[:2])
+    variables = {
+        "pictures": pictures,
+        "loader": [(images, torch.randint(0, 1000, (8,))) for images in pictures],
+    }
+    merge, convert, tune, fold = blocks("python")
+    run(merge + convert, variables)
+    network = variables["network"]
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 22
+    assert torch.equal(network(x), released(x))
+    run(tune, variables)
+    assert (network(x) - released(x)).abs().max() > 0.1 * released(x).std()
+    run(fold, variables)
+    state = torch.load("repvgg_a0_tuned.pth", weights_only=True)
+    assert list(state) == list(released.state_dict())
+    released.load_state_dict(state)
+    assert_close(released, network, x)
+
+
+def test_the_recipe_on_the_command_line(released, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(18):
+        pixels = random.integers(0, 256, (7, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((224, 224)).save(tmp_path / "pictures" / f"{i}.png")
+    convert, fold = (shlex.split(block)[1:] for block in blocks("sh"))
+    assert main(convert) == 0
+    assert "outputs             equal bit for bit" in capsys.readouterr().out
+    network = retrofit.load("repvgg_a0_bn.safetensors", released)
+    for parameter in network.parameters():  # stands for the training
+        parameter.data *= 1.01
+    retrofit.save(network, "tuned.safetensors")
+    assert main(fold) == 0
+    tuned = reparameterize_model(timm.create_model("repvgg_a0")).eval()
+    tuned.load_state_dict(load_file("repvgg_a0_tuned.safetensors"), strict=True)
+    x = nets.images(2, 3, 64, 64)
+    assert_close(tuned, network, x)
+    assert not torch.allclose(tuned(x), released(x), rtol=1e-2)
