@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils._pytree import tree_map_only
 
-from retrofit.batches import ForwardFn, home, input_of, refuse_single_tensor
-from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.batches import Arguments, ForwardFn
+from retrofit.errors import RetrofitError
+from retrofit.feeding import Fed, feed, leaving_after
 from retrofit.modes import evaluating
 from retrofit.moments import MomentObserver
 from retrofit.plans import Plan
@@ -50,7 +51,8 @@ class Calibration:
 
     Attributes:
         images, batches, seconds: how many, and how long it took.
-        sites: how far the two halves of the sample disagree, for each site in order.
+        sites: how far the two halves of the sample disagree, for each site in order; without
+            those that saw less than two samples.
     """
 
     images: int
@@ -94,12 +96,13 @@ def calibrate(
 
     Args:
         prepared: made by `prepare`; calling again adds more data.
-        data: batches: tensors of shape (N, C, ...), or tuples, lists or dicts whose first tensor
-            is one, as DataLoaders yield them.
+        data: batches as DataLoaders yield them: tensors of shape (N, C, ...), or tuples, lists or
+            dicts that hold them. As many items as the model's `forward` requires are passed to it,
+            of a dict those that it names; a detector gets its list of pictures.
         device: where to run; by default where the model is.
         max_images: stop after this many; by default at the end of the data.
         forward_fn: `forward_fn(model, batch)` for any other way of calling the model. It sees the
-            batch as it comes, and the model runs to its end.
+            batch as it comes, uncut, and the model runs to its end.
         progress: show a progress bar with images/s.
 
     Returns:
@@ -112,36 +115,34 @@ def calibrate(
         NonFiniteError: NaN or Inf at a site, with the site and the image.
     """
     plan = required_record(prepared, "prepare").plan
-    refuse_single_tensor(data)
-    if max_images is not None and max_images < 1:
-        raise RetrofitError(f"max_images must be positive, not {max_images}")
-    start, images, batches = time.perf_counter(), 0, 0
+    start, fed = time.perf_counter(), Fed(0, 0)
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
     if observers:
-        bar = tqdm(total=_total(data, max_images), unit="img", disable=not progress)
-        with bar, _moved(prepared, device) as target, evaluating(prepared), torch.no_grad():
-            feed = _Feed(prepared, plan, observers, target, forward_fn)
-            for batch in data:
-                left = None if max_images is None else max_images - images
-                count = feed(batch, left, images)
-                images, batches = images + count, batches + 1
-                bar.update(count)
-                if max_images is not None and images >= max_images:
-                    break
-        if images < 2:
+        with evaluating(prepared):
+            fed = feed(
+                prepared,
+                data,
+                {observer.site: observer for observer in observers},
+                call=_Pass(prepared, plan, observers),
+                device=device,
+                max_images=max_images,
+                forward_fn=forward_fn,
+                progress=progress,
+            )
+        if fed.images < 2:
             raise RetrofitError(
-                f"calibration got {images} of the at least 2 images that a variance needs (some "
-                "hundred make a good one)"
+                f"calibration got {fed.images} of the at least 2 images that a variance needs "
+                "(some hundred make a good one)"
             )
     report = Calibration(
-        images=images,
-        batches=batches,
+        images=fed.images,
+        batches=fed.batches,
         seconds=time.perf_counter() - start,
-        sites=tuple(_stability(observer) for observer in observers),
+        sites=tuple(filter(None, map(_stability, observers))),
     )
     if report.disagreement > DISAGREEMENT:
         warnings.warn(
-            f"the two halves of the {images} calibration images disagree by "
+            f"the two halves of the {fed.images} calibration images disagree by "
             f"{report.disagreement:.2f} sigma: use more images, and shuffle them (the usual "
             "cause is a folder sorted by class and cut short)",
             stacklevel=2,
@@ -149,50 +150,24 @@ def calibrate(
     return report
 
 
-class _Done(BaseException):
-    """Leaves the forward pass after the last site; no Exception, lest a model swallow it."""
+class _Pass:
+    """One forward pass: in the faster memory format, and no further than the last site."""
 
-
-class _Feed:
-    """Runs one batch after another."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        observers: list[MomentObserver],
-        device: torch.device | None,
-        forward_fn: ForwardFn | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, observers: list[MomentObserver]) -> None:
         self.model, self.observers = model, observers
-        self.device, self.forward_fn = device, forward_fn
-        last = next(site for site in plan.inserted if site.path == plan.last)
-        self.last = next(observer for observer in observers if observer.site == last.path)
-        self.last_calls = last.calls
+        # None if it is not known which call is the last.
+        self.last = next((site for site in plan.inserted if site.path == plan.last), None)
         self.channels_last: bool | None = None  # not known before the first batch
 
-    def __call__(self, batch: Any, most: int | None, seen: int) -> int:
-        """Run one batch, at most `most` images of it; returns how many."""
-        try:
-            before = int(self.last.images)
-            if self.forward_fn is not None:
-                self.forward_fn(self.model, batch)
-            else:
-                self._run(input_of(batch)[:most].to(self.device))
-            return (int(self.last.images) - before) // self.last_calls
-        except NonFiniteError as error:
-            where = f"image {seen + error.item} of the data"
-            raise NonFiniteError(error.site, error.item, where) from None
-
-    def _run(self, x: Tensor) -> None:
-        fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if fast is None or self.channels_last is False or x.device.type != "cpu":
-            return self._forward(x)
+    def __call__(self, arguments: Arguments) -> None:
+        if self.channels_last is False:
+            return self._forward(arguments)
+        fast: Arguments = tree_map_only(Tensor, _in_channels_last, arguments)
         if self.channels_last:
-            return self._forward(x.contiguous(memory_format=fast))
+            return self._forward(fast)
         before = [{k: v.clone() for k, v in o.named_buffers()} for o in self.observers]
         try:
-            self._forward(x.contiguous(memory_format=fast))
+            self._forward(fast)
         except RuntimeError as error:
             # A model that calls .view() on an activation cannot run in this memory format.
             if "view size is not compatible" not in str(error):
@@ -203,28 +178,31 @@ class _Feed:
         self.channels_last = False
         for observer, buffers in zip(self.observers, before, strict=True):
             observer.load_state_dict(buffers)
-        return self._forward(x)
+        return self._forward(arguments)
 
-    def _forward(self, x: Tensor) -> None:
-        calls = 0
+    def _forward(self, arguments: Arguments) -> None:
+        with self._leaving():
+            self.model(*arguments.args, **arguments.kwargs)
 
-        def leave(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == self.last_calls:
-                raise _Done
-
-        handle = self.last.register_forward_hook(leave)
-        try:
-            self.model(x)
-        except _Done:
-            pass
-        finally:
-            handle.remove()
+    def _leaving(self) -> AbstractContextManager[None]:
+        if self.last is None:
+            return nullcontext()
+        observer = next(o for o in self.observers if o.site == self.last.path)
+        return leaving_after(observer, self.last.calls)
 
 
-def _stability(observer: MomentObserver) -> SiteStability:
-    first, second = observer.halves()
+def _in_channels_last(x: Tensor) -> Tensor:
+    """A copy in the memory format that is the faster one on a CPU, where x has pictures."""
+    fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x if fast is None or x.device.type != "cpu" else x.clone(memory_format=fast)
+
+
+def _stability(observer: MomentObserver) -> SiteStability | None:
+    """None for a site that saw less than two samples."""
+    halves = observer.halves()
+    if halves is None:
+        return None
+    first, second = halves
     sigma = observer.moments().var.sqrt()
     live = sigma > 0
     if not bool(live.any()):
@@ -239,44 +217,3 @@ def _stability(observer: MomentObserver) -> SiteStability:
         float(std.quantile(0.99)),
         float(std.max()),
     )
-
-
-def _total(data: Iterable[Any], max_images: int | None) -> int | None:
-    try:
-        known = len(data.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        return max_images
-    return known if max_images is None else min(known, max_images)
-
-
-@contextmanager
-def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
-    """The model on `device`, and afterwards every tensor where it was."""
-    origin = home(model)
-    if device is None or origin is None or str(device) == str(origin):
-        yield origin
-        return
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target).item()  # meta has no items
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
-    parameters = [(p, p.data) for p in model.parameters()]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if not isinstance(module, MomentObserver)
-    ]
-    try:
-        model.to(target)
-        yield target
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-        for module in model.modules():
-            if isinstance(module, MomentObserver):
-                module.to(origin)

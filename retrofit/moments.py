@@ -62,9 +62,20 @@ def batch_moments(x: Tensor) -> Moments:
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     rows = x.movedim(1, -1)
-    if rows.is_contiguous():
-        return _moments_of_rows(rows.reshape(-1, x.shape[1]))
+    if x.dim() == 2 or rows.is_contiguous():
+        return _moments_of_rows(rows.contiguous().view(-1, x.shape[1]))
     return _moments_of_planes(x.flatten(2))
+
+
+def finite_moments(x: Tensor, site: str, first: int = 0) -> Moments:
+    """The same, or NonFiniteError that names the site and the sample; x[0] is number `first`."""
+    moments = batch_moments(x)
+    if bool(moments.M2.isfinite().all()):  # M2 is NaN when the mean is not finite
+        return moments
+    finite = x.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise NonFiniteError(site, first + int((~finite).nonzero()[0]))
+    return batch_moments(x.double())  # the squares overflowed float32
 
 
 def _moments_of_rows(x: Tensor) -> Moments:
@@ -119,6 +130,7 @@ class MomentObserver(nn.Module):
         site: module path of the observed layer, for messages.
         channels: C.
         dims: spatial axes of the input: (N, C) + dims axes.
+        last_axis: the channels are the last axis instead, after any number of others: (N, ..., C).
 
     Buffers:
         count: (16,), elements of each channel in a stretch; on the CPU, whatever the device.
@@ -133,9 +145,16 @@ class MomentObserver(nn.Module):
     images: Tensor
     batches: Tensor
 
-    def __init__(self, site: str, channels: int, dims: int, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        site: str,
+        channels: int,
+        dims: int,
+        device: torch.device | None,
+        last_axis: bool = False,
+    ) -> None:
         super().__init__()
-        self.site, self.channels, self.dims = site, channels, dims
+        self.site, self.channels, self.dims, self.last_axis = site, channels, dims, last_axis
         self.register_buffer("count", torch.zeros(self.STRETCHES, dtype=torch.float64))
         table = torch.zeros(self.STRETCHES, channels, dtype=torch.float64, device=_home(device))
         self.register_buffer("mean", table)
@@ -152,31 +171,27 @@ class MomentObserver(nn.Module):
                 f"the observer of {self.site} ran in training mode: call model.eval() first, "
                 "or dropout and existing BatchNorms falsify the moments"
             )
-        if x.dim() != self.dims + 2:
+        if x.dim() < 2 if self.last_axis else x.dim() != self.dims + 2:
+            axes = "at least 2" if self.last_axis else str(self.dims + 2)
             raise RetrofitError(
                 f"{self.site} got a tensor of shape {tuple(x.shape)}: expected a batch with "
-                f"{self.dims + 2} axes; add the batch axis with x.unsqueeze(0)"
+                f"{axes} axes; add the batch axis with x.unsqueeze(0)"
             )
-        if not _is_dense(x):
+        if not (x.is_contiguous() if self.last_axis else _is_dense(x)):
             raise RetrofitError(
                 f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "
                 "slice, it seems): a BatchNorm after it would not be exact; exclude this layer"
             )
         if x.numel():
-            self._learn(x.detach())
+            self._learn(x.detach().movedim(-1, 1) if self.last_axis else x.detach())
         return x
 
     def _learn(self, x: Tensor) -> None:
         # The first batch counts as two stretches, so that even a single one has two halves.
-        parts = [x] if self.batches else list(x.chunk(2))
-        for part in parts:
-            moments = batch_moments(part)
-            if not bool(moments.M2.isfinite().all()):  # of M2, which is NaN when the mean is not
-                finite = x.isfinite().flatten(1).all(1)
-                if not bool(finite.all()):
-                    raise NonFiniteError(self.site, int((~finite).nonzero()[0]))
-                moments = batch_moments(part.double())  # the squares overflowed float32
-            self._append(moments)
+        first = 0
+        for part in [x] if self.batches else x.chunk(2):
+            self._append(finite_moments(part, self.site, first))
+            first += len(part)
         self.images += len(x)
         self.batches += 1
 
@@ -210,14 +225,14 @@ class MomentObserver(nn.Module):
             )
         return merge(self.count, self.mean, self.M2)
 
-    def halves(self) -> tuple[Moments, Moments]:
+    def halves(self) -> tuple[Moments, Moments] | None:
         """The moments of the first and of the second half of the sample, as nearly as kept.
 
-        Raises RetrofitError when the sample is a single image.
+        None where there are no halves: of a single sample, or none.
         """
         used = int((self.count > 0).sum())
         if used < 2:
-            raise RetrofitError(f"{self.site} saw fewer than 2 images: no halves to compare")
+            return None
         so_far = self.count[:used].cumsum(0)
         cut = 1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())
         first, second = slice(0, cut), slice(cut, used)

@@ -1,6 +1,7 @@
 """Feeding data: every way it comes, and what is left behind."""
 
 import copy
+import dataclasses
 
 import nets
 import pytest
@@ -72,7 +73,7 @@ def test_max_images_cuts_the_last_batch():
     model, report = calibrated(X.split(16), max_images=20)
     assert report.images == 20
     only, _ = calibrated([X[:20]])
-    torch.testing.assert_close(site(model).var, site(only).var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(site(model).var, site(only).var, rtol=1e-5, atol=0)
 
 
 def test_calling_again_adds_data():
@@ -134,6 +135,126 @@ def test_the_forward_pass_ends_after_the_last_site():
     assert model[2].ran  # and only inside calibrate
 
 
+class Siamese(nn.Module):
+    """Two inputs, and one that has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, left, right, gain=1.0):
+        return F.relu(self.conv(left - right) * gain)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(x, 2 * x, "label") for x in X.split(16)],
+        [{"right": 2 * x, "label": 0, "left": x} for x in X.split(16)],
+    ],
+    ids=["tuples", "dicts"],
+)
+def test_a_model_of_several_inputs_gets_them_by_place_or_by_name(data):
+    model = retrofit.prepare(nets.build(Siamese))
+    report = retrofit.calibrate(model, data, max_images=20, progress=False)
+    assert report.images == 20
+    expected = nets.build(Siamese).conv(-X[:20]).movedim(1, 0).flatten(1).double()
+    ours = site(model, "conv.bn")
+    torch.testing.assert_close(ours.mean, expected.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.var, expected.var(1), rtol=1e-5, atol=0)
+
+
+def test_a_detector_gets_its_list_of_pictures():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: list[torch.Tensor]):
+            return F.relu(self.conv(torch.stack(images)))
+
+    def collated(pictures):  # as a detection loader does
+        return list(pictures), [{"boxes": torch.zeros(1, 4)} for _ in pictures]
+
+    plan = retrofit.plan(nn.Sequential(Detector().conv, nn.ReLU()))
+    only = dataclasses.replace(plan.sites[0], path="conv", conv="conv.conv", norm="conv.bn")
+    plan = dataclasses.replace(plan, sites=(only,), last=None)
+    model = retrofit.prepare(Detector(), plan)
+    data = [collated(x) for x in X.split(16)]
+    assert retrofit.calibrate(model, data, max_images=20, progress=False).images == 20
+    assert site(model, "conv.bn").count == 20 * 100
+
+
+class Varying(nn.Module):
+    """Sites that get as many samples, as often, as the test says."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3, padding=1)
+        self.again = nn.Conv2d(3, 3, 1)
+        self.heads = nn.ModuleList(nn.Conv2d(3, 4, 1) for _ in range(3))
+        self.times, self.kept, self.used = 1, None, 3
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for _ in range(self.times):
+            x = F.relu(self.again(x))
+        x = x[: self.kept].repeat_interleave(2, 0)
+        return [F.relu(head(x)) for head in self.heads[: self.used]]
+
+
+def varying(**later):
+    """Planned for one run, used for others: as for models that decide by their data."""
+    model = nets.build(Varying)
+    ready = retrofit.prepare(model, dataclasses.replace(retrofit.plan(model), last=None))
+    vars(ready).update(later)
+    return ready
+
+
+def test_a_site_may_be_called_more_often_than_planned_and_another_never():
+    model = varying(times=3, used=2)
+    report = retrofit.calibrate(model, X.split(16), progress=False)
+    assert report.images == 40
+    assert site(model, "again.bn").count == 3 * 40 * 144
+    assert site(model, "heads.1.bn").count == 2 * 40 * 144
+    assert [s.site for s in report.sites] == ["stem", "again", "heads.0", "heads.1"]
+
+
+def test_sites_that_saw_nothing_are_left_out_of_the_report():
+    report = retrofit.calibrate(varying(kept=0), [X], progress=False)
+    assert [s.site for s in report.sites] == ["stem", "again"]
+
+
+def test_a_site_that_saw_one_sample_has_no_halves():
+    class Global(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.local, self.whole = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return F.relu(self.whole(F.relu(self.local(x)).mean(0, keepdim=True)))
+
+    report = retrofit.calibrate(retrofit.prepare(Global()), [X], progress=False)
+    assert [s.site for s in report.sites] == ["local"]
+
+
+def test_nan_in_samples_that_are_not_images_is_not_blamed_on_an_image():
+    model = varying()
+    with torch.no_grad():
+        model.heads[0].conv.weight[:] = torch.finfo(torch.float32).max
+    data = torch.zeros(40, 3, 12, 12)
+    data[25] = 10
+    with pytest.raises(NonFiniteError, match=r"heads\.0 has NaN or Inf for item 18 of the batch"):
+        retrofit.calibrate(model, data.split(16), progress=False)
+
+
+def test_a_model_that_writes_to_its_input_does_not_change_the_data():
+    data = [x.clone() for x in X.split(16)]
+    model = retrofit.prepare(nn.Sequential(nn.ReLU(True), nn.Conv2d(3, 4, 3), nn.ReLU()))
+    retrofit.calibrate(model, data, progress=False)
+    assert torch.equal(torch.cat(data), X)
+
+
 def test_a_site_called_several_times_is_measured_at_each_call():
     model = retrofit.prepare(nets.build(nets.SharedConv))
     retrofit.calibrate(model, [X], progress=False)
@@ -188,6 +309,15 @@ def test_forward_fn_may_make_its_own_tensors():
     data = [x.numpy() for x in X.split(16)]
     model, report = calibrated(data, forward_fn=lambda m, a: m(torch.from_numpy(a)), max_images=20)
     assert report.images == 32
+
+
+def test_images_of_batches_without_tensors_are_counted_by_the_first_layer_that_runs():
+    data = [x.numpy() for x in X.split(16)]
+    model = varying(times=2)
+    report = retrofit.calibrate(
+        model, data, forward_fn=lambda m, a: m(torch.from_numpy(a)), progress=False
+    )
+    assert report.images == 40
 
 
 def test_converting_a_converted_model_changes_nothing():

@@ -65,6 +65,22 @@ def test_other_numbers_of_axes(shape, dims):
         assert_close(learned(batches, 3, dims), reference(x))
 
 
+@pytest.mark.parametrize("shape", [(50, 6), (20, 7, 6), (9, 5, 4, 6)])
+def test_channels_on_the_last_axis(shape):
+    x = (nets.images(*shape) + 3) * torch.logspace(-3, 3, 6)
+    ours = MomentObserver("layer", 6, 0, None, last_axis=True).eval()
+    for batch in x.split(7):
+        assert ours(batch) is batch
+    moments = ours.moments()
+    assert_close((moments.mean, moments.var), reference(x.movedim(-1, 1)))
+    assert int(ours.images) == len(x)
+
+
+def test_rows_of_features_have_no_spatial_axes():
+    x = nets.images(50, 6) + 3
+    assert_close(learned(x.split(7), 6, dims=0), reference(x))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_order_and_the_grouping_of_the_data_do_not_matter(layout):
     x = (nets.images(96, 5, 12, 12) + torch.linspace(-20, 20, 96).view(-1, 1, 1, 1)).contiguous(
@@ -94,6 +110,22 @@ def test_a_slice_is_refused_since_batchnorm_is_not_exact_there():
     x = nets.images(6, 20, 8, 8)[:, ::4, :, 1:7]
     with pytest.raises(retrofit.RetrofitError, match=r"layer returns .* exclude this layer"):
         observer(5)(x)
+
+
+def test_on_the_last_axis_too_a_slice_or_a_single_row_is_refused():
+    ours = MomentObserver("layer", 6, 0, None, last_axis=True).eval()
+    with pytest.raises(retrofit.RetrofitError, match=r"layer returns .* exclude this layer"):
+        ours(nets.images(6, 5, 4).transpose(0, 2))
+    with pytest.raises(retrofit.RetrofitError, match=r"\(6,\): expected a batch with at least 2"):
+        ours(nets.images(6))
+
+
+def test_the_sample_that_is_not_finite_is_named_in_either_half_of_the_first_batch():
+    for bad in (1, 6):
+        x = nets.images(8, 5, 3)
+        x[bad, 2, 0] = float("inf")
+        with pytest.raises(retrofit.NonFiniteError, match=f"layer .* item {bad} of the batch"):
+            MomentObserver("layer", 3, 0, None, last_axis=True).eval()(x)
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,6 +158,14 @@ def test_the_two_halves_are_about_equally_long():
         ours(batch)
     first, second = ours.halves()
     assert 0.8 < first.count / second.count < 1.25
+
+
+def test_a_single_sample_has_no_halves_and_two_have():
+    ours = observer(2)
+    ours(nets.images(1, 2, 3, 3))
+    assert ours.halves() is None
+    ours(nets.images(1, 2, 3, 3))
+    assert [half.count for half in ours.halves()] == [9, 9]
 
 
 def test_a_model_in_training_mode_is_refused_by_name():

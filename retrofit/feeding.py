@@ -1,0 +1,183 @@
+"""Feed the batches of `data` through a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from retrofit.batches import (
+    Arguments,
+    ForwardFn,
+    arguments_of,
+    first_tensor,
+    home,
+    refuse_single_tensor,
+)
+from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.moments import MomentObserver
+
+
+class Fed(NamedTuple):
+    """How much was fed."""
+
+    images: int
+    batches: int
+
+
+def feed(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    *,
+    call: Callable[[Arguments], object] | None = None,
+    device: torch.device | str | None = None,
+    max_images: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    progress: bool = True,
+) -> Fed:
+    """Run the batches of `data` through `model`, once, without gradients; modes are the caller's.
+
+    Images are counted by the structure of the batch; where that tells nothing, by what the first
+    of `layers` to be called got.
+
+    Args:
+        layers: what is measured, by path.
+        call: runs the model; by default with nothing more than its arguments.
+        device, max_images, forward_fn, progress: as for `calibrate`.
+
+    Raises:
+        NonFiniteError: from one of `layers`; with the image's place in the data, if the layer gets
+            one sample for each image.
+    """
+    refuse_single_tensor(data)
+    if max_images is not None and max_images < 1:
+        raise RetrofitError(f"max_images must be positive, not {max_images}")
+    call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
+    images = batches = 0
+    bar = tqdm(total=_total(data, max_images), unit="img", disable=not progress)
+    with bar, _moved(model, device) as target, torch.no_grad(), _eager(), _lengths(layers) as got:
+        for batch in data:
+            got.clear()
+            try:
+                if forward_fn is not None:
+                    count = _length(first_tensor(batch))
+                    forward_fn(model, batch)
+                else:
+                    most = None if max_images is None else max_images - images
+                    arguments = arguments_of(model, batch).head(most)
+                    count = arguments.images
+                    call(arguments.to(target, copy=True))
+            except NonFiniteError as error:
+                if got.get(error.site) != (count or next(iter(got.values()), 0)):
+                    raise
+                where = f"image {images + error.item} of the data"
+                raise NonFiniteError(error.site, error.item, where) from None
+            count = count or next(iter(got.values()), 0)
+            images, batches = images + count, batches + 1
+            bar.update(count)
+            if max_images is not None and images >= max_images:
+                break
+    return Fed(images, batches)
+
+
+class _Done(BaseException):
+    """Leaves a forward pass; no Exception, lest a model swallow it."""
+
+
+@contextmanager
+def leaving_after(layer: nn.Module, calls: int) -> Iterator[None]:
+    """End the block, and a forward pass within it, when `layer` has been called that often."""
+    seen = 0
+
+    def leave(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            raise _Done
+
+    handle = layer.register_forward_hook(leave)
+    try:
+        yield
+    except _Done:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _lengths(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """How many samples each layer got at its latest call, in the order of their first calls."""
+    lengths: dict[str, int] = {}
+    handles = []
+    try:
+        for path, layer in layers.items():
+
+            def note(_layer: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                lengths[path] = _length(first_tensor((args, kwargs)))
+
+            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+        yield lengths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _length(x: Tensor | None) -> int:
+    return len(x) if x is not None and x.dim() else 0
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Compiled code would not see the hooks. Without dynamo, slow to import, there is none."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _total(data: Iterable[Any], max_images: int | None) -> int | None:
+    try:
+        known = len(data.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return max_images
+    return known if max_images is None else min(known, max_images)
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
+    """The model on `device`, and afterwards every tensor where it was."""
+    origin = home(model)
+    if device is None or origin is None or str(device) == str(origin):
+        yield origin
+        return
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target).item()  # meta has no items
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
+    parameters = [(p, p.data, p.grad) for p in model.parameters()]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if not isinstance(module, MomentObserver)
+    ]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # which would move along
+        model.to(target)
+        yield target
+    finally:
+        for parameter, data, grad in parameters:
+            parameter.data = data
+            parameter.grad = grad
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for module in model.modules():
+            if isinstance(module, MomentObserver):
+                module.to(origin)
