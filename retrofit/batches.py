@@ -27,7 +27,7 @@ class Arguments(NamedTuple):
     def images(self) -> int:
         """How many samples: the length of the first tensor, or of a list of pictures."""
         first = next(iter((*self.args, *self.kwargs.values())), None)
-        if isinstance(first, (list, tuple)):
+        if isinstance(first, (list, tuple)) and _is_pictures(first):
             return len(first)
         tensor = first_tensor((self.args, self.kwargs))
         return len(tensor) if tensor is not None and tensor.dim() else 0
@@ -39,8 +39,8 @@ class Arguments(NamedTuple):
             return self
 
         def cut(value: Any) -> Any:
-            if isinstance(value, (list, tuple)) and len(value) == images:
-                return value[:most]
+            if isinstance(value, (list, tuple)) and len(value) == images and not _batched(value):
+                return value[:most]  # pictures, or what belongs to each, such as targets
             return tree_map_only(
                 Tensor, lambda t: t[:most] if t.dim() and len(t) == images else t, value
             )
@@ -69,8 +69,7 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
     Raises RetrofitError when the batch does not have what `forward` requires; `forward_fn` is for
     every other way of calling a model.
     """
-    parameters = inspect.signature(model.forward).parameters
-    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    model, named = _signature(model)
     required = [n for n, p in named.items() if p.default is p.empty]
     if isinstance(batch, Mapping) and set(required) <= batch.keys() and named.keys() & batch.keys():
         return Arguments((), {name: batch[name] for name in named if name in batch})
@@ -86,6 +85,19 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
     return Arguments((input_of(batch),), {})
 
 
+def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter]]:
+    """What `forward` takes by name; of a wrapper, such as DataParallel, what that holds takes."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except ValueError:  # a traced TorchScript module
+        return model, {}
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for name in () if named else ("module", "_orig_mod"):
+        if isinstance(inside := getattr(model, name, None), nn.Module):
+            return _signature(inside)
+    return model, named
+
+
 def _takes_list(model: nn.Module, parameter: str) -> bool:
     try:
         hint = typing.get_type_hints(model.forward).get(parameter)
@@ -96,15 +108,19 @@ def _takes_list(model: nn.Module, parameter: str) -> bool:
 
 def _pictures(batch: Any) -> list[Tensor]:
     """The first list of tensors in a batch, or the pictures of its first tensor."""
-    if isinstance(batch, Tensor):
-        return list(batch)
-    if isinstance(batch, (list, tuple)):
-        pictures = [item for item in batch if isinstance(item, Tensor)]
-        if len(pictures) == len(batch) and all(p.dim() < 4 for p in pictures):
-            return pictures
-        if batch:
-            return _pictures(batch[0])
+    if isinstance(batch, (list, tuple)) and batch:
+        return list(batch) if _is_pictures(batch) else _pictures(batch[0])
     return list(input_of(batch))
+
+
+def _is_pictures(value: Sequence[Any]) -> bool:
+    """A list of tensors without a batch axis."""
+    return all(isinstance(item, Tensor) and item.dim() < 4 for item in value)
+
+
+def _batched(value: Sequence[Any]) -> bool:
+    """A list of tensors with a batch axis, such as feature maps."""
+    return all(isinstance(item, Tensor) and item.dim() > 3 for item in value)
 
 
 def input_of(batch: Any) -> Tensor:
