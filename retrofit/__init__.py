@@ -18,8 +18,8 @@ from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statis
 from retrofit.folding import fold
 from retrofit.moments import MomentObserver
 from retrofit.parity import DriftReport, ParityReport, drift, verify
+from retrofit.planning import plan
 from retrofit.plans import Plan, Site
-from retrofit.sites import plan
 from retrofit.version import __version__
 
 __all__ = [

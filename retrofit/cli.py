@@ -15,13 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrofit import demo
+from retrofit import (
+    NonFiniteError,
+    ParityReport,
+    Plan,
+    RetrofitError,
+    __version__,
+    calibrate,
+    convert,
+    demo,
+    fold,
+    load,
+    plan,
+    prepare,
+    save,
+    verify,
+)
 from retrofit.batches import arguments_of
-from retrofit.calibration import calibrate
-from retrofit.checkpoint import check_output, load, save
-from retrofit.conversion import convert, prepare
-from retrofit.errors import NonFiniteError, RetrofitError
-from retrofit.folding import fold
+from retrofit.checkpoint import check_output
 from retrofit.identity import scale_and_shift
 from retrofit.images import (
     PictureBatches,
@@ -32,14 +43,13 @@ from retrofit.images import (
     preprocessing,
     shuffled,
 )
-from retrofit.parity import ParityReport, verify
-from retrofit.plans import Plan
-from retrofit.record import record_of
-from retrofit.sites import plan
+from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.record import record_of, required_record
 from retrofit.tables import table
-from retrofit.version import __version__
 from retrofit.weights import read
 from retrofit.zoo import NAMES, build, trained, transforms
+
+DATA = "folder of pictures, or .npy or .npz of uint8 NHWC"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     model = build(arguments.model)
-    print(plan(model, include=arguments.include, exclude=arguments.exclude))
+    example = None
+    if arguments.data is not None:
+        to_input = _to_input(arguments, transforms(arguments.model, model))
+        pictures = open_pictures(arguments.data)
+        order = shuffled(len(pictures), arguments.seed)
+        example = _example(arguments, model, pictures, order, to_input)
+    print(_planned(arguments, model, example))
     return 0
 
 
@@ -83,16 +99,21 @@ def _convert(arguments: argparse.Namespace) -> int:
     to_input = _to_input(arguments, transforms(arguments.model, model, arguments.weights))
     order = shuffled(len(pictures), arguments.seed)
     chosen, others = order[: arguments.images], order[arguments.images :][:16]
-    the_plan = plan(model, include=arguments.include, exclude=arguments.exclude)
+    example = _example(arguments, model, pictures, chosen, to_input)
+    the_plan = _planned(arguments, model, example)
     if not the_plan.inserted:
         print(the_plan)
-        raise RetrofitError("there is nothing to convert: no convolution gets a BatchNorm")
+        message = "there is nothing to convert, and nothing was written"
+        if not arguments.allow_unchanged:
+            return _fail(f"{message} (--allow-unchanged exits with 0)", 1)
+        print(message)
+        return 0
 
     batches = _batches(arguments, model, pictures, chosen, to_input)
     prepared = prepare(model, the_plan)
     with _naming_pictures(batches):
         calibration = calibrate(prepared, batches, device=arguments.device)
-    converted = convert(prepared, copy=False)
+    converted = convert(prepared, copy=False, skip_unused=arguments.skip_unused)
     held_out = others if len(others) == 16 else chosen[:16]
     tests = _batches(arguments, model, pictures, held_out, to_input)
     parity = verify(model, converted, tests)
@@ -109,7 +130,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         parity=parity,
         overwrite=arguments.overwrite,
     )
-    print(_summary(the_plan, converted))
+    print(_summary(converted))
     _list_bad(batches, tests)
     worst = calibration.disagreement
     facts = [
@@ -220,6 +241,31 @@ def _batches(
     )
 
 
+def _example(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    pictures: Pictures,
+    indices: Sequence[int],
+    to_input: Transform,
+) -> Any:
+    """Two pictures, or one, to plan with; None if none can be read."""
+    few = {"batch_size": min(arguments.batch_size, 2), "workers": 0}
+    arguments = argparse.Namespace(**vars(arguments) | few)
+    return next(iter(_batches(arguments, model, pictures, indices, to_input)), None)
+
+
+def _planned(arguments: argparse.Namespace, model: nn.Module, example: Any) -> Plan:
+    return plan(
+        model,
+        example_inputs=example,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        layout=arguments.layout,
+        placement=arguments.placement,
+        linear=arguments.linear,
+    )
+
+
 @contextlib.contextmanager
 def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
     """Say which picture it was that gave a NaN."""
@@ -235,8 +281,9 @@ def _list_bad(*sources: PictureBatches) -> None:
         print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
 
 
-def _summary(the_plan: Plan, converted: nn.Module) -> str:
-    skipped = [(s.path, s.kind, s.reason) for s in the_plan.sites if s.decision == "skip"]
+def _summary(converted: nn.Module) -> str:
+    sites = required_record(converted, "convert").plan.sites
+    skipped = [(site.path, site.kind, site.reason) for site in sites if site.decision == "skip"]
     text = _norm_table(converted.state_dict(), 1e-5)
     if skipped:
         text += f"\n\n{table(('left as it is', 'type', 'reason'), skipped)}"
@@ -321,14 +368,22 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("plan", _plan, "show what happens to every convolution, and why")
     one.add_argument("model", help=NAMES)
-    _add_patterns(one)
+    _add_plan(one)
+    text = f"{DATA}; two of them are run, where torch.fx cannot trace the model"
+    one.add_argument("--data", type=Path, help=text)
+    _add_pictures(one)
+    one.set_defaults(batch_size=2)
 
     one = command("convert", _convert, "insert calibrated BatchNorms, verify, save")
     one.add_argument("model", help=NAMES)
     one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
     one.add_argument("--device", type=_device, help="for the calibration; default: cpu")
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    _add_patterns(one)
+    text = "leave out layers that no picture reaches, rather than refuse"
+    one.add_argument("--skip-unused", action="store_true", help=text)
+    text = "exit with 0 where there is nothing to convert"
+    one.add_argument("--allow-unchanged", action="store_true", help=text)
+    _add_plan(one)
     _add_weights_and_data(one, images=1024)
 
     one = command("verify", _verify, "compare a converted file with the original weights")
@@ -353,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_patterns(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     for name, text in (("include", "only these, heads too"), ("exclude", "not these")):
         parser.add_argument(
             f"--{name}",
@@ -361,23 +416,33 @@ def _add_patterns(parser: argparse.ArgumentParser) -> None:
             metavar="GLOB",
             help=f"{text}; over module paths, repeatable",
         )
+    add = parser.add_argument
+    text = "graph also has a place after functions; default: native, the model's own class"
+    add("--layout", choices=LAYOUTS, default="native", help=text)
+    text = "BatchNorm before the activation (default) or after it"
+    add("--placement", choices=PLACEMENTS, default="pre_activation", help=text)
+    add("--linear", action="store_true", help="after Linear layers too")
 
 
 def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> None:
     add = parser.add_argument
     add("--weights", help="name (DEFAULT), or .pth, .pt, .safetensors file")
-    add(
-        "--data", type=Path, required=True, help="folder of pictures, or .npy or .npz of uint8 NHWC"
-    )
+    add("--data", type=Path, required=True, help=DATA)
     add("--images", type=_positive, default=images, help="use at most N; default: %(default)s")
     add("--batch-size", type=_positive, default=8, help="default: %(default)s")
     workers = min(4, os.cpu_count() or 1)
     text = "processes that read pictures; default: %(default)s"
     add("--workers", type=_whole, default=workers, help=text)
+    _add_pictures(parser)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
-    text = "shorter side, before the crop; default: 256, or as --crop"
+    text = "shorter side, before the crop; default: as the model was trained, or as --crop"
     add("--resize", type=_positive, metavar="PIXELS", help=text)
-    add("--crop", type=_positive, metavar="PIXELS", help="centre crop; default: 224")
+    text = "centre crop; default: as the model was trained"
+    add("--crop", type=_positive, metavar="PIXELS", help=text)
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
     add(

@@ -5,26 +5,26 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import warnings
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retrofit import sites
-from retrofit.batches import ForwardFn
+from retrofit import planning
+from retrofit.batches import ForwardFn, refuse_single_tensor
 from retrofit.calibration import calibrate
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
-from retrofit.layers import batchnorm_class
+from retrofit.layers import LastAxisBatchNorm, batchnorm_class
 from retrofit.moments import MomentObserver
-from retrofit.plans import Plan, Site
+from retrofit.planning import Patterns
+from retrofit.plans import LayoutName, Placement, Plan, Site
 from retrofit.record import Record, attach, record_of, required_record
-from retrofit.rewrite import find_site, put_after_sites, replace
-from retrofit.sites import Patterns
+from retrofit.rewrite import find_site, put_after_sites, replace, take_out
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,10 +44,17 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     """
     if _observers(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
-    plan = plan or sites.plan(model)
+    plan = plan or planning.plan(model)
     record = _extended(model, plan)
-    prepared = shared_copy(model)
-    put_after_sites(prepared, plan, _observer)
+    copied = shared_copy(model)
+
+    def observer(site: Site, layer: nn.Module | None) -> nn.Module:
+        device = _weight(layer, copied).device
+        made = MomentObserver(site.path, site.channels, site.dims, device, last_axis=site.last_axis)
+        made.training = copied.training if layer is None else layer.training
+        return made
+
+    prepared = cast("M", put_after_sites(copied, plan, observer))
     training = tuple(path for path, module in prepared.named_modules() if module.training)
     for module in prepared.modules():
         module.training = False
@@ -56,7 +63,12 @@ def prepare(model: M, plan: Plan | None = None) -> M:
 
 
 def convert(
-    prepared: M, *, eps: float = 1e-5, momentum: float | None = 0.1, copy: bool = True
+    prepared: M,
+    *,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    copy: bool = True,
+    skip_unused: bool = False,
 ) -> M:
     """The prepared model with each observer replaced by a BatchNorm that is the exact identity.
 
@@ -70,6 +82,7 @@ def convert(
         eps, momentum: of the BatchNorms. eps is not part of a state dict: any other than 1e-5
             has to be set again wherever the weights are loaded.
         copy: False shares the parameters' storage with the original instead of copying it.
+        skip_unused: leave out the sites that saw no data, rather than refuse.
 
     Raises:
         RetrofitError: a site saw no data, or its moments are not finite or leave float32's range.
@@ -81,24 +94,35 @@ def convert(
             "that loads these weights computes something else",
             stacklevel=2,
         )
-    batchnorms: dict[nn.Module, nn.Module] = {}
-    images = 0
-    model = shared_copy(prepared)
-    for site in record.plan.inserted if _observers(model) else ():
-        conv, observer = find_site(model, site)
-        if not isinstance(observer, MomentObserver):
-            raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
-        moments = observer.moments()
-        batchnorm = _batchnorm(site, conv, moments.mean, moments.var, eps, momentum)
-        batchnorm.num_batches_tracked = observer.batches.to(_weight(conv).device, copy=True)
-        batchnorms[observer] = batchnorm
-        images = max(images, int(observer.images) // site.calls)
-    replace(model, batchnorms)
+    model, plan = shared_copy(prepared), record.plan
     training = set(record.training)
     for path, module in model.named_modules():
         module.training = path in training
-    if batchnorms:
-        record = Record(record.plan, eps, momentum, images)
+    if unused := [site.path for site in plan.inserted if _saw_nothing(model, site)]:
+        if not skip_unused:
+            raise RetrofitError(
+                f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} saw no data: run "
+                "calibration data through the prepared model; if that was done, the data does not "
+                "reach these layers: exclude them, or pass skip_unused=True (--skip-unused)"
+            )
+        plan = _leave_out(model, plan, unused)
+    batchnorms: dict[nn.Module, nn.Module] = {}
+    images = 0
+    for site in plan.inserted if _observers(model) else ():
+        layer, observer = find_site(model, site)
+        if not isinstance(observer, MomentObserver):
+            raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
+        moments = observer.moments()
+        batchnorm = _batchnorm(site, layer, model, moments.mean, moments.var, eps, momentum)
+        for inner in batchnorm.modules():
+            if isinstance(inner, _BatchNorm):
+                device = inner.num_batches_tracked.device  # type: ignore[union-attr]
+                inner.num_batches_tracked = observer.batches.to(device, copy=True)
+        batchnorms[observer] = batchnorm
+        images = images or int(observer.images) // max(site.calls, 1)
+    replace(model, batchnorms)
+    if batchnorms or unused:
+        record = Record(plan, eps, momentum, images)
     attach(model, dataclasses.replace(record, training=()))
     return copying.deepcopy(model) if copy else model
 
@@ -114,15 +138,15 @@ def insert(
 
     Args and errors as for `prepare` and `convert`.
     """
-    plan = plan or sites.plan(model)
+    plan = plan or planning.plan(model)
     record = _extended(model, plan)
-    result = shared_copy(model)
+    copied = shared_copy(model)
 
-    def standard(site: Site, conv: nn.Module) -> nn.Module:
+    def standard(site: Site, layer: nn.Module | None) -> nn.Module:
         zero = torch.zeros(site.channels, dtype=torch.float64)
-        return _batchnorm(site, conv, zero, zero + 1, eps, momentum)
+        return _batchnorm(site, layer, copied, zero, zero + 1, eps, momentum)
 
-    put_after_sites(result, plan, standard)
+    result = cast("M", put_after_sites(copied, plan, standard))
     attach(result, Record(plan, eps, momentum) if plan.inserted else record)
     return copying.deepcopy(result)
 
@@ -134,6 +158,11 @@ def add_batchnorm(
     include: Patterns = None,
     exclude: Patterns = None,
     renumber: Patterns = None,
+    layout: LayoutName = "native",
+    placement: Placement = "pre_activation",
+    linear: bool = False,
+    skip_unused: bool = False,
+    inplace: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     device: torch.device | str | None = None,
@@ -143,23 +172,70 @@ def add_batchnorm(
 ) -> M:
     """`model` with a calibrated BatchNorm after each convolution, and the same outputs.
 
-    Plan, prepare, calibrate and convert in one call; see those for arguments and errors. The
-    original is not changed.
+    Plan (with the first batch as the example), prepare, calibrate and convert in one call; see
+    those for arguments and errors. The original is not changed, unless it is asked for.
+
+    Args:
+        inplace: put the BatchNorms into `model` itself and return it, once everything else is
+            done. All references to it, and to the modules and parameters in it, stay valid; an
+            optimizer has to be told of the new parameters. So a submodule of a bigger model, or a
+            model held by a trainer, is converted where it is.
 
     Example:
         >>> bn_vgg = retrofit.add_batchnorm(vgg, loader, max_images=1024)
+        >>> retrofit.add_batchnorm(detector, loader, include="backbone.*", inplace=True)
     """
-    plan = sites.plan(model, include=include, exclude=exclude, renumber=renumber)
+    if inplace and layout == "graph":
+        raise RetrofitError("the graph layout makes a new module: it cannot be done in place")
+    refuse_single_tensor(data)
+    batches = iter(data)
+    first = next(batches, None)
+    plan = planning.plan(
+        model,
+        example_inputs=first,
+        forward_fn=forward_fn,
+        include=include,
+        exclude=exclude,
+        renumber=renumber,
+        layout=layout,
+        placement=placement,
+        linear=linear,
+    )
     prepared = prepare(model, plan)
     calibrate(
         prepared,
-        data,
+        _Again(data, first, batches),
         device=device,
         max_images=max_images,
         forward_fn=forward_fn,
         progress=progress,
     )
-    return convert(prepared, eps=eps, momentum=momentum)
+    converted = convert(
+        prepared, eps=eps, momentum=momentum, copy=not inplace, skip_unused=skip_unused
+    )
+    return _transplanted(model, converted) if inplace else converted
+
+
+class _Again:
+    """`data` from its beginning, although its first batch was taken from the iterator."""
+
+    def __init__(self, data: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:
+        self.first, self.rest = first, rest
+        self.dataset = getattr(data, "dataset", None)  # for the length of the progress bar
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.first is not None:
+            yield self.first
+            yield from self.rest
+
+
+def _transplanted(model: M, converted: nn.Module) -> M:
+    """`model` itself, with the BatchNorms of its converted copy."""
+    record = required_record(converted, "convert")
+    norms = {site.path: find_site(converted, site)[1] for site in record.plan.inserted}
+    put_after_sites(model, record.plan, lambda site, _layer: norms[site.path])
+    attach(model, record)
+    return model
 
 
 def _observers(model: nn.Module) -> bool:
@@ -176,22 +252,31 @@ def _extended(model: nn.Module, plan: Plan) -> Record:
     return earlier or Record(plan)
 
 
-def _observer(site: Site, conv: nn.Module) -> MomentObserver:
-    observer = MomentObserver(site.path, site.channels, site.dims, _weight(conv).device)
-    observer.training = conv.training
-    return observer
+def _leave_out(prepared: nn.Module, plan: Plan, paths: Collection[str]) -> Plan:
+    """Take the observers of these sites out of a prepared model; returns the plan without them."""
+    observers = {site.path: find_site(prepared, site)[1] for site in plan.inserted}
+    take_out(prepared, plan)
+    plan = planning.without(prepared, plan, paths)
+    put_after_sites(prepared, plan, lambda site, _layer: observers[site.path])
+    return plan
+
+
+def _saw_nothing(model: nn.Module, site: Site) -> bool:
+    observer = find_site(model, site)[1]
+    return isinstance(observer, MomentObserver) and not observer.count.any()
 
 
 def _batchnorm(
     site: Site,
-    conv: nn.Module,
+    layer: nn.Module | None,
+    model: nn.Module,
     mean: Tensor,
     var: Tensor,
     eps: float,
     momentum: float | None,
-) -> _BatchNorm:
+) -> nn.Module:
     """The BatchNorm that is the identity for channels of these moments."""
-    weight = _weight(conv)
+    weight = _weight(layer, model)
     # float32 whatever the network's precision: 16 bits cannot hold the exact identity.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     batchnorm = batchnorm_class(site.dims)(
@@ -210,11 +295,14 @@ def _batchnorm(
         {name: torch.from_numpy(array) for name, array in arrays}
         | {"num_batches_tracked": torch.zeros((), dtype=torch.int64)}
     )
-    weights = [p for name, p in conv.named_parameters() if not name.endswith("bias")]
+    weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
     batchnorm.requires_grad_(any(p.requires_grad for p in weights))
-    batchnorm.training = conv.training
-    return batchnorm
+    result = LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm
+    return result.train((layer or model).training)
 
 
-def _weight(conv: nn.Module) -> Tensor:
-    return conv.weight  # type: ignore[return-value]
+def _weight(layer: nn.Module | None, model: nn.Module) -> Tensor:
+    """Says device and precision; for a function, any of the model's parameters does."""
+    if layer is not None:
+        return layer.weight  # type: ignore[return-value]
+    return next(model.parameters(), torch.empty(0))

@@ -5,11 +5,20 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
 
 M = TypeVar("M", bound=nn.Module)
+# By name, since importing torch.distributed and torch._dynamo takes long.
+WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 def shared_copy(model: M) -> M:
@@ -18,8 +27,10 @@ def shared_copy(model: M) -> M:
     Parameters are new objects, or moving the copy would move the original; ties stay ties.
     Buffers are copied, since forward may write to them. Gradients are left behind.
 
-    Raises RetrofitError when the model holds something that cannot be copied, such as a lock.
+    Raises RetrofitError when the model holds something that cannot be copied, such as a lock; or
+    is, or holds, a wrapper (DataParallel, torch.compile's) that hides the modules inside.
     """
+    _refuse_wrappers(model)
     memo: dict[int, object] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -33,3 +44,21 @@ def shared_copy(model: M) -> M:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise RetrofitError(f"this {type(model).__name__} cannot be copied: {error}") from error
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        inside = WRAPPERS.get(name) if type(module).__module__.startswith("torch.") else None
+        if inside is not None:
+            inner = f"{path}.{inside}".lstrip(".")
+            where = f"{path} of this {type(model).__name__}" if path else "this model"
+            raise RetrofitError(
+                f"{where} is a {name} around a {type(getattr(module, inside)).__name__}: pass what "
+                f"is inside (model.{inner}), and wrap the result anew"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RetrofitError(
+                f"{path or 'this model'} is a TorchScript module, whose layers are fixed: pass the "
+                "Python model that it was made from"
+            )

@@ -1,23 +1,24 @@
-"""BatchNorm absorbed into the convolution before it: the inverse of the conversion."""
+"""BatchNorm absorbed into the layer before it: the inverse of the conversion."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retrofit.calls import Call
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
-from retrofit.layers import is_conv, is_transposed
+from retrofit.layers import LastAxisBatchNorm, channels, is_conv, is_linear, is_transposed
 from retrofit.modes import evaluating
 from retrofit.plans import Plan
 from retrofit.record import attach, record_of
 from retrofit.rewrite import find_site, replace, take_out
-from retrofit.trace import Call, trace
+from retrofit.trace import trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,45 +58,93 @@ def fold_weights(
 
 
 def fold(model: M, plan: Plan | None = None) -> M:
-    """A copy of `model` with BatchNorms absorbed into the convolutions before them.
+    """A copy of `model` with BatchNorms absorbed into the layers before them.
 
     The folded network computes, up to rounding, what `model` computes in eval mode. Right after
     the conversion, when each BatchNorm is the identity, the original state dict comes back bit
     for bit.
 
     Args:
-        model: converted by this package, or any other with BatchNorm after convolutions; not
-            changed.
+        model: converted by this package, or any other with BatchNorm after convolutions or Linear
+            layers; not changed.
         plan: which BatchNorms, and the containers to restore; by default the model's own, so that
             what was there before the conversion stays, even if the conversion added nothing. A
-            model without one gets every torch.nn.BatchNorm folded that alone follows a convolution
-            (found with torch.fx), and nn.Identity in its place so that no index moves. Subclasses
-            of BatchNorm stay, since they may do more.
+            model without one gets every torch.nn.BatchNorm folded that alone follows a layer
+            (found with torch.fx, as far as it can follow), and nn.Identity in its place so that no
+            index moves. Subclasses of BatchNorm stay, since they may do more.
 
     Raises:
-        RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a convolution
-            feeds several BatchNorms; or, where the BatchNorm is not the identity: the weight is
-            parametrized, the convolution has a hook, or its output does not follow its weight
-            and bias linearly (weight standardisation).
+        RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a layer feeds
+            several BatchNorms; or, where the BatchNorm is not the identity: it comes after an
+            activation or a function, the weight is parametrized or serves other layers too, the
+            layer has a hook, or its output does not follow its weight and bias linearly (weight
+            standardisation).
     """
     record = record_of(model)
     plan = plan or (record.plan if record else None)
     result = shared_copy(model)
     if plan is not None:
-        pairs = {site.path: find_site(result, site) for site in plan.inserted}
+        pairs = {site.path: _Pair(*find_site(result, site), site.host) for site in plan.inserted}
+        if plan.placement == "post_activation":
+            _refuse_activations(pairs)
     else:
         pairs = _pairs(result)
-    for path, (conv, norm) in pairs.items():
-        _absorb(conv, norm, path)
+    _absorb_all(pairs)
     if plan is not None:
         take_out(result, plan)
     else:
-        replace(result, {norm: nn.Identity() for _, norm in pairs.values()})
+        replace(result, {pair.norm: nn.Identity() for pair in pairs.values()})
     attach(result, None)
     return copy.deepcopy(result)
 
 
-def _absorb(conv: nn.Module, norm: nn.Module, path: str) -> None:
+class _Pair(NamedTuple):
+    """A BatchNorm and what it follows.
+
+    Attributes:
+        layer: None for a function.
+        host: path of the layer or activation right before the BatchNorm.
+    """
+
+    layer: nn.Module | None
+    norm: nn.Module
+    host: str
+
+
+def _refuse_activations(pairs: dict[str, _Pair]) -> None:
+    for path, pair in pairs.items():
+        if not _is_identity(*_scale_and_shift(_batchnorm(pair.norm, path))):
+            raise RetrofitError(
+                f"the BatchNorm of {path} comes after its activation {pair.host}: the weights "
+                "before the activation cannot absorb it (placement='pre_activation' can be folded)"
+            )
+
+
+def _absorb_all(pairs: dict[str, _Pair]) -> None:
+    """Give the layers new weights; those whose BatchNorm is the identity keep theirs."""
+    changing = {
+        path: pair
+        for path, pair in pairs.items()
+        if not _is_identity(*_scale_and_shift(_batchnorm(pair.norm, path)))
+    }
+    for path, pair in changing.items():
+        if pair.layer is None:
+            raise RetrofitError(
+                f"{path} is a function: there is no layer that could absorb its BatchNorm"
+            )
+        sharing = [p for p, other in pairs.items() if other.layer is pair.layer]
+        if len(sharing) > 1:
+            raise RetrofitError(
+                f"one layer feeds the BatchNorms of {' and '.join(sharing)}: its one weight cannot "
+                "absorb them"
+            )
+    for path, pair in changing.items():
+        assert pair.layer is not None
+        _absorb(pair.layer, _batchnorm(pair.norm, path), path)
+
+
+def _batchnorm(norm: nn.Module, path: str) -> _BatchNorm:
+    norm = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
     if not isinstance(norm, _BatchNorm):
         raise RetrofitError(f"after {path} comes a {type(norm).__name__}, not a BatchNorm")
     if norm.running_mean is None or norm.running_var is None:
@@ -103,21 +152,27 @@ def _absorb(conv: nn.Module, norm: nn.Module, path: str) -> None:
             f"the BatchNorm after {path} has no running statistics (track_running_stats=False): "
             "what it computes depends on the batch and cannot be folded"
         )
+    return norm
+
+
+def _is_identity(alpha: Tensor, shift: Tensor) -> bool:
+    return bool((alpha == 1).all() and (shift == 0).all())
+
+
+def _absorb(layer: nn.Module, norm: _BatchNorm, path: str) -> None:
     alpha, shift = _scale_and_shift(norm)
-    if bool((alpha == 1).all() and (shift == 0).all()):
-        return
-    if "weight" not in conv._parameters:
+    if "weight" not in layer._parameters:
         raise RetrofitError(
             f"the weight of {path} is parametrized: remove the parametrization (or weight_norm) "
             "before folding"
         )
-    folded = _absorbed(conv, alpha, shift)
-    if not _computes(folded, conv, alpha, shift):
+    folded = _absorbed(layer, alpha, shift)
+    if not _computes(folded, layer, alpha, shift):
         raise RetrofitError(
-            f"the output of {path}, a {type(conv).__name__}, does not follow its weight and bias "
+            f"the output of {path}, a {type(layer).__name__}, does not follow its weight and bias "
             "linearly (or has a hook): the BatchNorm after it cannot be folded"
         )
-    conv.weight, conv.bias = folded.weight, folded.bias
+    layer.weight, layer.bias = folded.weight, folded.bias
 
 
 def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -133,19 +188,19 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(alpha).to(mean.device), torch.from_numpy(shift).to(mean.device)
 
 
-def _absorbed(conv: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:
-    """A copy of `conv` that computes alpha * conv(x) + shift."""
-    weight: nn.Parameter = conv.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = conv.bias  # type: ignore[assignment]
+def _absorbed(layer: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:
+    """A copy of `layer` that computes alpha * layer(x) + shift."""
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
     new_weight, new_bias = fold_weights(
         weight.detach(),
         None if bias is None else bias.detach(),
         alpha,
         shift,
-        transposed=is_transposed(conv),
-        groups=int(conv.groups),  # type: ignore[arg-type]
+        transposed=is_transposed(layer),
+        groups=int(getattr(layer, "groups", 1)),
     )
-    folded = shared_copy(conv)
+    folded = shared_copy(layer)
     folded.weight = nn.Parameter(new_weight, weight.requires_grad)
     if new_bias is not None:
         learns = weight.requires_grad if bias is None else bias.requires_grad
@@ -153,22 +208,25 @@ def _absorbed(conv: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:
     return folded
 
 
-def _computes(folded: nn.Module, conv: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
-    """Whether `folded` computes alpha * conv(x) + shift. torch's own convolutions do; a subclass
-    with a forward of its own (weight standardisation, an activation) is asked by trying."""
-    if conv._forward_hooks or conv._forward_pre_hooks:
+def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
+    """Whether `folded` computes alpha * layer(x) + shift. torch's own layers do; a subclass with a
+    forward of its own (weight standardisation, an activation) is asked by trying."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if type(conv).__module__ == "torch.nn.modules.conv":
+    if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear"):
         return True
     generator = torch.Generator().manual_seed(0)
-    size = [32 + kernel for kernel in conv.kernel_size]  # type: ignore[union-attr]
-    x = torch.randn(2, int(conv.in_channels), *size, generator=generator)  # type: ignore[arg-type]
-    weight: Tensor = conv.weight  # type: ignore[assignment]
+    if is_conv(layer):
+        size = [32 + kernel for kernel in layer.kernel_size]  # type: ignore[union-attr]
+        shape = [2, int(layer.in_channels), *size]  # type: ignore[arg-type]
+    else:
+        size, shape = [], [64, int(layer.in_features)]  # type: ignore[arg-type]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     try:
-        with torch.no_grad(), evaluating(conv, folded):
-            x = x.to(weight.device, weight.dtype)
+        with torch.no_grad(), evaluating(layer, folded):
+            x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
             scale, offset = (t.view(-1, *[1] * len(size)) for t in (alpha, shift))
-            expected = conv(x) * scale + offset
+            expected = layer(x) * scale + offset
             error = (folded(x) - expected).norm() / expected.norm()
     except Exception:  # noqa: BLE001 - its forward takes something else
         return False
@@ -181,15 +239,15 @@ def _is_batchnorm(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and own and not module._forward_hooks
 
 
-def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Convolutions and the BatchNorm that alone reads each: by path of the convolution."""
+def _pairs(model: nn.Module) -> dict[str, _Pair]:
+    """Layers and the BatchNorm that alone reads each: by path of the layer."""
     calls: dict[nn.Module, list[Call]] = {}
     for call in trace(model).calls:
         if call.module is not None:
             calls.setdefault(call.module, []).append(call)
-    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for conv, made in calls.items():
-        if not is_conv(conv):
+    pairs: dict[str, _Pair] = {}
+    for layer, made in calls.items():
+        if not (is_conv(layer) or is_linear(layer)):
             continue
         users = [user for call in made for user in call.users]
         norms = {user.module: user.path for user in users if _is_batchnorm(user.module)}
@@ -199,6 +257,8 @@ def _pairs(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
                 "weight cannot absorb them"
             )
         for norm in norms:
-            if norm is not None and len(users) == len(made) == len(calls[norm]):
-                pairs[made[0].path] = (conv, norm)
+            # A BatchNorm1d over (N, T, C) normalises T, which is not what a Linear gives C of.
+            fits = is_conv(layer) or norm.num_features == channels(layer)  # type: ignore[union-attr]
+            if norm is not None and fits and len(users) == len(made) == len(calls[norm]):
+                pairs[made[0].path] = _Pair(layer, norm, made[0].path)
     return pairs

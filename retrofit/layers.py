@@ -8,27 +8,38 @@ from __future__ import annotations
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 CONVOLUTIONS = {f"conv{t}{d}d" for t in ("", "transpose") for d in (1, 2, 3)}
 NORMS = {"batchnorm", "groupnorm", "layernorm", "instancenorm", "rmsnorm"}
-# The same values in another order, shape or memory format.
+# The same values in another order, shape, memory format or precision.
 VIEWS = {
+    "bfloat16",
+    "clone",
     "contiguous",
+    "detach",
+    "double",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "flatten",
+    "float",
+    "half",
     "identity",
     "movedim",
+    "mt",
     "permute",
     "reshape",
     "squeeze",
     "swapaxes",
+    "t",
+    "to",
     "transpose",
+    "type",
+    "typeas",
     "unflatten",
     "unsqueeze",
     "view",
@@ -46,11 +57,12 @@ OUTPUT_ACTIVATIONS = {
 }
 ACTIVATIONS = (
     {name.lower() for name in nn.modules.activation.__all__}
-    - OUTPUT_ACTIVATIONS
-    - {"multiheadattention"}
-)
+    | {"gelutanh", "quickgelu", "swish"}  # as timm calls them
+) - (OUTPUT_ACTIVATIONS | {"multiheadattention"})
+# After one of these comes a BatchNorm in post-activation placement. (GLU halves the channels.)
+HIDDEN_ACTIVATIONS = (ACTIVATIONS | {"sigmoid", "tanh"}) - {"glu"}
 WEIGHTED_FUNCTIONS = CONVOLUTIONS | NORMS | {"linear", "bilinear", "embedding"}
-_NORM_CLASS = re.compile(r"(Batch|Group|Layer|Instance|RMS)_?Norm", re.IGNORECASE)
+_NORM_CLASS = re.compile(r"Norm(?!al)")
 
 
 def function_name(name: str) -> str:
@@ -69,12 +81,20 @@ def is_conv(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd)
 
 
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
 def is_norm(module: nn.Module) -> bool:
-    """torch's norm layers, their subclasses, and leaves named as norms (FrozenBatchNorm2d)."""
+    """torch's norm layers, their subclasses, and what is named and built like one: nothing in it
+    but activations (FrozenBatchNorm2d, timm's EvoNorm2dS0)."""
     if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         return True
     named = any(_NORM_CLASS.search(c.__name__) for c in type(module).__mro__)
-    return named and not any(True for _ in module.children())
+    return named and all(
+        is_activation(child) or isinstance(child, (nn.Identity, nn.Dropout))
+        for child in module.children()
+    )
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -86,9 +106,29 @@ def is_weighted(module: nn.Module) -> bool:
     return not is_activation(module) and any(True for _ in module.parameters())
 
 
-def dims(conv: nn.Module) -> int:
-    """Spatial axes: 1, 2 or 3."""
-    return len(conv.kernel_size)  # type: ignore[arg-type]
+def is_leaf(module: nn.Module) -> bool:
+    """Counts as one call: torch's own layers, and all convolutions, Linear layers and norms.
+
+    Subclasses too, or a weight-standardised convolution, say, would dissolve into functions.
+    """
+    own = module.__module__.startswith(("torch.nn", "torch.ao.nn"))
+    container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    return (own and not container) or is_conv(module) or is_linear(module) or is_norm(module)
+
+
+def dims(layer: nn.Module) -> int:
+    """Spatial axes: 1, 2 or 3; 0 for a Linear layer."""
+    return len(layer.kernel_size) if is_conv(layer) else 0  # type: ignore[arg-type]
+
+
+def channels(layer: nn.Module) -> int:
+    """Channels of its output."""
+    return int(layer.out_channels if is_conv(layer) else layer.out_features)  # type: ignore[arg-type]
+
+
+def child_name(layer: nn.Module) -> str:
+    """What it is called in the Sequential that takes its place."""
+    return "conv" if is_conv(layer) else "linear" if is_linear(layer) else "act"
 
 
 def is_transposed(conv: nn.Module) -> bool:
@@ -97,4 +137,20 @@ def is_transposed(conv: nn.Module) -> bool:
 
 def batchnorm_class(dims: int) -> type[_BatchNorm]:
     """The BatchNorm for activations with that many spatial axes."""
-    return {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+    return {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+
+
+class LastAxisBatchNorm(nn.Module):
+    """BatchNorm over the last axis, for what nn.Linear gives: (N, ..., C), of any rank.
+
+    Every vector of C features is a sample. Flattening rather than transposing keeps the tensor
+    contiguous, for which torch's kernel is exact, and the child an ordinary nn.BatchNorm1d.
+    """
+
+    def __init__(self, bn: _BatchNorm) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(x.reshape(-1, x.shape[-1]))
+        return y.reshape(x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run, tensors
 from retrofit.errors import RetrofitError
 from retrofit.modes import batch_statistics, evaluating
-from retrofit.plans import Site
+from retrofit.plans import Plan, Site
 from retrofit.record import record_of
 from retrofit.rewrite import find_site
 from retrofit.tables import table
@@ -46,8 +47,9 @@ class ParityReport:
     Attributes:
         images: how many they were compared on.
         outputs: one entry for each tensor in the output.
-        sites: one for each site of the converted model's plan, in order; what the convolution
-            gives in the original against what its BatchNorm gives.
+        sites: one for each site of the converted model's plan, in order; what the convolution (or,
+            in post-activation placement, the activation) gives in the original against what its
+            BatchNorm gives. Functions have none: they count by the outputs alone.
         top1: share of images with the same largest output, where an output of shape (N, classes)
             comes first; else None.
     """
@@ -109,19 +111,20 @@ def verify(
         forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
 
     Raises:
-        RetrofitError: no data, or outputs of different structure or shape.
+        RetrofitError: no data; outputs of different structure or shape; or an original that is
+            random, whose outputs differ between two runs on the same batch.
     """
     refuse_single_tensor(data)
     record = record_of(converted)
-    sites = record.plan.inserted if record else ()
-    at_sites = {site.path: _Comparison() for site in sites}
+    points = _points(record.plan if record else None)
+    at_sites = {point.site.path: _Comparison() for point in points}
     at_outputs: dict[str, _Comparison] = {}
     images, top1 = 0, _Top1()
     with evaluating(original, converted), torch.no_grad():
         for batch in data:
-            with _recorded(original, sites) as seen:
+            with _recorded(original, points) as seen:
                 expected = tensors(run(original, batch, forward_fn), "output")
-            with _compared(converted, sites, seen, at_sites):
+            with _compared(converted, points, seen, at_sites):
                 actual = tensors(run(converted, batch, forward_fn), "output")
             if expected.keys() != actual.keys():
                 raise RetrofitError(
@@ -129,7 +132,11 @@ def verify(
                     f"{', '.join(actual)}"
                 )
             for name, tensor in expected.items():
-                at_outputs.setdefault(name, _Comparison()).add(tensor, actual[name], name)
+                pooled = at_outputs.setdefault(name, _Comparison())
+                was_exact = pooled.exact
+                pooled.add(tensor, actual[name], name)
+                if was_exact and not pooled.exact:
+                    _refuse_stochastic(original, batch, forward_fn, expected)
             x = first_tensor(batch)
             images += 0 if x is None else len(x)
             top1.add(expected, actual)
@@ -143,6 +150,22 @@ def verify(
         sites=tuple(c.difference(name) for name, c in at_sites.items()),
         top1=top1.share,
     )
+
+
+def _refuse_stochastic(
+    original: nn.Module, batch: Any, forward_fn: ForwardFn | None, first: dict[str, Tensor]
+) -> None:
+    """Raise if the original does not even agree with itself."""
+    second = tensors(run(original, batch, forward_fn), "output")
+    for name, tensor in first.items():
+        repeated = _Comparison()
+        repeated.add(tensor, second[name], name)
+        if not repeated.exact:
+            raise RetrofitError(
+                f"{name} of the original differs between two runs on the same batch: this "
+                f"{type(original).__name__} is random in eval mode (a functional dropout without "
+                "training=self.training, say), so there is nothing to compare with"
+            )
 
 
 @dataclass(frozen=True)
@@ -298,10 +321,35 @@ class _Top1:
         return self.same / self.ranked if self.ranked else None
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Where both models are compared: what `host` gives at its `number`-th call in the original,
+    or at every call, against what `site` gives in the converted model."""
+
+    site: Site
+    host: str
+    number: int | None
+
+
+def _points(plan: Plan | None) -> list[_Point]:
+    """The sites that have a module to look at in the original.
+
+    In the graph layout each call of a convolution has a site of its own; functions and, after a
+    shared activation, the call that belongs to a site cannot be told by looking at modules.
+    """
+    points = []
+    for site in plan.inserted if plan else ():
+        if plan is not None and plan.layout == "native":
+            points.append(_Point(site, site.host, None))
+        elif plan is not None and site.layer and plan.placement == "pre_activation":
+            points.append(_Point(site, site.layer, int(site.path.partition("@")[2] or 0)))
+    return points
+
+
 @contextmanager
-def _recorded(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, list[Tensor]]]:
-    """What each site's convolution returns, call by call. Copies, since a ReLU may be in place."""
-    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+def _recorded(model: nn.Module, points: Iterable[_Point]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each host returns, call by call. Copies, since a ReLU may be in place."""
+    seen: dict[str, list[Tensor]] = {point.host: [] for point in points}
     handles = []
     try:
         for path, outputs in seen.items():
@@ -310,13 +358,13 @@ def _recorded(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, lis
                 to.append(y.clone())
 
             try:
-                conv = model.get_submodule(path)
+                host = model.get_submodule(path)
             except AttributeError as error:
                 raise RetrofitError(
                     f"the original, a {type(model).__name__}, has no {path}: compare the converted "
                     "model with the one that it was made from"
                 ) from error
-            handles.append(conv.register_forward_hook(keep))
+            handles.append(host.register_forward_hook(keep))
         yield seen
     finally:
         for handle in handles:
@@ -326,25 +374,33 @@ def _recorded(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, lis
 @contextmanager
 def _compared(
     model: nn.Module,
-    sites: Iterable[Site],
+    points: Iterable[_Point],
     seen: dict[str, list[Tensor]],
     comparisons: dict[str, _Comparison],
 ) -> Iterator[None]:
-    """Compare what each BatchNorm returns with what was seen, and let go of that."""
+    """Compare what each BatchNorm returns with what was seen."""
     handles = []
+    calls: Counter[str] = Counter()
     try:
-        for site in sites:
+        for point in points:
 
-            def compare(_m: nn.Module, _i: Any, y: Tensor, site: str = site.path) -> None:
-                if not seen[site]:
-                    raise RetrofitError(f"the converted model calls {site} more often")
-                comparisons[site].add(seen[site].pop(0), y, site)
+            def compare(_m: nn.Module, _i: Any, y: Tensor, point: _Point = point) -> None:
+                path = point.site.path
+                number = calls[path] if point.number is None else point.number
+                calls[path] += 1
+                if number >= len(seen[point.host]):
+                    raise RetrofitError(f"the converted model calls {path} more often")
+                comparisons[path].add(seen[point.host][number], y, path)
 
-            handles.append(find_site(model, site)[1].register_forward_hook(compare))
+            handles.append(find_site(model, point.site)[1].register_forward_hook(compare))
         yield
     finally:
         for handle in handles:
             handle.remove()
-    missed = next((path for path, outputs in seen.items() if outputs), None)
-    if missed:
-        raise RetrofitError(f"the converted model never calls the BatchNorm of {missed}")
+    for point in points:
+        expected = len(seen[point.host]) if point.number is None else 1
+        if calls[point.site.path] < expected:
+            raise RetrofitError(
+                f"the converted model calls the BatchNorm of {point.site.path} "
+                f"{calls[point.site.path]} times, not {expected}"
+            )

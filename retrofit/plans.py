@@ -9,22 +9,31 @@ from typing import Any, Literal
 from retrofit.errors import RetrofitError
 from retrofit.tables import table
 
+LayoutName = Literal["native", "graph"]
+Placement = Literal["pre_activation", "post_activation"]
+LAYOUTS = ("native", "graph")
+PLACEMENTS = ("pre_activation", "post_activation")
+
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution and what happens to it.
+    """One convolution (or Linear layer, where asked for) and what happens to it.
 
     Attributes:
         path: its module path in the original model; for a function, that of the calling module
-            followed by the function's name.
+            followed by the function's name. Further functions of one name, and in the graph layout
+            further calls of one module, are numbered: "block.conv2d@1".
         kind: class or function name.
         channels: output channels, 0 where unknown (a function).
-        dims: spatial axes.
-        calls: calls in one forward pass.
+        dims: spatial axes, 0 for a Linear layer.
+        calls: calls in one forward pass, of those that were traced or watched.
         decision: "insert" or "skip".
         reason: why, in a few words.
-        conv, norm: module paths of the convolution and its BatchNorm in the converted model;
-            empty for a site that is skipped.
+        host: module path in the original model of what the BatchNorm comes after: the layer
+            itself or its activation; empty for a function, and for a site that is skipped.
+        layer, norm: module paths of the layer and its BatchNorm in the converted model; empty for
+            a site that is skipped, and `layer` for a function.
+        last_axis: the channels are the last axis, (N, ..., C).
     """
 
     path: str
@@ -34,8 +43,10 @@ class Site:
     calls: int
     decision: Literal["insert", "skip"]
     reason: str
-    conv: str = ""
+    host: str = ""
+    layer: str = ""
     norm: str = ""
+    last_axis: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,11 @@ class Plan:
         sites: all convolutions, those never called last.
         renumbered: paths of the Sequentials whose children move up to make room; at every other
             place a convolution becomes `nn.Sequential(conv=..., bn=...)`.
-        last: path of the inserted site that is called last, None if nothing is inserted.
+        last: path of the inserted site that is called last; None if nothing is inserted, or if the
+            order may depend on the input.
         key_map: keys of the original state dict to keys of the converted one.
+        layout: "native", the model's own class and containers; or "graph", a torch.fx GraphModule.
+        placement: BatchNorms come before ("pre_activation") or after the activations.
     """
 
     model: str
@@ -56,6 +70,8 @@ class Plan:
     renumbered: tuple[str, ...]
     last: str | None
     key_map: dict[str, str]
+    layout: LayoutName = "native"
+    placement: Placement = "pre_activation"
 
     @property
     def inserted(self) -> tuple[Site, ...]:
@@ -67,7 +83,8 @@ class Plan:
             for s in self.sites
         ]
         head = ("layer", "type", "channels", "decision", "BatchNorm", "reason")
-        summary = f"{len(self.inserted)} of {len(self.sites)} convolutions get a BatchNorm"
+        layers = "layers" if any(s.dims == 0 for s in self.sites) else "convolutions"
+        summary = f"{len(self.inserted)} of {len(self.sites)} {layers} get a BatchNorm"
         if not rows:
             return f"{self.model} has no convolutions"
         return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
@@ -82,17 +99,23 @@ class Plan:
             raw: dict[str, Any] = json.loads(text)
             sites = tuple(_checked(Site(**site)) for site in raw.pop("sites"))
             renumbered = tuple(map(str, raw.pop("renumbered")))
-            return cls(sites=sites, renumbered=renumbered, **raw)
+            read = cls(sites=sites, renumbered=renumbered, **raw)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RetrofitError(f"this is not a plan: {error}") from error
+        if read.layout not in LAYOUTS or read.placement not in PLACEMENTS:
+            raise RetrofitError(f"this is not a plan: {read.layout}, {read.placement}")
+        return read
+
+
+_TYPES = {"channels": int, "dims": int, "calls": int, "last_axis": bool}
 
 
 def _checked(site: Site) -> Site:
     """`site`, if its values have the types they should; else TypeError."""
     for field in fields(Site):
         value = getattr(site, field.name)
-        if not isinstance(value, int if field.name in ("channels", "dims", "calls") else str):
+        if not isinstance(value, _TYPES.get(field.name, str)):
             raise TypeError(f"the {field.name} of a site is {value!r}")
-    if site.decision not in ("insert", "skip") or site.dims not in (1, 2, 3):
+    if site.decision not in ("insert", "skip") or site.dims not in (0, 1, 2, 3):
         raise TypeError(f"{site.path} is to be {site.decision} with {site.dims} spatial axes")
     return site

@@ -1,41 +1,60 @@
 """Put a module after each site of a model, replace it, take it out again.
 
-Modules are found by identity, so that one registered under several names changes under each.
+In the native layout modules are found by identity, so that one registered under several names
+changes under each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import fx, nn
 
+from retrofit import graph
 from retrofit.errors import RetrofitError
-from retrofit.layers import dims, is_conv
+from retrofit.layers import channels, child_name, dims, is_activation, is_conv, is_linear
 from retrofit.plans import Plan, Site
 
+Make = Callable[[Site, nn.Module | None], nn.Module]
 
-def put_after_sites(
-    model: nn.Module, plan: Plan, make: Callable[[Site, nn.Module], nn.Module]
-) -> None:
-    """Insert `make(site, conv)` after every site, in the layout of the plan, in place.
+
+def put_after_sites(model: nn.Module, plan: Plan, make: Make) -> nn.Module:
+    """Insert `make(site, layer)` after every site, in the layout of the plan.
+
+    Returns the model, which the native layout changes in place; the graph layout makes a
+    GraphModule over the same modules, in which the layer of a site is None for a function.
 
     Raises RetrofitError when the plan is not one of this model.
     """
-    convs: dict[nn.Module, nn.Module] = {}
+    if plan.layout == "graph":
+        module = graph.graph_module(model)
+        graph.put_after_sites(module, plan, make)
+        return module
+    _put_after_modules(model, plan, make)
+    return model
+
+
+def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
+    made: dict[nn.Module, nn.Module] = {}  # what comes after each host
     for site in plan.inserted:
-        conv = _find(model, site.path)
-        shape = (site.channels, site.dims)
-        if conv is None or not is_conv(conv) or _shape(conv) != shape:
-            raise RetrofitError(
-                f"the plan does not fit this {type(model).__name__}: {site.path} is not a "
-                f"{site.kind} with {site.channels} output channels; plan this model anew"
+        layer, host = _find(model, site.path), _find(model, site.host)
+        if layer is None or _shape(layer) != (site.channels, site.dims):
+            raise _misfit(
+                model,
+                f"{site.path} is not a {site.kind} with {site.channels} output channels; plan this "
+                "model anew",
             )
-        convs[conv] = make(site, conv)
+        if not site.host or host is None or not (host is layer or is_activation(host)):
+            raise _misfit(
+                model,
+                f"there is no place after {site.path}; to ask for one, plan with include= rather "
+                "than editing the plan",
+            )
+        made[host] = make(site, layer)
     growing = {_find(model, path) for path in plan.renumbered}
     if not all(isinstance(module, nn.Sequential) for module in growing):
-        raise RetrofitError(
-            f"the plan does not fit this {type(model).__name__}: not all of "
-            f"{', '.join(plan.renumbered)} are nn.Sequentials; plan this model anew"
+        raise _misfit(
+            model, f"not all of {', '.join(plan.renumbered)} are nn.Sequentials; plan it anew"
         )
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
@@ -43,18 +62,17 @@ def put_after_sites(
             children: list[nn.Module] = []
             for child in parent._modules.values():
                 if child is not None:
-                    children += [child, convs[child]] if child in convs else [child]
+                    children += [child, made[child]] if child in made else [child]
             _set_children(parent, children)
         else:
             for name, child in parent._modules.items():
-                if child in convs:
-                    parent._modules[name] = wrappers.setdefault(child, _wrap(child, convs[child]))
+                if child in made:
+                    parent._modules[name] = wrappers.setdefault(child, _wrap(child, made[child]))
     for site in plan.inserted:
-        conv, norm = find_site(model, site)
-        if convs.get(conv) is not norm:
-            raise RetrofitError(
-                f"the plan does not fit this {type(model).__name__}: {site.norm} is not the place "
-                f"after {site.path}; plan this model anew"
+        layer, norm = find_site(model, site)
+        if norm not in made.values() or _shape(layer) != (site.channels, site.dims):
+            raise _misfit(
+                model, f"{site.norm} is not the place after {site.path}; plan this model anew"
             )
 
 
@@ -67,12 +85,15 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def take_out(model: nn.Module, plan: Plan) -> None:
-    """Undo `put_after_sites`: remove what was inserted, leave the containers as they were."""
+    """Undo `put_after_sites`, in place: what was inserted is gone, the containers as they were."""
+    if isinstance(model, fx.GraphModule) and plan.layout == "graph":
+        graph.take_out(model, plan)
+        return
     norms = {find_site(model, site)[1] for site in plan.inserted}
     wrappers = {
-        module: module.get_submodule("conv")
+        module: next(module.children())
         for module in model.modules()
-        if list(module._modules) == ["conv", "bn"] and module.bn in norms
+        if list(module._modules)[1:] == ["bn"] and module.bn in norms
     }
     for parent in list(model.modules()):
         children = [child for child in parent._modules.values() if child is not None]
@@ -81,24 +102,30 @@ def take_out(model: nn.Module, plan: Plan) -> None:
     replace(model, wrappers)
 
 
-def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, nn.Module]:
-    """The convolution of `site` in a converted model, and what was inserted after it.
+def find_site(model: nn.Module, site: Site) -> tuple[nn.Module | None, nn.Module]:
+    """The layer of `site` in a converted model, None for a function, and what was inserted.
 
     Raises RetrofitError when the model has lost them.
     """
-    conv, norm = _find(model, site.conv), _find(model, site.norm)
-    if norm is None or conv is None:
-        raise RetrofitError(
-            f"the plan does not fit this {type(model).__name__}: it has no "
-            f"{site.norm if norm is None else site.conv}, the place of {site.path} "
-            "(was the model changed after the conversion?)"
+    layer, norm = _find(model, site.layer), _find(model, site.norm)
+    if norm is None or layer is None or not site.norm:
+        raise _misfit(
+            model,
+            f"it has no {site.norm if norm is None else site.layer}, the place of {site.path} "
+            "(was the model changed after the conversion?)",
         )
-    return conv, norm
+    return layer if site.layer else None, norm
 
 
-def _shape(conv: nn.Module) -> tuple[int, int]:
-    """Output channels and spatial axes."""
-    return int(conv.out_channels), dims(conv)  # type: ignore[arg-type]
+def _misfit(model: nn.Module, reason: str) -> RetrofitError:
+    return RetrofitError(f"the plan does not fit this {type(model).__name__}: {reason}")
+
+
+def _shape(layer: nn.Module | None) -> tuple[int, int] | None:
+    """Output channels and spatial axes; None for what is no layer with channels."""
+    if layer is None or not (is_conv(layer) or is_linear(layer)):
+        return None
+    return channels(layer), dims(layer)
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
@@ -108,11 +135,11 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _wrap(conv: nn.Module, norm: nn.Module) -> nn.Sequential:
+def _wrap(host: nn.Module, norm: nn.Module) -> nn.Sequential:
     wrapper = nn.Sequential()
-    wrapper.add_module("conv", conv)
+    wrapper.add_module(child_name(host), host)
     wrapper.add_module("bn", norm)
-    wrapper.training = conv.training
+    wrapper.training = host.training
     return wrapper
 
 

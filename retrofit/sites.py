@@ -1,219 +1,216 @@
-"""Which convolutions get a BatchNorm, where it goes, and why."""
+"""The rules: which layers get a BatchNorm, after what, and why. One set for every source of calls
+and both layouts."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torchvision.models import VGG
 
-from retrofit.copies import shared_copy
+from retrofit.calls import Call, Trace
 from retrofit.errors import RetrofitError
 from retrofit.layers import (
     ACTIVATIONS,
     CONVOLUTIONS,
     FLATTENINGS,
+    HIDDEN_ACTIVATIONS,
     NORMS,
     VIEWS,
     WEIGHTED_FUNCTIONS,
+    channels,
     dims,
     is_conv,
+    is_linear,
     is_norm,
     is_weighted,
 )
-from retrofit.layout import Layout
-from retrofit.plans import Plan, Site
-from retrofit.rewrite import put_after_sites
-from retrofit.trace import Call, Trace, trace
-
-Patterns = str | Sequence[str] | None
+from retrofit.plans import LayoutName, Placement, Site
 
 
-def plan(
-    model: nn.Module,
-    *,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    renumber: Patterns = None,
-) -> Plan:
-    """Decide for every convolution of `model` whether a BatchNorm goes after it.
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; see `plan`."""
 
-    The model is traced with torch.fx in eval mode, without data, and not changed. By default
-    every convolution gets one but those that a norm already follows, the output head, and those
-    that the model's own code reads (`self.conv.weight`) or calls past its module tree.
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layout: LayoutName = "native"
+    placement: Placement = "pre_activation"
+    linear: bool = False
 
-    Args:
-        model: any module that torch.fx can trace; its convolutions are modules.
-        include: glob pattern or patterns of module paths ("features.*"): only these, and output
-            heads among them too.
-        exclude: glob pattern or patterns of module paths: not these.
-        renumber: path or paths of `nn.Sequential`s in which BatchNorm becomes a child of its own
-            right after the convolution, as in torchvision's vgg*_bn; later children move up. By
-            default `features` of torchvision's VGG, and () for none. Everywhere else a convolution
-            is replaced in place by `nn.Sequential(conv=..., bn=...)`, so that no index moves.
 
-    Returns:
-        A `Plan`: print it to see every convolution, the decision and the reason.
+def occurrences(traced: Trace, options: Options) -> Iterator[tuple[str, Call]]:
+    """Each call of a layer that could get a BatchNorm, and the path of its site.
 
-    Raises:
-        RetrofitError: torch.fx cannot trace the model (the message has the line that stopped
-            it); a pattern matches no convolution; lazy modules are not initialised; a Sequential
-            cannot be renumbered since code other than its own forward calls its children; the
-            model's code does something else once there are more layers.
-
-    Example:
-        >>> print(retrofit.plan(torchvision.models.alexnet()))
+    In the native layout the calls of one module share a site; functions, and in the graph layout
+    all calls, are told apart by a number.
     """
-    if not isinstance(model, nn.Module):
-        raise RetrofitError(f"plan takes an nn.Module, not a {type(model).__name__}")
-    _refuse_lazy(model)
-    traced = trace(model)
-    sites = _Rules(model, traced, _patterns(include), _patterns(exclude)).sites()
-    renumbered = _renumbered(model, traced, renumber)
-    while True:
-        drawn = _drawn(model, traced, sites, renumbered)
-        missed = _missed(model, traced, drawn)
-        if not missed:
-            return drawn
-        sites = [
-            replace(
-                site,
-                decision="skip",
-                reason="the model's own code calls it past its module tree, from a list say",
-            )
-            if site.path in missed
-            else site
-            for site in sites
-        ]
+    counted: dict[str, int] = {}
+    for call in traced.calls:
+        if call.module is not None:
+            if call.name == "unknown" or not _is_candidate(call.module, options):
+                continue
+            path = call.path
+        elif call.name in CONVOLUTIONS or (options.linear and call.name == "linear"):
+            path = f"{call.path}.{call.name}".lstrip(".")
+        else:
+            continue
+        counted[path] = counted.get(path, -1) + 1
+        told_apart = call.module is None or options.layout == "graph"
+        yield f"{path}@{counted[path]}" if told_apart and counted[path] else path, call
 
 
-def _drawn(
-    model: nn.Module, traced: Trace, sites: Sequence[Site], renumbered: tuple[str, ...]
-) -> Plan:
-    """The plan for decided sites: with the places in the converted model."""
-    inserted = {site.path for site in sites if site.decision == "insert"}
-    layout = Layout(model, inserted, renumbered)
-    order = [call.path for call in traced.calls if call.module is not None]
-    return Plan(
-        model=type(model).__name__,
-        sites=tuple(
-            replace(site, conv=layout.new_path(site.path), norm=layout.norm_path(site.path))
-            if site.path in inserted
-            else site
-            for site in sites
-        ),
-        renumbered=renumbered,
-        last=next((path for path in reversed(order) if path in inserted), None),
-        key_map={key: layout.new_key(key) for key in model.state_dict(keep_vars=True)},
-    )
+def decide(model: nn.Module, traced: Trace, options: Options) -> list[Site]:
+    """A site for each layer of `model` in the order of execution, those never called last.
+
+    Raises RetrofitError for a pattern that matches none of them.
+    """
+    calls: dict[str, list[Call]] = {}
+    for path, call in occurrences(traced, options):
+        calls.setdefault(path, []).append(call)
+    called = {call.path for made in calls.values() for call in made if call.module is not None}
+    for path, module in model.named_modules():
+        if _is_candidate(module, options) and path not in called:
+            calls[path] = []
+    _refuse_idle_patterns(model, calls, options)
+    rules = _Rules(model, traced, options)
+    return [rules.site(path, made) for path, made in calls.items()]
 
 
-def _missed(model: nn.Module, traced: Trace, drawn: Plan) -> set[str]:
-    """Sites whose BatchNorm the model would not call: tried out with nn.Identity in their place."""
-    if not drawn.inserted:
-        return set()
-    trial = shared_copy(model)
-    put_after_sites(trial, drawn, lambda _site, _conv: nn.Identity())
-    norms = {site.norm for site in drawn.inserted}
-    calls = trace(trial).calls
-    if [c.name for c in calls if c.path not in norms] != [c.name for c in traced.calls]:
-        raise RetrofitError(
-            f"the code of {type(model).__name__} does something else once layers are inserted "
-            "(it may ask for their type or number): exclude those layers, or pass renumber=()"
-        )
-    called = Counter(call.path for call in calls)
-    return {site.path for site in drawn.inserted if called[site.norm] != site.calls}
+def activation_after(call: Call) -> Call | None:
+    """The activation that alone reads this call's result, and reads nothing else."""
+    if len(call.users) == 1 and call.users[0].name in HIDDEN_ACTIVATIONS:
+        return call.users[0]
+    return None
 
 
-# --- decisions ---------------------------------------------------------------------------------
+def _is_candidate(module: nn.Module, options: Options) -> bool:
+    return is_conv(module) or (options.linear and is_linear(module))
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """Decides for each convolution of a traced model."""
-
     model: nn.Module
     traced: Trace
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
+    options: Options
 
-    def sites(self) -> list[Site]:
-        """All convolutions in the order of execution, those never called last."""
-        convs = [path for path, module in self.model.named_modules() if is_conv(module)]
-        self._refuse_idle_patterns(convs)
-        calls: dict[str, list[Call]] = {}
-        for call in self.traced.calls:
-            if call.module is not None and call.path in convs:
-                calls.setdefault(call.path, []).append(call)
-        found: list[Site] = []
-        for call in self.traced.calls:
-            if call.module is None and call.name in CONVOLUTIONS:
-                path = f"{call.path}.{call.name}".lstrip(".")
-                reason = "a function: there is no module to put a BatchNorm after"
-                found.append(Site(path, call.name, 0, int(call.name[-2]), 1, "skip", reason))
-            elif call.path in calls and call is calls[call.path][0]:
-                found.append(self._site(call.path, calls[call.path]))
-        found.extend(self._site(path, []) for path in convs if path not in calls)
-        return found
-
-    def _site(self, path: str, calls: list[Call]) -> Site:
-        conv = self.model.get_submodule(path)
-        skip = self._reason_to_skip(conv, path, calls)
+    def site(self, path: str, calls: list[Call]) -> Site:
+        layer = calls[0].module if calls else self.model.get_submodule(path)
+        skip = self._reason_to_skip(path, layer, calls)
+        host = "" if skip else self._hosts(calls)[0].path
         pooled = f"called {len(calls)} times: one BatchNorm, moments pooled"
+        if layer is None:
+            name = calls[0].name
+            kind, width = name, calls[0].channels
+            axes = 0 if name == "linear" else int(name[-2])
+        else:
+            kind, width, axes = type(layer).__name__, channels(layer), dims(layer)
         return Site(
             path=path,
-            kind=type(conv).__name__,
-            channels=int(conv.out_channels),  # type: ignore[arg-type]
-            dims=dims(conv),
+            kind=kind,
+            channels=width,
+            dims=axes,
             calls=len(calls),
             decision="skip" if skip else "insert",
             reason=skip or (pooled if len(calls) > 1 else "no norm follows"),
+            host=host,
+            layer="" if skip or layer is None else calls[0].path,
+            last_axis=axes == 0 and not all(c.shape and len(c.shape) == 2 for c in calls),
         )
 
-    def _reason_to_skip(self, conv: nn.Module, path: str, calls: list[Call]) -> str | None:
-        included = any(fnmatchcase(path, pattern) for pattern in self.include)
-        opaque = self._opaque_around(conv)
-        if excluded := next((p for p in self.exclude if fnmatchcase(path, p)), None):
+    def _hosts(self, calls: list[Call]) -> list[Call]:
+        """The calls after which the BatchNorm comes; empty if an activation is missing."""
+        if self.options.placement == "pre_activation":
+            return calls
+        found = [activation for call in calls if (activation := activation_after(call))]
+        return found if len(found) == len(calls) else []
+
+    def _reason_to_skip(self, path: str, layer: nn.Module | None, calls: list[Call]) -> str | None:
+        options, hosts = self.options, self._hosts(calls)
+        included = _matches(path, options.include)
+        if excluded := next((p for p in options.exclude if fnmatchcase(path, p)), None):
             return f"excluded by {excluded!r}"
-        if self.include and not included:
+        if options.include and not included:
             return "not among those included"
-        if opaque is not None:
-            return f"inside {opaque}, which torch.fx cannot trace ({self.traced.opaque[opaque]})"
+        if not calls:
+            return self._unreached(path)
+        if layer is None and calls[0].channels == 0:
+            return "a function whose weight is computed: the number of channels is not known"
+        if layer is not None and _has_complex_weight(layer):
+            return "complex weights"
+        if norm := next((n for call in (*calls, *hosts) if (n := _norm_after(call))), None):
+            return f"already normalised by {norm}"
+        if not hosts:
+            return "no activation follows it directly"
+        if options.layout == "native" and (obstacle := self._obstacle(hosts)):
+            return obstacle
+        if not included and any(_reaches(call, "output") for call in calls):
+            return "output head"
+        if not included and any(_reaches(call, "unknown") for call in calls):
+            return "its values go where torch.fx cannot follow: pass example_inputs"
+        if not included and any(map(_is_single_pixel, calls)):
+            return "its feature map is a single pixel: training would fail on a batch of one"
+        return None
+
+    def _obstacle(self, hosts: list[Call]) -> str | None:
+        """Why the module tree has no place after these calls of one module."""
+        module, path = hosts[0].module, hosts[0].path
+        if module is None:
+            what = "a" if self.options.placement == "pre_activation" else "its activation is a"
+            return f"{what} function: only layout='graph' has a place after it"
         if not path:
             return "the model itself is this layer: wrap it in nn.Sequential"
-        if not calls:
-            return "not called in eval mode"
-        if any(call.arguments > 1 for call in calls):
+        if any(call.module is not module for call in hosts) or any(
+            call.module is module and call not in hosts for call in self.traced.calls
+        ):
+            return f"its activation {path} serves other layers too: only layout='graph' has a place"
+        if any(call.arguments > 1 for call in hosts):
             return "called with more than its input"
-        if conv.weight.dtype.is_complex:  # type: ignore[union-attr]
-            return "complex weights"
         if read := sorted(self.traced.reads.get(path, ())):
             return f"the model's own code reads its {', '.join(f'.{name}' for name in read)}"
-        if norm := next((n for call in calls if (n := _norm_after(call))), None):
-            return f"already normalised by {norm}"
-        if not included and any(_is_head(call) for call in calls):
-            return "output head"
         return None
 
-    def _opaque_around(self, conv: nn.Module) -> str | None:
-        """The opaque submodule that holds this convolution, under whatever name."""
-        for opaque in self.traced.opaque:
-            if any(module is conv for module in self.model.get_submodule(opaque).modules()):
-                return opaque
-        return None
-
-    def _refuse_idle_patterns(self, convs: list[str]) -> None:
-        for pattern in (*self.include, *self.exclude):
-            if not any(fnmatchcase(path, pattern) for path in convs):
-                raise RetrofitError(
-                    f"the pattern {pattern!r} matches none of the {len(convs)} convolutions of "
-                    f"{type(self.model).__name__}: patterns are globs over module paths, such as "
-                    f"{next(iter(convs), 'features.*')!r}"
+    def _unreached(self, path: str) -> str:
+        module = self.model.get_submodule(path)
+        for opaque, place in self.traced.opaque.items():
+            if any(inner is module for inner in self.model.get_submodule(opaque).modules()):
+                return (
+                    f"inside {opaque or 'code'}, which torch.fx cannot trace ({place}): pass "
+                    "example_inputs"
                 )
+        return "not called in eval mode"
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _refuse_idle_patterns(model: nn.Module, calls: dict[str, list[Call]], options: Options) -> None:
+    for pattern in (*options.include, *options.exclude):
+        matched = [path for path in calls if fnmatchcase(path, pattern)]
+        if not matched:
+            raise RetrofitError(
+                f"the pattern {pattern!r} matches none of the {len(calls)} convolutions of "
+                f"{type(model).__name__}: patterns are globs over module paths, such as "
+                f"{next(iter(calls), 'features.*')!r}"
+            )
+        functions = [path for path in matched if calls[path] and calls[path][0].module is None]
+        if pattern in options.include and options.layout == "native" and functions == matched:
+            raise RetrofitError(
+                f"{functions[0]} is a function: the native layout has no place after it; pass "
+                "layout='graph'"
+            )
+
+
+def _has_complex_weight(layer: nn.Module) -> bool:
+    return any(p.is_complex() for p in layer.parameters())
+
+
+def _is_single_pixel(call: Call) -> bool:
+    """A convolution's result of shape (N, C, 1, ...): in training one image is one sample."""
+    linear = call.name == "linear" or (call.module is not None and is_linear(call.module))
+    return call.shape is not None and not linear and set(call.shape[2:]) == {1}
 
 
 def _norm_after(call: Call) -> str | None:
@@ -228,9 +225,9 @@ def _norm_after(call: Call) -> str | None:
     return None
 
 
-def _is_head(call: Call) -> bool:
-    """Some path to the output meets no weighted layer, and either no nonlinearity (softmax and its
-    like do not count), or pooling followed by flattening."""
+def _reaches(call: Call, end: str) -> bool:
+    """Some path to `end` meets no weighted layer, and either no nonlinearity (softmax and its like
+    do not count), or pooling followed by flattening: to "output", the call is an output head."""
     # A walk over (call, met a nonlinearity, pooled, flattened after pooling).
     seen = set()
     stack = [(user, False, False, False) for user in call.users]
@@ -240,7 +237,7 @@ def _is_head(call: Call) -> bool:
             continue
         seen.add(state)
         user, nonlinear, pooled, flat = state
-        if user.name == "output":
+        if user.name == end:
             if flat or not nonlinear:
                 return True
             continue
@@ -253,47 +250,3 @@ def _is_head(call: Call) -> bool:
         pooled |= "pool" in user.name
         stack += [(after, nonlinear, pooled, flat) for after in user.users]
     return False
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if any(map(is_lazy, module.parameters(recurse=False))):
-            raise RetrofitError(
-                f"{path or 'the model'} is a lazy {type(module).__name__} that has no shape yet: "
-                "run one batch through the model first"
-            )
-
-
-def _patterns(given: Patterns) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-def _renumbered(model: nn.Module, traced: Trace, renumber: Patterns) -> tuple[str, ...]:
-    if renumber is None:
-        vgg = isinstance(model, VGG) and not _obstacle(model, traced, "features")
-        return ("features",) if vgg else ()
-    paths = _patterns(renumber)
-    for path in paths:
-        if obstacle := _obstacle(model, traced, path):
-            raise RetrofitError(
-                f"cannot renumber {path or 'the model'}: {obstacle}; leave it out of renumber="
-            )
-    return paths
-
-
-def _obstacle(model: nn.Module, traced: Trace, path: str) -> str | None:
-    """Why the children of this Sequential cannot move up, None if they can."""
-    try:
-        sequential = model.get_submodule(path)
-    except AttributeError:
-        return f"{type(model).__name__} has no such module"
-    if type(sequential).forward is not nn.Sequential.forward:
-        return f"it is a {type(sequential).__name__}, not an nn.Sequential"
-    if list(sequential._modules) != [str(i) for i in range(len(sequential._modules))]:
-        return "its children have names of their own"
-    if path:
-        for call in traced.calls:
-            below = call.module is not None and call.path.startswith(f"{path}.")
-            if below and path not in call.inside:
-                return f"{call.path} is called from outside its forward"
-    return None

@@ -1,105 +1,132 @@
-"""The calls a model makes, in order, and which feeds which: read with torch.fx, without data."""
+"""The calls a model makes, read with torch.fx, without data."""
 
 from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from retrofit.calls import Call, Reads, Trace, hosts
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
-from retrofit.layers import function_name, is_conv, is_norm, module_name
+from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
 from retrofit.modes import evaluating
 
 
-@dataclass(eq=False)
-class Call:
-    """One operation of the forward pass.
+class UntraceableError(RetrofitError):
+    """torch.fx cannot follow the model.
 
     Attributes:
-        name: the operation as `retrofit.layers` names it; "input", "output" and "attribute" too.
-        path: module path of the called module; of the calling module for a function.
-        module: the called module, None for a function.
-        inside: paths of the modules whose forward makes this call, outermost first.
-        arguments: how many it is called with.
-        keepdim: the function's keepdim argument.
-        users: the calls this one feeds, in order.
+        place: in the model's code, what stopped it ("vgg.py:84").
     """
 
-    name: str
-    path: str
-    module: nn.Module | None = None
-    inside: tuple[str, ...] = ()
-    arguments: int = 1
-    keepdim: bool = False
-    users: list[Call] = field(default_factory=list, repr=False)
+    def __init__(self, model: str, frame: traceback.FrameSummary, reason: str) -> None:
+        self.place = _place(frame)
+        super().__init__(
+            f"torch.fx cannot trace {model}: {frame.filename}:{frame.lineno}, in {frame.name}: "
+            f'"{frame.line}": {reason}'
+        )
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the forward pass does.
-
-    Attributes:
-        calls: all calls, in order.
-        opaque: submodules that could not be followed and count as one call each: path to the
-            place in the code that stopped it ("vgg.py:84").
-        reads: what the model's own code reads of its convolutions that a Sequential in their
-            place would lack: path to attribute names.
+class Symbolic:
+    """Attributes:
+    graph: of `traced`, a copy of the model that shares its tensors.
+    opaque: submodules that count as one call each, since they could not be followed: path to the
+        place in the code that stopped it ("vgg.py:84").
+    reads: see `Trace`.
     """
 
-    calls: list[Call]
+    graph: fx.Graph
+    traced: nn.Module
     opaque: dict[str, str]
     reads: dict[str, set[str]]
 
 
-def trace(model: nn.Module) -> Trace:
-    """Trace `model` in eval mode; arguments of forward that have a default keep it.
+def defaults(model: nn.Module) -> dict[str, Any]:
+    """The arguments of forward that have a default."""
+    signature = inspect.signature(model.forward).parameters
+    return {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+
+
+def symbolic(model: nn.Module, *, training: bool = False) -> Symbolic:
+    """Trace `model` in the given mode; arguments of forward that have a default keep it.
 
     Raises RetrofitError when torch.fx cannot follow the model, with the line that stopped it.
     A submodule that it cannot follow becomes opaque, and the rest is traced around it.
     """
-    signature = inspect.signature(model.forward).parameters
-    defaults = {
-        name: p.default for name, p in signature.items() if p.default is not inspect.Parameter.empty
-    }
     traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies;
     for module in traced.modules():  # so may hooks
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    paths = {id(module): path for path, module in traced.named_modules() if is_conv(module)}
     opaque: dict[str, str] = {}
     with evaluating(traced):
+        for module in traced.modules():
+            module.training = training
         while True:
-            tracer = _Tracer(opaque)
+            tracer, reads = _Tracer(opaque), Reads(traced, hosts(traced))
             try:
-                with _attribute_reads(paths) as reads:
-                    graph = tracer.trace(traced, concrete_args=defaults)
-                return Trace(_calls(model, graph), opaque, reads)
+                with reads.noted():
+                    graph = tracer.trace(traced, concrete_args=defaults(model))
+                return Symbolic(graph, traced, opaque, reads.by_path)
             except Exception as error:
                 frame, reason = _culprit(error)
                 if tracer.stopped_in is not None and tracer.stopped_in not in opaque:
-                    opaque[tracer.stopped_in] = f"{Path(frame.filename).name}:{frame.lineno}"
+                    opaque[tracer.stopped_in] = _place(frame)
                     continue
-                raise RetrofitError(
-                    f"torch.fx cannot trace {type(model).__name__}: {frame.filename}:"
-                    f'{frame.lineno}, in {frame.name}: "{frame.line}": {reason}'
-                ) from error
+                raise UntraceableError(type(model).__name__, frame, reason) from error
+
+
+def trace(model: nn.Module) -> Trace:
+    """The calls of `model` in eval mode, as far as torch.fx can follow.
+
+    What it cannot follow is opaque, and read piecewise: the largest modules inside that it can
+    follow are traced each on their own; what goes out of them goes somewhere "unknown".
+    """
+    try:
+        found = symbolic(model)
+    except UntraceableError as error:
+        whole = Trace([], static=False, opaque={"": error.place}, reads={})
+    else:
+        calls = calls_of(model, found.graph, found.opaque)
+        whole = Trace(
+            list(calls.values()),
+            static=not found.opaque,
+            opaque=dict(found.opaque),
+            reads=dict(found.reads),
+        )
+    for path in list(whole.opaque):
+        for name, child in model.get_submodule(path).named_children():
+            if not is_leaf(child):
+                _add_piece(whole, f"{path}.{name}".lstrip("."), trace(child))
+    return whole
+
+
+def _add_piece(whole: Trace, prefix: str, piece: Trace) -> None:
+    """Add the trace of the module at `prefix`, made of it alone."""
+
+    def below(path: str) -> str:
+        return f"{prefix}.{path}".rstrip(".")
+
+    for call in piece.calls:
+        if call.name in ("input", "output"):
+            call.name = "unknown"
+        call.path = below(call.path)
+        call.inside = (prefix, *map(below, call.inside))
+    whole.calls.extend(piece.calls)
+    whole.opaque.update({below(path): place for path, place in piece.opaque.items()})
+    whole.reads.update({below(path): names for path, names in piece.reads.items()})
 
 
 class _Tracer(fx.Tracer):
-    """Convolutions and norms stay whole, subclasses too: else a weight-standardised convolution,
-    say, dissolves into functions.
-
-    Attributes:
-        stopped_in: path of the innermost submodule that raised; None if the model itself did.
+    """Attributes:
+    stopped_in: path of the innermost submodule that raised; None if the model itself did.
     """
 
     def __init__(self, opaque: Collection[str]) -> None:
@@ -108,9 +135,7 @@ class _Tracer(fx.Tracer):
         self.stopped_in: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_conv(m) or is_norm(m) or module_qualified_name in self.opaque:
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or module_qualified_name in self.opaque
 
     def call_module(
         self,
@@ -126,46 +151,51 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _calls(model: nn.Module, graph: fx.Graph) -> list[Call]:
+def calls_of(
+    model: nn.Module, graph: fx.Graph, opaque: Collection[str] = ()
+) -> dict[fx.Node, Call]:
+    """The neutral record of a graph: a call for each node, in order."""
     calls: dict[fx.Node, Call] = {}
     for node in graph.nodes:
         # Keys of the stack may repeat a path as "name@1"; the values hold the path itself.
         stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
         inside = tuple(path for path, _ in stack.values())
+        where = inside[-1] if inside else ""
         if node.op == "call_module":
             module = model.get_submodule(node.target)
+            name = "unknown" if node.target in opaque else module_name(module)
             arguments = len(node.args) + len(node.kwargs)
-            call = Call(module_name(module), node.target, module, inside, arguments)
+            call = Call(name, node.target, module, inside, arguments)
         elif node.op in ("call_function", "call_method"):
-            target = node.target if isinstance(node.target, str) else node.target.__name__
+            name = function_name(node.target if node.op == "call_method" else node.target.__name__)
             keepdim = bool(node.kwargs.get("keepdim", False))
-            where = inside[-1] if inside else ""
-            call = Call(function_name(target), where, None, inside, keepdim=keepdim)
+            call = Call(name, where, None, inside, keepdim=keepdim)
+            if name in CONVOLUTIONS:
+                call.channels = _channels(model, node)
         else:
             names = {"placeholder": "input", "get_attr": "attribute"}
             call = Call(names.get(node.op, node.op), "", None, inside)
         calls[node] = call
     for node, call in calls.items():
         call.users = [calls[user] for user in node.users]
-    return list(calls.values())
+    return calls
 
 
-@contextmanager
-def _attribute_reads(paths: dict[int, str]) -> Iterator[dict[str, set[str]]]:
-    """Record what is read of these convolutions that an nn.Sequential in their place would lack."""
-    kept = set(dir(nn.Sequential()))
-    reads: dict[str, set[str]] = {}
+def _channels(model: nn.Module, node: fx.Node) -> int:
+    """Output channels of a functional convolution whose weight is a parameter, else 0."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return 0
+    owner, _, name = str(weight.target).rpartition(".")
+    shape = getattr(model.get_submodule(owner), name).shape
+    if "transpose" not in node.target.__name__:  # type: ignore[union-attr]
+        return int(shape[0])
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return int(shape[1]) * groups if isinstance(groups, int) else 0
 
-    def spy(self: _ConvNd, name: str) -> Any:
-        if name not in kept and id(self) in paths:
-            reads.setdefault(paths[id(self)], set()).add(name)
-        return object.__getattribute__(self, name)
 
-    _ConvNd.__getattribute__ = spy  # type: ignore[assignment]
-    try:
-        yield reads
-    finally:
-        del _ConvNd.__getattribute__
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _culprit(error: Exception) -> tuple[traceback.FrameSummary, str]:

@@ -176,11 +176,8 @@ def test_a_detector_gets_its_list_of_pictures():
     def collated(pictures):  # as a detection loader does
         return list(pictures), [{"boxes": torch.zeros(1, 4)} for _ in pictures]
 
-    plan = retrofit.plan(nn.Sequential(Detector().conv, nn.ReLU()))
-    only = dataclasses.replace(plan.sites[0], path="conv", conv="conv.conv", norm="conv.bn")
-    plan = dataclasses.replace(plan, sites=(only,), last=None)
-    model = retrofit.prepare(Detector(), plan)
     data = [collated(x) for x in X.split(16)]
+    model = retrofit.prepare(Detector(), retrofit.plan(Detector(), example_inputs=data[0]))
     assert retrofit.calibrate(model, data, max_images=20, progress=False).images == 20
     assert site(model, "conv.bn").count == 20 * 100
 
@@ -418,7 +415,7 @@ def test_a_device_that_is_none_is_named(device):
 
 
 def test_converting_without_data_names_the_site():
-    with pytest.raises(RetrofitError, match="0 saw no data"):
+    with pytest.raises(RetrofitError, match="0, 2 saw no data"):
         retrofit.convert(prepared())
 
 

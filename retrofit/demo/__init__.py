@@ -17,7 +17,7 @@ from retrofit.folding import fold
 from retrofit.images import PictureBatches, open_pictures, preprocessing, shuffled
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.parity import verify
-from retrofit.sites import plan
+from retrofit.planning import plan
 from retrofit.tables import table
 
 HERE = Path(__file__).parent

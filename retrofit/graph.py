@@ -1,0 +1,93 @@
+"""The graph layout: a torch.fx.GraphModule with a place after every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+
+from torch import fx, nn
+
+from retrofit.calls import Trace
+from retrofit.errors import RetrofitError
+from retrofit.plans import Plan, Site
+from retrofit.sites import Options, occurrences
+from retrofit.trace import calls_of, symbolic
+
+
+def graph_module(model: nn.Module) -> fx.GraphModule:
+    """`model` as a GraphModule over the same modules and parameters; itself if it is one.
+
+    Raises RetrofitError when torch.fx cannot follow the model, or when it does something else in
+    train mode than in eval mode outside of its layers (a functional dropout): one graph has both.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    found, training = symbolic(model), symbolic(model, training=True)
+    lines = [str(s.graph).splitlines() for s in (found, training)]
+    for one, other in zip_longest(*lines, fillvalue="nothing"):
+        if one != other:
+            raise RetrofitError(
+                f"{type(model).__name__} has no single graph: in eval mode it computes "
+                f"`{one.strip()}`, in train mode `{other.strip()}`; use modules (nn.Dropout) for "
+                "what depends on the mode, or the native layout"
+            )
+    module = fx.GraphModule(model, found.graph, type(model).__name__)
+    for path, made in module.named_modules():  # containers are made anew, and in train mode
+        made.training = model.get_submodule(path).training
+    return module
+
+
+def norm_paths(module: fx.GraphModule, sites: Iterable[str]) -> dict[str, str]:
+    """A new place beside each site: path of the site to path of its BatchNorm."""
+    taken = {path for path, _ in module.named_modules()}
+    taken |= {path for path, _ in (*module.named_parameters(), *module.named_buffers())}
+    places: dict[str, str] = {}
+    for site in sites:
+        place = site.replace("@", "_") + "_bn"
+        while place in taken:
+            place += "_"
+        taken.add(place)
+        places[site] = place
+    return places
+
+
+def put_after_sites(
+    module: fx.GraphModule, plan: Plan, make: Callable[[Site, nn.Module | None], nn.Module]
+) -> None:
+    """Insert `make(site, layer)` after every site, in place; the layer is None for a function.
+
+    Raises RetrofitError when the plan is not one of this model.
+    """
+    calls = calls_of(module, module.graph)
+    nodes = {id(call): node for node, call in calls.items()}
+    traced = Trace(list(calls.values()), static=True, opaque={}, reads={})
+    options = Options(layout="graph", linear=True)
+    found = {path: nodes[id(call)] for path, call in occurrences(traced, options)}
+    for site in plan.inserted:
+        node = found.get(site.path)
+        if node is not None and plan.placement == "post_activation":
+            node = next(iter(node.users), None)
+        if node is None or not site.norm:
+            raise RetrofitError(
+                f"the plan does not fit this {type(module).__name__}: it has no place after "
+                f"{site.path}; plan this model anew"
+            )
+        layer = module.get_submodule(site.layer) if site.layer else None
+        module.add_submodule(site.norm, make(site, layer))
+        with module.graph.inserting_after(node):
+            norm = module.graph.call_module(site.norm, (node,))
+        node.replace_all_uses_with(norm)
+        norm.args = (node,)  # which was replaced as well
+    module.recompile()
+
+
+def take_out(module: fx.GraphModule, plan: Plan) -> None:
+    """Undo `put_after_sites`."""
+    norms = {site.norm for site in plan.inserted}
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target in norms:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    for norm in norms:
+        module.delete_submodule(norm)
+    module.recompile()

@@ -1,0 +1,169 @@
+"""The calls a model makes, read off one real run: for models that torch.fx cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from retrofit.batches import ForwardFn, arguments_of, home, tensors
+from retrofit.calls import Call, Reads, Trace, hosts
+from retrofit.copies import shared_copy
+from retrofit.errors import RetrofitError
+from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
+from retrofit.modes import evaluating
+
+EXAMPLES = 2  # samples that are run; one alone may lose its batch axis to a squeeze
+
+
+def watch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Trace:
+    """Run a copy of `model` on a batch, in eval mode, and note what it does.
+
+    At most two samples of the batch are run, or the whole of it with a `forward_fn`. The random
+    generator starts from the same seed each time, and is afterwards as it was.
+
+    Raises RetrofitError with the model's own message when it does not run.
+    """
+    watched = shared_copy(model)
+    watcher = _Watcher(watched)
+    with torch.random.fork_rng(), torch.no_grad(), evaluating(watched):
+        torch.manual_seed(0)
+        try:
+            if forward_fn is not None:
+                with watcher.watching():
+                    result = forward_fn(watched, batch)
+            else:
+                arguments = arguments_of(watched, batch).head(EXAMPLES)
+                arguments = arguments.to(home(watched), copy=True)
+                with watcher.watching():
+                    result = watched(*arguments.args, **arguments.kwargs)
+        except RetrofitError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise RetrofitError(
+                f"{type(model).__name__} does not run on the example inputs: "
+                f"{type(error).__name__}: {text}"
+            ) from error
+    watcher.returned(result)
+    modules = dict(model.named_modules())
+    for call in watcher.calls:
+        if call.module is not None:
+            call.module = modules[call.path]
+    return Trace(watcher.calls, static=False, opaque={}, reads=watcher.reads.by_path)
+
+
+class _Watcher(TorchFunctionMode):
+    """Notes the functions called, and the modules, by standing in for nn.Module.__call__.
+
+    Attributes:
+        made: the call that each tensor still alive came from.
+        stack: paths of the modules whose forward is running, outermost first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.reads = Reads(model, hosts(model))
+        self.calls: list[Call] = []
+        self.made = WeakIdKeyDictionary()
+        self.stack: list[str] = []
+        self.output = Call("output", "")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        original = nn.Module.__call__
+
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = self.paths.get(id(module))
+            if path is None or self.reads.muted:
+                return original(module, *args, **kwargs)
+            if is_leaf(module):
+                return self._leaf(original, module, path, args, kwargs)
+            self.stack.append(path)
+            try:
+                result = original(module, *args, **kwargs)
+            finally:
+                self.stack.pop()
+            if not path:  # whatever a forward_fn then makes of it
+                self.returned(result)
+            return result
+
+        nn.Module.__call__ = called  # type: ignore[method-assign]
+        try:
+            with self.reads.noted(), self:
+                yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            self.calls.append(self.output)
+
+    def _leaf(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        arguments = len(args) + len(kwargs)
+        call = Call(module_name(module), path, module, tuple(self.stack), arguments)
+        feeding = self._feeding((args, kwargs))
+        self.reads.muted = True
+        try:
+            result = original(module, *args, **kwargs)
+        finally:
+            self.reads.muted = False
+        self._note(call, feeding, result)
+        return result
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.reads.muted:
+            return func(*args, **kwargs)
+        feeding = self._feeding((args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, (Tensor, tuple, list)):
+            where = self.stack[-1] if self.stack else ""
+            name = function_name(_name(func))
+            call = Call(name, where, None, tuple(self.stack))
+            call.keepdim = bool(kwargs.get("keepdim", False))
+            if name in CONVOLUTIONS and isinstance(result, Tensor):
+                call.channels = result.shape[1]
+            self._note(call, feeding, result)
+        return result
+
+    def _feeding(self, values: Any) -> list[Call]:
+        """The calls that these values came from. Asked before the call, which may be in place."""
+        found = (self.made.get(tensor) for tensor in tensors(values).values())
+        return list(dict.fromkeys(call for call in found if call is not None))
+
+    def _note(self, call: Call, feeding: list[Call], result: Any) -> None:
+        results = list(tensors(result).values())
+        if call.module is None and not results:
+            return
+        if isinstance(result, Tensor):
+            call.shape = tuple(result.shape)
+        for earlier in feeding:
+            earlier.users.append(call)
+        for tensor in results:
+            self.made[tensor] = call
+        self.calls.append(call)
+
+    def returned(self, result: Any) -> None:
+        """Mark what the model, or the `forward_fn`, returns."""
+        for call in self._feeding(result):
+            if self.output not in call.users:
+                call.users.append(self.output)
+
+
+def _name(func: Any) -> str:
+    """Of a function, a method, or a property of tensors such as `T`."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    return func.__self__.__name__ if name == "__get__" else name
