@@ -233,7 +233,7 @@ def test_two_processes_train_it_together(net, tmp_path):
 
     # Each rank's statistics have moved a tenth of the way to those of its own half.
     first = sites(net)[0]
-    conv, bn = model.get_submodule(first.conv), model.get_submodule(first.norm)
+    conv, bn = nets.build(net).get_submodule(first.path), model.get_submodule(first.norm)
     for state, half in zip(states, IMAGES.split(4), strict=True):
         var, mean = torch.var_mean(conv(half), (0, 2, 3))
         for name, old, new in (("mean", bn.running_mean, mean), ("var", bn.running_var, var)):
