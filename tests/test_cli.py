@@ -13,11 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import retrofit
 from retrofit.cli import main
 
-SMALL = ("--resize", "40", "--crop", "32", "--workers", "0")
+SMALL = ("--resize", "56", "--crop", "48", "--workers", "0")
 
 
 def pictures(folder, count, *, seed=0):
@@ -126,7 +127,7 @@ def test_a_factory_in_a_file_and_pictures_in_an_array(run, tmp_path):
         "import torch\nfrom torch import nn\n"
         "def net():\n    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),"
-        " nn.Linear(3600, 2))\n"
+        " nn.Linear(8464, 2))\n"
     )
     array = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "a.npy", array)
@@ -277,7 +278,8 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"--output": "there.pth"}, "there.pth exists"),
         ({"--include": "feature.*"}, "'feature.*' matches none of the 26 convolutions"),
         ({"--exclude": "nope"}, "'nope' matches none"),
-        ({"--include": "classifier.1", "--exclude": "classifier.1"}, "nothing to convert"),
+        ({"--layout": "tree"}, "argument --layout: invalid choice: 'tree'"),
+        ({"--placement": "before"}, "argument --placement: invalid choice: 'before'"),
         ({"--images": "0"}, "0 is not between 1 and"),
         ({"--images": "many"}, "many is not a whole number"),
         ({"--batch-size": "-3"}, "-3 is not between 1 and"),
@@ -335,30 +337,128 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_calibration(
     assert (code, err) == (2, ["retrofit: cannot write to .: Read-only file system"])
 
 
-def test_a_model_that_cannot_be_traced_names_the_line(run, tmp_path):
-    (tmp_path / "branch.py").write_text(
-        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n"
-        "        if x.sum() > 0:\n            return x\n        return -x\n"
+def write_model(file, layers, forward):
+    """A file whose Net has these layers and this forward."""
+    file.write_text(
+        "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n"
+        + "".join(f"        {line}\n" for line in layers)
+        + "    def forward(self, x):\n"
+        + "".join(f"        {line}\n" for line in forward)
     )
-    code, _, err = run("plan", "branch.py:Net")
+
+
+CONVS = ("self.a = nn.Conv2d(3, 4, 3)", "self.b = nn.Conv2d(4, 4, 3)")
+
+
+def test_a_model_that_cannot_be_traced_is_planned_from_pictures(run, folder, tmp_path):
+    layers = (*CONVS, "self.never = nn.Conv2d(4, 4, 3)")
+    forward = (
+        "x = self.a(x).relu()", "if x.mean() > 1e9:", "    x = self.never(x)",
+        "return self.b(x).relu()",
+    )  # fmt: skip
+    write_model(tmp_path / "branch.py", layers, forward)
+    code, out, err = run("plan", "branch.py:Net")
+    assert code == 0
+    assert out.endswith("Net: 0 of 3 convolutions get a BatchNorm\n")
+    code, out, err = run("plan", "branch.py:Net", "--data", folder)
+    assert (code, err) == (0, [])
+    assert out.endswith("Net: 2 of 3 convolutions get a BatchNorm\n")
+    data = ("--data", folder, "--output", "a.safetensors", *SMALL)
+    code, out, err = run("convert", "branch.py:Net", *data)
+    assert (code, err) == (0, [])
+    assert "a.bn" in out
+    assert "b.bn" in out
+    code, _, err = run("plan", "branch.py:Net", "--layout", "graph")
     assert code == 2
     assert len(err) == 1
-    assert 'branch.py:4, in forward: "if x.sum() > 0:"' in err[0]
+    assert 'branch.py:14, in forward: "if x.mean() > 1e9:"' in err[0]
+
+
+def test_a_layer_that_no_picture_reaches_is_named_or_left_out(run, folder, tmp_path):
+    forward = ("x = self.a(x).relu()", "return self.b(x).relu() if len(x) < 3 else x")
+    write_model(tmp_path / "rare.py", CONVS, forward)
+    arguments = ("convert", "rare.py:Net", "--data", folder, "--output", "a.safetensors", *SMALL)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert len(err) == 1
+    assert "--skip-unused" in err[0]
+    assert not (tmp_path / "a.safetensors").exists()
+    code, out, err = run(*arguments, "--skip-unused")
+    assert (code, err) == (0, [])
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        norms = [key for key in file.keys() if key.endswith("running_mean")]  # noqa: SIM118
+    assert norms == ["a.bn.running_mean"]
+
+
+def test_a_model_with_nothing_to_convert_says_so(run, folder, tmp_path):
+    forward = ("return self.b(self.a(x)).relu()",)
+    write_model(
+        tmp_path / "done.py", ("self.a = nn.Conv2d(3, 4, 3)", "self.b = nn.BatchNorm2d(4)"), forward
+    )
+    arguments = ("convert", "done.py:Net", "--data", folder, "--output", "a.pth", *SMALL)
+    code, out, err = run(*arguments)
+    assert code == 1
+    told = "there is nothing to convert, and nothing was written"
+    assert err == [f"retrofit: {told} (--allow-unchanged exits with 0)"]
+    assert "already normalised by b" in out
+    code, out, err = run(*arguments, "--allow-unchanged")
+    assert (code, err) == (0, [])
+    assert "already normalised by b" in out
+    assert out.endswith(f"\n{told}\n")
+    assert not (tmp_path / "a.pth").exists()
+
+
+def test_layout_placement_and_linear_layers_as_asked(run, folder, tmp_path):
+    layers = (
+        "self.a = nn.Conv2d(3, 4, 3)", "self.act = nn.ReLU()",
+        "self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))",
+        "self.b = nn.Linear(4, 5)", "self.c = nn.Linear(5, 2)",
+    )  # fmt: skip
+    forward = (
+        "x = F.conv2d(self.act(self.a(x)), self.weight).relu()",
+        "return self.c(self.b(x.mean((2, 3))).relu())",
+    )
+    write_model(tmp_path / "mine.py", layers, forward)
+
+    def norms(*options):
+        output = ("--data", folder, "--output", "out.safetensors", "--overwrite", *SMALL)
+        code, _, err = run("convert", "mine.py:Net", *output, *options)
+        assert (code, err) == (0, [])
+        weights = ("--model", "mine.py:Net", "--data", folder)
+        assert run("verify", "out.safetensors", *weights, *SMALL)[0] == 0
+        state = load_file(tmp_path / "out.safetensors")
+        return [len(tensor) for key, tensor in state.items() if key.endswith("running_mean")]
+
+    assert norms() == [4]
+    assert sorted(norms("--linear")) == [4, 5]
+    assert norms("--layout", "graph") == [4, 4]
+    assert norms("--placement", "post_activation") == [4]
+    code, out, err = run("plan", "mine.py:Net", "--placement", "post_activation")
+    assert (code, err) == (0, [])
+    assert "act.bn" in out
 
 
 def test_an_error_in_the_users_code_is_one_line_and_exit_1(run, tmp_path, folder):
-    (tmp_path / "odd.py").write_text(
-        "from torch import nn\n"
-        "def net():\n    return nn.Sequential(nn.Conv2d(7, 4, 3), nn.ReLU())\n"
-    )
-    arguments = ("convert", "odd.py:net", "--data", folder, "--output", "a.pth", *SMALL)
+    forward = ("if len(x) > 2:", "    raise KeyError('too\\nmany')", "return self.a(x).relu()")
+    write_model(tmp_path / "odd.py", CONVS, forward)
+    arguments = ("convert", "odd.py:Net", "--data", folder, "--output", "a.pth", *SMALL)
     code, _, err = run(*arguments)
     assert code == 1
     assert len(err) == 1
-    assert "RuntimeError" in err[0]
-    with pytest.raises(RuntimeError):
+    assert "KeyError" in err[0]
+    with pytest.raises(KeyError):
         main(["--debug", *map(str, arguments)])
     assert not (tmp_path / "a.pth").exists()
+
+
+def test_pictures_that_the_model_does_not_take_are_a_bad_request(run, tmp_path, folder):
+    write_model(tmp_path / "odd.py", ("self.a = nn.Conv2d(7, 4, 3)",), ("return self.a(x).relu()",))
+    code, _, err = run("convert", "odd.py:Net", "--data", folder, "--output", "a.pth", *SMALL)
+    assert code == 2
+    assert len(err) == 1
+    assert "to have 7 channels, but got 3 channels" in err[0]
 
 
 def test_as_a_program_with_workers_and_as_a_script(folder, squeezenet, tmp_path):
