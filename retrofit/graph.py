@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
 
@@ -11,7 +12,7 @@ from retrofit.calls import Trace
 from retrofit.errors import RetrofitError
 from retrofit.plans import Plan, Site
 from retrofit.sites import Options, occurrences
-from retrofit.trace import calls_of, symbolic
+from retrofit.trace import calls_of, defaults, symbolic
 
 
 def graph_module(model: nn.Module) -> fx.GraphModule:
@@ -31,10 +32,24 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
                 f"`{one.strip()}`, in train mode `{other.strip()}`; use modules (nn.Dropout) for "
                 "what depends on the mode, or the native layout"
             )
+    _erase_defaults(model, found.graph)
+    found.graph._tracer_cls = fx.Tracer  # a pickle is traced anew by it, without this package
     module = fx.GraphModule(model, found.graph, type(model).__name__)
     for path, made in module.named_modules():  # containers are made anew, and in train mode
         made.training = model.get_submodule(path).training
     return module
+
+
+def _erase_defaults(model: nn.Module, graph: fx.Graph) -> None:
+    """Arguments of forward that keep their default become none at all, and fx's assertions on
+    them with them: another value is then refused by Python, and pickles load."""
+    kept = inspect.signature(model.forward).parameters.keys() - defaults(model).keys()
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target not in kept]:
+        doomed = [node]
+        for made in doomed:
+            doomed += [user for user in made.users if user not in doomed]
+        for made in reversed(doomed):
+            graph.erase_node(made)
 
 
 def norm_paths(module: fx.GraphModule, sites: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ Kept on the model as a dict of plain values, so that a pickle of the model loads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
@@ -34,15 +33,16 @@ class Record:
 
 def attach(model: nn.Module, record: Record | None) -> None:
     """Replace the model's record; None removes it."""
-    kept = _kept(model)
-    kept.pop(_ATTRIBUTE, None)
-    if record is not None:
-        kept[_ATTRIBUTE] = {**vars(record), "plan": record.plan.to_json()}
+    vars(model).pop(_ATTRIBUTE, None)
+    kept = {_ATTRIBUTE: {**vars(record), "plan": record.plan.to_json()}} if record else {}
+    vars(model).update(kept)
+    if isinstance(model, fx.GraphModule):  # whose copies have no attributes but these
+        model.meta["_user_preserved_attributes"] = kept
 
 
 def record_of(model: nn.Module) -> Record | None:
     """The model's record, None for a model that is neither prepared nor converted."""
-    values = _kept(model).get(_ATTRIBUTE)
+    values = vars(model).get(_ATTRIBUTE)
     if values is None:
         return None
     return Record(**{**values, "plan": Plan.from_json(values["plan"])})
@@ -56,8 +56,3 @@ def required_record(model: nn.Module, made_by: str) -> Record:
             f"this {type(model).__name__} carries no plan: expected a model made by {made_by}"
         )
     return record
-
-
-def _kept(model: nn.Module) -> dict[str, Any]:
-    """What a copy of the model keeps: its attributes, but a GraphModule keeps only its meta."""
-    return model.meta if isinstance(model, fx.GraphModule) else vars(model)

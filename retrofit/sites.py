@@ -139,7 +139,8 @@ class _Rules:
             return "a function whose weight is computed: the number of channels is not known"
         if layer is not None and _has_complex_weight(layer):
             return "complex weights"
-        if norm := next((n for call in (*calls, *hosts) if (n := _norm_after(call))), None):
+        activations = [after for call in calls if (after := activation_after(call))]
+        if norm := next((n for call in (*calls, *activations) if (n := _norm_after(call))), None):
             return f"already normalised by {norm}"
         if not hosts:
             return "no activation follows it directly"
