@@ -31,7 +31,6 @@ from retrofit import (
     save,
     verify,
 )
-from retrofit.batches import arguments_of
 from retrofit.checkpoint import check_output
 from retrofit.identity import scale_and_shift
 from retrofit.images import (
@@ -42,6 +41,7 @@ from retrofit.images import (
     open_pictures,
     preprocessing,
     shuffled,
+    takes_lists,
 )
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.record import record_of, required_record
@@ -236,7 +236,7 @@ def _batches(
         to_input,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
-        lists=isinstance(arguments_of(model, torch.zeros(1, 3, 8, 8)).args[0], list),
+        lists=takes_lists(model),
         skip_bad=arguments.skip_bad_images,
     )
 
@@ -272,6 +272,8 @@ def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
+        if str(error) == str(NonFiniteError(error.site, error.item)):
+            raise  # the layer does not see one item for each picture
         raise NonFiniteError(error.site, error.item, batches.names[error.item]) from None
 
 

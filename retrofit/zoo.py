@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
-from retrofit.images import PRESET, Transform, Transforms
+from retrofit.images import DETECTION_PRESET, PRESET, Transform, Transforms, takes_lists
 from retrofit.weights import SUFFIXES, load_weights, read
 
 NAMES = (
@@ -75,7 +75,8 @@ def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Trans
     """What makes the transform from a picture to the input of that model.
 
     That of torchvision's weights, or of its default weights where those are a file's; timm's data
-    config; for other code torchvision's classification preset.
+    config; for other code torchvision's preset for classification, or for detection if the model
+    takes lists of pictures.
     """
     return _source(spec).transforms(model, weights)
 
@@ -113,7 +114,7 @@ class _Source(ABC):
         return model
 
     def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
-        return PRESET
+        return DETECTION_PRESET if takes_lists(model) else PRESET
 
 
 class _Torchvision(_Source):

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import retrofit
+from retrofit import zoo
 from retrofit.cli import main
 
 SMALL = ("--resize", "56", "--crop", "48", "--workers", "0")
@@ -374,6 +375,35 @@ def test_a_model_that_cannot_be_traced_is_planned_from_pictures(run, folder, tmp
     assert code == 2
     assert len(err) == 1
     assert 'branch.py:14, in forward: "if x.mean() > 1e9:"' in err[0]
+
+
+DETECTOR = """
+from torch import nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+
+def net():
+    convs = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU()
+    return SSD(nn.Sequential(*convs), DefaultBoxGenerator([[2]]), (64, 64), 3)
+"""
+
+
+def test_a_detector_takes_pictures_in_their_own_sizes(run, tmp_path):
+    folder = pictures(tmp_path / "mixed", 16)
+    for i, file in enumerate(sorted(folder.rglob("*.png"))):
+        Image.open(file).resize((40 + 3 * i, 60)).save(file)
+    (tmp_path / "det.py").write_text(DETECTOR)
+    torch.manual_seed(0)
+    torch.save(zoo.build("det.py:net").state_dict(), tmp_path / "det.pth")
+    weights = ("--weights", "det.pth", "--data", folder, "--workers", "0")
+    code, out, err = run("convert", "det.py:net", *weights, "--output", "bn.safetensors")
+    assert (code, err) == (0, [])
+    assert "calibrated on       16 pictures" in out
+    assert "outputs             equal bit for bit" in out
+    assert "backbone.2.bn" in out
+    code, out, err = run("verify", "bn.safetensors", "--model", "det.py:net", *weights)
+    assert (code, err) == (0, [])
+    assert "\nequal bit for bit on" in out
 
 
 def test_a_layer_that_no_picture_reaches_is_named_or_left_out(run, folder, tmp_path):
