@@ -36,6 +36,7 @@ def put_after_sites(model: nn.Module, plan: Plan, make: Make) -> nn.Module:
 
 def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
     made: dict[nn.Module, nn.Module] = {}  # what comes after each host
+    hosts: list[nn.Module] = []
     for site in plan.inserted:
         layer, host = _find(model, site.path), _find(model, site.host)
         if layer is None or _shape(layer) != (site.channels, site.dims):
@@ -51,6 +52,7 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
                 "than editing the plan",
             )
         made[host] = make(site, layer)
+        hosts.append(host)
     growing = {_find(model, path) for path in plan.renumbered}
     if not all(isinstance(module, nn.Sequential) for module in growing):
         raise _misfit(
@@ -68,9 +70,9 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
             for name, child in parent._modules.items():
                 if child in made:
                     parent._modules[name] = wrappers.setdefault(child, _wrap(child, made[child]))
-    for site in plan.inserted:
+    for site, host in zip(plan.inserted, hosts, strict=True):
         layer, norm = find_site(model, site)
-        if norm not in made.values() or _shape(layer) != (site.channels, site.dims):
+        if norm is not made[host] or _shape(layer) != (site.channels, site.dims):
             raise _misfit(
                 model, f"{site.norm} is not the place after {site.path}; plan this model anew"
             )
