@@ -57,8 +57,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
                 f"{where} is a {name} around a {type(getattr(module, inside)).__name__}: pass what "
                 f"is inside (model.{inner}), and wrap the result anew"
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise RetrofitError(
-                f"{path or 'this model'} is a TorchScript module, whose layers are fixed: pass the "
-                "Python model that it was made from"
-            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RetrofitError(
+            "this model is a TorchScript module, whose layers are fixed: pass the Python model "
+            "that it was made from"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -72,6 +73,8 @@ def function_name(name: str) -> str:
 
 def module_name(module: nn.Module) -> str:
     """The operation of a module: that of the torch class it is or derives from."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(module.original_name).lower()
     classes = type(module).__mro__
     own = next((c for c in classes if c.__module__.startswith("torch.nn.modules")), classes[0])
     return (classes[0] if own is nn.Module else own).__name__.lower()
@@ -109,8 +112,11 @@ def is_weighted(module: nn.Module) -> bool:
 def is_leaf(module: nn.Module) -> bool:
     """Counts as one call: torch's own layers, and all convolutions, Linear layers and norms.
 
-    Subclasses too, or a weight-standardised convolution, say, would dissolve into functions.
+    Subclasses too, or a weight-standardised convolution, say, would dissolve into functions. And
+    TorchScript, into which nobody sees.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     own = module.__module__.startswith(("torch.nn", "torch.ao.nn"))
     container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     return (own and not container) or is_conv(module) or is_linear(module) or is_norm(module)

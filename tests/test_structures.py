@@ -213,6 +213,26 @@ def test_torchscript_is_refused_by_name():
         retrofit.plan(scripted)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("looks", [False, True], ids=["traced", "watched"])
+def test_a_scripted_layer_inside_is_one_call(looks):
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.act = torch.jit.script(nn.ReLU())
+
+        def forward(self, x):
+            if looks and x.sum() > 1e9:
+                return x
+            return self.act(self.two(self.act(self.one(x))))
+
+    model = nets.build(Scripted)
+    converted = retrofitted(model)
+    assert batchnorms(converted) == ["one.bn", "two.bn"]
+    assert retrofit.verify(model, converted, [X]).exact
+
+
 # --- parametrized weights ----------------------------------------------------------------------
 
 
