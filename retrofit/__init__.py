@@ -20,6 +20,7 @@ from retrofit.moments import MomentObserver
 from retrofit.parity import DriftReport, ParityReport, drift, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site
+from retrofit.recalibration import Recalibration, recalibrate
 from retrofit.version import __version__
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteError",
     "ParityReport",
     "Plan",
+    "Recalibration",
     "RetrofitError",
     "Site",
     "__version__",
@@ -43,6 +45,7 @@ __all__ = [
     "param_groups",
     "plan",
     "prepare",
+    "recalibrate",
     "save",
     "unfreeze_statistics",
     "verify",

@@ -121,7 +121,8 @@ def _lengths(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
             def note(_layer: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 lengths[path] = _length(first_tensor((args, kwargs)))
 
-            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+            # Before a hook that measures, which may raise.
+            handles.append(layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
         yield lengths
     finally:
         for handle in handles:

@@ -26,18 +26,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
+def batch_statistics(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
     """`model` normalises with the statistics of each batch, as in training; all else evaluates.
 
     Dropout is off, and the running statistics are afterwards what they were. BatchNorms under
-    `freeze_statistics` keep their running statistics here too.
+    `freeze_statistics` use their running statistics here too, unless `frozen` includes them.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     was = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     with evaluating(model):
         try:
             for norm in norms:
-                norm.train()
+                if frozen:
+                    norm.training = True
+                else:
+                    norm.train()
             yield
         finally:
             for norm, buffers in zip(norms, was, strict=True):

@@ -53,6 +53,13 @@ def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
     return Moments(float(counts.sum()), mean, M2s.sum(0) + between.sum(0))
 
 
+def pooled(one: Moments, other: Moments) -> Moments:
+    """The moments of two disjoint samples taken together, where the first are."""
+    counts = torch.tensor([one.count, other.count], dtype=torch.float64)
+    means = torch.stack([one.mean, other.mean.to(one.mean.device)])
+    return merge(counts, means, torch.stack([one.M2, other.M2.to(one.M2.device)]))
+
+
 def batch_moments(x: Tensor) -> Moments:
     """The moments of one activation (N, C, ...) over all axes but axis 1.
 
@@ -208,9 +215,7 @@ class MomentObserver(nn.Module):
                 self._store(row, moments)
         row = used if used == 0 or self.count[used - 1] >= self.count[0] else used - 1
         if self.count[row]:
-            counts = torch.stack([self.count[row], self.count.new_tensor(new.count)])
-            means = torch.stack([self.mean[row], new.mean.to(self.mean.device)])
-            new = merge(counts, means, torch.stack([self.M2[row], new.M2.to(self.M2.device)]))
+            new = pooled(Moments(float(self.count[row]), self.mean[row], self.M2[row]), new)
         self._store(row, new)
 
     def _store(self, row: int, moments: Moments) -> None:
