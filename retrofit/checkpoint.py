@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from retrofit.conversion import insert
 from retrofit.errors import RetrofitError
 from retrofit.parity import ParityReport
+from retrofit.planning import plan
 from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
 from retrofit.version import __version__
@@ -112,7 +113,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Returns:
         A model of the same class, with BatchNorms if the file has them. For a plain state dict,
-        which carries no plan, they stand where `plan(model)` puts them.
+        which carries no plan, they stand where `plan(model)` puts them and the file has one.
 
     Raises:
         RetrofitError: the file cannot be read or does not fit (with the keys), or the model is
@@ -129,7 +130,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     elif tensors.keys() == model.state_dict().keys():  # folded, or never converted
         result = copy.deepcopy(model)
     else:
-        result = insert(model)
+        result = insert(model, _planned_for(model, tensors))
     for key, own in result.state_dict(keep_vars=True).items():
         if not isinstance(own, Tensor):  # such as extra state, which load_weights judges
             continue
@@ -148,6 +149,13 @@ def _record(path: Path, provenance: dict[str, Any]) -> Record:
     if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
         raise RetrofitError(f"{path} is damaged: its metadata has {values}")
     return Record(Plan.from_json(json.dumps(provenance["plan"])), eps, momentum, images)  # type: ignore[arg-type]
+
+
+def _planned_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Plan:
+    """The default plan, less what was excluded, or left out for what its data showed."""
+    default = plan(model)
+    absent = [s.path for s in default.inserted if f"{s.norm}.running_mean" not in tensors]
+    return plan(model, exclude=absent) if absent else default
 
 
 def _rebuild(path: Path, provenance: dict[str, Any]) -> nn.Module:

@@ -48,6 +48,16 @@ def test_a_folded_file_loads_too(tmp_path):
     assert list(loaded.state_dict()) == list(folded.state_dict())
 
 
+def test_a_plain_state_dict_tells_which_layers_have_a_batchnorm(tmp_path):
+    model = retrofit.add_batchnorm(
+        nets.build(nets.Residual), [X], exclude=["stem", "body.2"], progress=False
+    )
+    retrofit.save(model, tmp_path / "a.pth")
+    loaded = retrofit.load(tmp_path / "a.pth", nets.Residual())
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(loaded(X), model(X))
+
+
 def test_torchvision_models_are_rebuilt_by_name(tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.squeezenet1_1().eval()
