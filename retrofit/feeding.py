@@ -61,7 +61,7 @@ def feed(
     call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
     images = batches = 0
     bar = tqdm(total=_total(data, max_images), unit="img", disable=not progress)
-    with bar, _moved(model, device) as target, torch.no_grad(), _eager(), _lengths(layers) as got:
+    with bar, _moved(model, device) as target, torch.no_grad(), eager(), _lengths(layers) as got:
         for batch in data:
             got.clear()
             try:
@@ -133,7 +133,7 @@ def _length(x: Tensor | None) -> int:
     return len(x) if x is not None and x.dim() else 0
 
 
-def _eager() -> AbstractContextManager[None]:
+def eager() -> AbstractContextManager[None]:
     """Compiled code would not see the hooks. Without dynamo, slow to import, there is none."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

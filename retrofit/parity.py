@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run, tensors
 from retrofit.errors import RetrofitError
+from retrofit.feeding import eager
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.plans import Plan, Site
 from retrofit.record import record_of
@@ -120,7 +121,7 @@ def verify(
     at_sites = {point.site.path: _Comparison() for point in points}
     at_outputs: dict[str, _Comparison] = {}
     images, top1 = 0, _Top1()
-    with evaluating(original, converted), torch.no_grad():
+    with evaluating(original, converted), torch.no_grad(), eager():
         for batch in data:
             with _recorded(original, points) as seen:
                 expected = tensors(run(original, batch, forward_fn), "output")

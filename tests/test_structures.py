@@ -200,6 +200,20 @@ def test_a_wrapper_is_named_and_what_is_inside_works(wrap, kind, inside):
     assert retrofit.verify(wrapped, wrap(converted), [X]).exact
 
 
+def test_models_compiled_before_are_compared_at_every_site():
+    model = nets.build(nets.Residual)
+    converted = retrofitted(model)
+    for one in (model, converted):
+        one.compile(backend="eager")
+        one(X)
+    report = retrofit.verify(model, converted, [X])
+    assert report.exact
+    assert len(report.sites) == 3
+    with torch.no_grad():
+        converted.stem.bn.bias.add_(1)
+    assert not retrofit.verify(model, converted, [X]).sites[0].exact
+
+
 def test_a_wrapper_inside_a_model_is_named_with_its_path():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.DataParallel(nets.root_sequential()))
     with pytest.raises(RetrofitError, match=r"^2 of this Sequential is a DataParallel"):
