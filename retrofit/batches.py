@@ -85,6 +85,15 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
     return Arguments((input_of(batch),), {})
 
 
+def images_in(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> int:
+    """How many samples a batch has; 0 if that cannot be told."""
+    if forward_fn is None:
+        return arguments_of(model, batch).images
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (list, tuple)):
+        batch = batch[0]  # of pictures, beside their targets
+    return Arguments((batch,), {}).images
+
+
 def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter]]:
     """What `forward` takes by name; of a wrapper, such as DataParallel, what that holds takes."""
     try:

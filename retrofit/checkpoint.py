@@ -25,9 +25,7 @@ from retrofit.planning import plan
 from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
 from retrofit.version import __version__
-from retrofit.weights import PICKLED, SUFFIXES
-from retrofit.weights import load_weights as load_weights  # noqa: PLC0414 - retrofit.demo's too
-from retrofit.weights import read as read  # noqa: PLC0414
+from retrofit.weights import PICKLED, SUFFIXES, load_weights, read
 from retrofit.zoo import torchvision_model
 
 

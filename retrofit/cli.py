@@ -272,9 +272,8 @@ def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        if str(error) == str(NonFiniteError(error.site, error.item)):
-            raise  # the layer does not see one item for each picture
-        raise NonFiniteError(error.site, error.item, batches.names[error.item]) from None
+        name = None if error.image is None else batches.names[error.item]
+        raise NonFiniteError(error.site, error.item, error.image, name) from None
 
 
 def _list_bad(*sources: PictureBatches) -> None:

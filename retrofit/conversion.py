@@ -50,9 +50,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
 
     def observer(site: Site, layer: nn.Module | None) -> nn.Module:
         device = _weight(layer, copied).device
-        made = MomentObserver(site.path, site.channels, site.dims, device, last_axis=site.last_axis)
-        made.training = copied.training if layer is None else layer.training
-        return made
+        return MomentObserver(site.path, site.channels, site.dims, device, last_axis=site.last_axis)
 
     prepared = cast("M", put_after_sites(copied, plan, observer))
     training = tuple(path for path, module in prepared.named_modules() if module.training)
@@ -118,7 +116,7 @@ def convert(
             if isinstance(inner, _BatchNorm):
                 device = inner.num_batches_tracked.device  # type: ignore[union-attr]
                 inner.num_batches_tracked = observer.batches.to(device, copy=True)
-        batchnorms[observer] = batchnorm
+        batchnorms[observer] = batchnorm.train(observer.training)
         images = images or int(observer.images) // max(site.calls, 1)
     replace(model, batchnorms)
     if batchnorms or unused:
@@ -297,8 +295,7 @@ def _batchnorm(
     )
     weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
     batchnorm.requires_grad_(any(p.requires_grad for p in weights))
-    result = LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm
-    return result.train((layer or model).training)
+    return LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm
 
 
 def _weight(layer: nn.Module | None, model: nn.Module) -> Tensor:

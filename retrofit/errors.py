@@ -11,15 +11,17 @@ class NonFiniteError(RetrofitError):
     """A NaN or Inf reached a site.
 
     Attributes:
-        site: module path of the layer whose output is not finite.
-        item: index of the first offending sample within its batch.
+        site: module path of the layer where it was seen.
+        item: index of the first offending sample within what the layer got.
+        image: index of the image in the data; None if the layer does not get one sample for each.
     """
 
-    def __init__(self, site: str, item: int, where: str | None = None) -> None:
-        self.site = site
-        self.item = item
-        where = where or f"item {item} of the batch"
+    def __init__(
+        self, site: str, item: int, image: int | None = None, name: str | None = None
+    ) -> None:
+        self.site, self.item, self.image = site, item, image
+        known = f"image {image} of the data" if image is not None else f"item {item} of the batch"
         super().__init__(
-            f"the output of {site} has NaN or Inf for {where}: "
-            "check the weights and that input, or leave it out"
+            f"there is a NaN or Inf at {site} for {name or known}: check the weights and that "
+            "input, or leave it out"
         )

@@ -17,6 +17,7 @@ from retrofit.batches import (
     arguments_of,
     first_tensor,
     home,
+    images_in,
     refuse_single_tensor,
 )
 from retrofit.errors import NonFiniteError, RetrofitError
@@ -66,7 +67,7 @@ def feed(
             got.clear()
             try:
                 if forward_fn is not None:
-                    count = _length(first_tensor(batch))
+                    count = images_in(model, batch, forward_fn)
                     forward_fn(model, batch)
                 else:
                     most = None if max_images is None else max_images - images
@@ -76,8 +77,7 @@ def feed(
             except NonFiniteError as error:
                 if got.get(error.site) != (count or next(iter(got.values()), 0)):
                     raise
-                where = f"image {images + error.item} of the data"
-                raise NonFiniteError(error.site, error.item, where) from None
+                raise NonFiniteError(error.site, error.item, images + error.item) from None
             count = count or next(iter(got.values()), 0)
             images, batches = images + count, batches + 1
             bar.update(count)

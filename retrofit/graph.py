@@ -88,7 +88,9 @@ def put_after_sites(
                 f"{site.path}; plan this model anew"
             )
         layer = module.get_submodule(site.layer) if site.layer else None
-        module.add_submodule(site.norm, make(site, layer))
+        around = module.get_submodule(site.norm.rpartition(".")[0])
+        training = around.training and (layer is None or layer.training)
+        module.add_submodule(site.norm, make(site, layer).train(training))
         with module.graph.inserting_after(node):
             norm = module.graph.call_module(site.norm, (node,))
         node.replace_all_uses_with(norm)

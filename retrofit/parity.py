@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.batches import ForwardFn, first_tensor, input_of, refuse_single_tensor, run, tensors
+from retrofit.batches import (
+    ForwardFn,
+    images_in,
+    input_of,
+    refuse_single_tensor,
+    run,
+    tensors,
+)
 from retrofit.errors import RetrofitError
 from retrofit.feeding import eager
 from retrofit.modes import batch_statistics, evaluating
@@ -125,22 +132,18 @@ def verify(
         for batch in data:
             with _recorded(original, points) as seen:
                 expected = tensors(run(original, batch, forward_fn), "output")
-            with _compared(converted, points, seen, at_sites):
-                actual = tensors(run(converted, batch, forward_fn), "output")
-            if expected.keys() != actual.keys():
-                raise RetrofitError(
-                    f"the outputs differ in structure: {', '.join(expected)} against "
-                    f"{', '.join(actual)}"
-                )
-            for name, tensor in expected.items():
-                pooled = at_outputs.setdefault(name, _Comparison())
-                was_exact = pooled.exact
-                pooled.add(tensor, actual[name], name)
-                if was_exact and not pooled.exact:
-                    _refuse_stochastic(original, batch, forward_fn, expected)
-            x = first_tensor(batch)
-            images += 0 if x is None else len(x)
-            top1.add(expected, actual)
+            try:
+                with _compared(converted, points, seen, at_sites):
+                    actual = tensors(run(converted, batch, forward_fn), "output")
+                exact = _compare(expected, actual, at_outputs)
+            except RetrofitError:  # other shapes, other calls: the original's fault, perhaps
+                _refuse_random(original, batch, forward_fn, expected)
+                raise
+            if not exact:
+                _refuse_random(original, batch, forward_fn, expected)
+            count = images_in(original, batch, forward_fn)
+            images += count
+            top1.add(expected, actual, count)
     if not at_outputs:
         raise RetrofitError(
             "there is no data, or no tensor in the output, to compare the models on"
@@ -153,20 +156,35 @@ def verify(
     )
 
 
-def _refuse_stochastic(
+def _compare(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], pooled: dict[str, _Comparison]
+) -> bool:
+    """Add the outputs for one batch to what is pooled; whether these are equal."""
+    if expected.keys() != actual.keys():
+        raise RetrofitError(
+            f"the outputs differ in structure: {', '.join(expected)} against {', '.join(actual)}"
+        )
+    exact = True
+    for name, tensor in expected.items():
+        exact &= pooled.setdefault(name, _Comparison()).add(tensor, actual[name], name)
+    return exact
+
+
+def _refuse_random(
     original: nn.Module, batch: Any, forward_fn: ForwardFn | None, first: dict[str, Tensor]
 ) -> None:
     """Raise if the original does not even agree with itself."""
     second = tensors(run(original, batch, forward_fn), "output")
-    for name, tensor in first.items():
-        repeated = _Comparison()
-        repeated.add(tensor, second[name], name)
-        if not repeated.exact:
-            raise RetrofitError(
-                f"{name} of the original differs between two runs on the same batch: this "
-                f"{type(original).__name__} is random in eval mode (a functional dropout without "
-                "training=self.training, say), so there is nothing to compare with"
-            )
+    try:
+        repeats = _compare(first, second, {})
+    except RetrofitError:
+        repeats = False
+    if not repeats:
+        raise RetrofitError(
+            f"this {type(original).__name__} is random in eval mode, its outputs differ between "
+            "two runs on the same batch (a functional dropout without training=self.training, "
+            "say): there is nothing to compare with"
+        )
 
 
 @dataclass(frozen=True)
@@ -254,7 +272,7 @@ def drift(
                 actual = tensors(run(converted, x, None), "output")
             for name, tensor in expected.items():
                 error.add(tensor, actual[name], name)
-            top1.add(expected, actual)
+            top1.add(expected, actual, len(x))
         rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
     return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
 
@@ -268,7 +286,8 @@ class _Comparison:
         self.count = 0
         self.sum = self.squares = self.squared_errors = 0.0
 
-    def add(self, expected: Tensor, actual: Tensor, name: str) -> None:
+    def add(self, expected: Tensor, actual: Tensor, name: str) -> bool:
+        """Add a pair; whether it is equal."""
         if expected.shape != actual.shape:
             raise RetrofitError(
                 f"{name} has shape {tuple(expected.shape)} in the original and "
@@ -285,14 +304,16 @@ class _Comparison:
             norm = float(torch.linalg.vector_norm(wide[finite].double()))
         self.squares += norm**2
         if torch.equal(expected, actual):
-            return
+            return True
         equal = (expected == actual) | (expected.isnan() & actual.isnan())
-        if not bool(equal.all()):
-            error = expected.double() - actual.double()
-            error = error.masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
-            self.exact = False
-            self.max_abs = max(self.max_abs, float(error.max()))
-            self.squared_errors += float(error.square().sum())
+        if bool(equal.all()):
+            return True
+        error = expected.double() - actual.double()
+        error = error.masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
+        self.exact = False
+        self.max_abs = max(self.max_abs, float(error.max()))
+        self.squared_errors += float(error.square().sum())
+        return False
 
     def difference(self, name: str) -> Difference:
         rms = math.sqrt(self.squares / max(self.count, 1))
@@ -305,14 +326,15 @@ class _Comparison:
 
 
 class _Top1:
-    """How often the largest output is the same, where the first output is (N, classes)."""
+    """How often the largest output is the same, where the first output is (images, classes)."""
 
     def __init__(self) -> None:
         self.same = self.ranked = 0
 
-    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor], images: int) -> None:
         name, first = next(iter(expected.items()), ("", None))
-        if first is not None and first.dim() == 2 and first.shape[1] > 1:
+        nested = name.count("[") + name.count(".") > 1  # such as a detector's boxes
+        if first is not None and not nested and first.dim() == 2 and len(first) == images:
             other = actual[name].to(first.device)
             self.same += int((first.argmax(1) == other.argmax(1)).sum())
             self.ranked += len(first)

@@ -19,7 +19,8 @@ Make = Callable[[Site, nn.Module | None], nn.Module]
 
 
 def put_after_sites(model: nn.Module, plan: Plan, make: Make) -> nn.Module:
-    """Insert `make(site, layer)` after every site, in the layout of the plan.
+    """Insert `make(site, layer)` after every site, in the layout of the plan; in train mode if
+    both the layer and the module around it are. (The mode of a convolution alone says little.)
 
     Returns the model, which the native layout changes in place; the graph layout makes a
     GraphModule over the same modules, in which the layer of a site is None for a function.
@@ -60,6 +61,9 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
         )
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
+        for inner in parent.children():
+            if inner in made:
+                made[inner].train(parent.training and inner.training)
         if parent in growing:
             children: list[nn.Module] = []
             for child in parent._modules.values():
@@ -141,7 +145,7 @@ def _wrap(host: nn.Module, norm: nn.Module) -> nn.Sequential:
     wrapper = nn.Sequential()
     wrapper.add_module(child_name(host), host)
     wrapper.add_module("bn", norm)
-    wrapper.training = host.training
+    wrapper.training = norm.training
     return wrapper
 
 

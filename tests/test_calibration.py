@@ -241,7 +241,7 @@ def test_nan_in_samples_that_are_not_images_is_not_blamed_on_an_image():
         model.heads[0].conv.weight[:] = torch.finfo(torch.float32).max
     data = torch.zeros(40, 3, 12, 12)
     data[25] = 10
-    with pytest.raises(NonFiniteError, match=r"heads\.0 has NaN or Inf for item 18 of the batch"):
+    with pytest.raises(NonFiniteError, match=r"NaN or Inf at heads\.0 for item 18 of the batch"):
         retrofit.calibrate(model, data.split(16), progress=False)
 
 
@@ -397,7 +397,7 @@ def test_data_that_cannot_be_used_is_named(data, message):
 def test_an_image_that_gives_nan_is_named_with_its_layer(value):
     data = X.clone()
     data[25, 1, 3, 3] = value
-    with pytest.raises(NonFiniteError, match="output of 0 has NaN or Inf for image 25 of the data"):
+    with pytest.raises(NonFiniteError, match="NaN or Inf at 0 for image 25 of the data"):
         calibrated(data.split(16))
 
 

@@ -200,7 +200,7 @@ def test_a_picture_that_gives_nan_is_named_with_the_layer(run, folder, squeezene
     )  # fmt: skip
     assert code == 2
     assert len(err) == 1
-    assert "output of features.3.squeeze has NaN or Inf for" in err[0]
+    assert "NaN or Inf at features.3.squeeze for" in err[0]
     assert ".png" in err[0]
 
 

@@ -218,7 +218,7 @@ def test_an_image_that_gives_nan_is_named_with_the_batchnorm_it_reached(layerwis
     before = copy.deepcopy(model.state_dict())
     x = X.clone()
     x[25, 0, 4, 4] = float("inf")
-    with pytest.raises(NonFiniteError, match="first has NaN or Inf for image 25 of the data"):
+    with pytest.raises(NonFiniteError, match="NaN or Inf at first for image 25 of the data"):
         recalibrate(model, x.split(16), layerwise=layerwise)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

@@ -162,7 +162,7 @@ def test_in_place_nothing_changes_when_something_is_wrong():
     before, text = copy.deepcopy(model.state_dict()), str(model)
     bad = X.clone()
     bad[2, 0, 3, 3] = torch.nan
-    with pytest.raises(RetrofitError, match=r"backbone\.0 has NaN or Inf"):
+    with pytest.raises(RetrofitError, match=r"NaN or Inf at backbone\.0 for image 2 of the data"):
         retrofitted(model, list(bad), inplace=True)
     assert str(model) == text
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -245,6 +245,15 @@ def test_a_scripted_layer_inside_is_one_call(looks):
     converted = retrofitted(model)
     assert batchnorms(converted) == ["one.bn", "two.bn"]
     assert retrofit.verify(model, converted, [X]).exact
+
+
+@pytest.mark.parametrize("layout", ["native", "graph"])
+def test_a_convolution_left_in_train_mode_does_not_put_its_batchnorm_there(layout):
+    model = nets.build(nets.Residual)
+    model.body[0].train()  # as timm's reparameterize_model does
+    converted = retrofitted(model, layout=layout)
+    with torch.no_grad():
+        assert torch.equal(converted(X), model(X))
 
 
 # --- parametrized weights ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.calibration import calibrate
-from retrofit.checkpoint import load, load_weights, read, save
+from retrofit.checkpoint import load, save
 from retrofit.conversion import convert, insert, prepare
 from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
 from retrofit.folding import fold
@@ -19,6 +19,7 @@ from retrofit.modes import batch_statistics, evaluating
 from retrofit.parity import verify
 from retrofit.planning import plan
 from retrofit.tables import table
+from retrofit.weights import load_weights, read
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "vgg-cifar10.safetensors"
