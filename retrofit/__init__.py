@@ -13,11 +13,12 @@ vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
 from retrofit.calibration import Calibration, calibrate
 from retrofit.checkpoint import load, save
 from retrofit.conversion import add_batchnorm, convert, insert, prepare
+from retrofit.drifting import DriftReport, drift
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.folding import fold
 from retrofit.moments import MomentObserver
-from retrofit.parity import DriftReport, ParityReport, drift, verify
+from retrofit.parity import ParityReport, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site
 from retrofit.recalibration import Recalibration, recalibrate

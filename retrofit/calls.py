@@ -5,14 +5,14 @@ Read with torch.fx (`trace`), or off a real run (`watch`); the rules in `sites` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from retrofit.layers import is_activation, is_conv, is_linear
+from retrofit.layers import is_activation, is_affine
 
 
 @dataclass(eq=False)
@@ -93,5 +93,4 @@ class Reads:
 
 def hosts(model: nn.Module) -> set[nn.Module]:
     """The modules that something may be put after."""
-    kinds: tuple[Callable[[nn.Module], bool], ...] = (is_conv, is_linear, is_activation)
-    return {module for module in model.modules() if any(kind(module) for kind in kinds)}
+    return {module for module in model.modules() if is_affine(module) or is_activation(module)}

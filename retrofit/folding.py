@@ -13,7 +13,7 @@ from retrofit.calls import Call
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
-from retrofit.layers import LastAxisBatchNorm, channels, is_conv, is_linear, is_transposed
+from retrofit.layers import LastAxisBatchNorm, channels, is_affine, is_conv, is_transposed
 from retrofit.modes import evaluating
 from retrofit.plans import Plan
 from retrofit.record import attach, record_of
@@ -247,7 +247,7 @@ def _pairs(model: nn.Module) -> dict[str, _Pair]:
             calls.setdefault(call.module, []).append(call)
     pairs: dict[str, _Pair] = {}
     for layer, made in calls.items():
-        if not (is_conv(layer) or is_linear(layer)):
+        if not is_affine(layer):
             continue
         users = [user for call in made for user in call.users]
         norms = {user.module: user.path for user in users if _is_batchnorm(user.module)}

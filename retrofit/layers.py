@@ -88,6 +88,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def is_affine(module: nn.Module) -> bool:
+    """A convolution or a Linear layer: what a BatchNorm follows, and can be folded into."""
+    return is_conv(module) or is_linear(module)
+
+
 def is_norm(module: nn.Module) -> bool:
     """torch's norm layers, their subclasses, and what is named and built like one: nothing in it
     but activations (FrozenBatchNorm2d, timm's EvoNorm2dS0)."""
@@ -119,7 +124,7 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     own = module.__module__.startswith(("torch.nn", "torch.ao.nn"))
     container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    return (own and not container) or is_conv(module) or is_linear(module) or is_norm(module)
+    return (own and not container) or is_affine(module) or is_norm(module)
 
 
 def dims(layer: nn.Module) -> int:

@@ -1,8 +1,7 @@
-"""Two models compared on data: what the conversion changes (nothing), and what training will."""
+"""Two models compared on data, at every site and at the end: the proof of a conversion."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,37 +14,18 @@ from torch import Tensor, nn
 from retrofit.batches import (
     ForwardFn,
     images_in,
-    input_of,
     refuse_single_tensor,
     run,
     tensors,
 )
+from retrofit.comparison import Comparison, Difference, Top1
 from retrofit.errors import RetrofitError
 from retrofit.feeding import eager
-from retrofit.modes import batch_statistics, evaluating
+from retrofit.modes import evaluating
 from retrofit.plans import Plan, Site
 from retrofit.record import record_of
 from retrofit.rewrite import find_site
 from retrofit.tables import table
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How one tensor of the converted model differs from that of the original.
-
-    Attributes:
-        name: module path of a site, or where the tensor stands in the model's output.
-        exact: equal everywhere, where NaN equals NaN and 0 equals -0.
-        max_abs: largest absolute difference; inf where one has a NaN and the other a number.
-        relative: the same divided by the original's root mean square.
-        finite: the original has no NaN or Inf there.
-    """
-
-    name: str
-    exact: bool
-    max_abs: float
-    relative: float
-    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,9 +105,9 @@ def verify(
     refuse_single_tensor(data)
     record = record_of(converted)
     points = _points(record.plan if record else None)
-    at_sites = {point.site.path: _Comparison() for point in points}
-    at_outputs: dict[str, _Comparison] = {}
-    images, top1 = 0, _Top1()
+    at_sites = {point.site.path: Comparison() for point in points}
+    at_outputs: dict[str, Comparison] = {}
+    images, top1 = 0, Top1()
     with evaluating(original, converted), torch.no_grad(), eager():
         for batch in data:
             with _recorded(original, points) as seen:
@@ -157,7 +137,7 @@ def verify(
 
 
 def _compare(
-    expected: dict[str, Tensor], actual: dict[str, Tensor], pooled: dict[str, _Comparison]
+    expected: dict[str, Tensor], actual: dict[str, Tensor], pooled: dict[str, Comparison]
 ) -> bool:
     """Add the outputs for one batch to what is pooled; whether these are equal."""
     if expected.keys() != actual.keys():
@@ -166,7 +146,7 @@ def _compare(
         )
     exact = True
     for name, tensor in expected.items():
-        exact &= pooled.setdefault(name, _Comparison()).add(tensor, actual[name], name)
+        exact &= pooled.setdefault(name, Comparison()).add(tensor, actual[name], name)
     return exact
 
 
@@ -185,163 +165,6 @@ def _refuse_random(
             "two runs on the same batch (a functional dropout without training=self.training, "
             "say): there is nothing to compare with"
         )
-
-
-@dataclass(frozen=True)
-class BatchDrift:
-    """Attributes:
-    batch_size, images: images are whole batches of that size.
-    error: root mean square of the difference from the original's outputs, divided by their
-        standard deviation.
-    top1: share of images with the same largest output; None if the output is not (N, classes).
-    """
-
-    batch_size: int
-    images: int
-    error: float
-    top1: float | None
-
-
-@dataclass(frozen=True)
-class DriftReport:
-    """What batch statistics change.
-
-    Attributes:
-        rows: one for each batch size measured.
-        left_out: batch sizes for which there were too few images.
-    """
-
-    rows: tuple[BatchDrift, ...]
-    left_out: tuple[int, ...]
-
-    def __str__(self) -> str:
-        cells = [
-            (
-                str(r.batch_size),
-                str(r.images),
-                f"{r.error:.3f}",
-                "" if r.top1 is None else f"{r.top1:.2%}",
-            )
-            for r in self.rows
-        ]
-        head = ("batch size", "images", "error", "same top-1")
-        text = table(head, cells, right=",".join(head))
-        if self.left_out:
-            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
-        return text
-
-
-def drift(
-    original: nn.Module,
-    converted: nn.Module,
-    data: Iterable[Any],
-    batch_sizes: Iterable[int] = (8, 32, 128),
-) -> DriftReport:
-    """How far the outputs move when BatchNorm uses the statistics of the batch.
-
-    That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
-    statistics are afterwards as they were.
-
-    Args:
-        original, converted: as for `verify`.
-        data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
-            last batch that is not full is left out.
-        batch_sizes: those with more images than there are come back in `left_out`.
-
-    Raises:
-        RetrofitError: no data, or too few images for the smallest batch size.
-    """
-    refuse_single_tensor(data)
-    batches = [input_of(batch) for batch in data]
-    sizes = sorted(set(batch_sizes))
-    total = sum(map(len, batches))
-    if sizes and sizes[0] < 1:
-        raise RetrofitError(f"a batch size must be positive, not {sizes[0]}")
-    if len({x.shape[1:] for x in batches}) > 1:
-        raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
-    if not batches or not sizes or total < sizes[0]:
-        raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
-    images = torch.cat(batches)
-    rows = []
-    for size in (s for s in sizes if s <= total):
-        error, top1 = _Comparison(), _Top1()
-        for x in images[: total // size * size].split(size):
-            with torch.no_grad(), evaluating(original):
-                expected = tensors(run(original, x, None), "output")
-            with torch.no_grad(), batch_statistics(converted):
-                actual = tensors(run(converted, x, None), "output")
-            for name, tensor in expected.items():
-                error.add(tensor, actual[name], name)
-            top1.add(expected, actual, len(x))
-        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
-    return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
-
-
-class _Comparison:
-    """Differences between pairs of tensors, pooled over batches."""
-
-    def __init__(self) -> None:
-        self.exact = self.finite = True
-        self.max_abs = 0.0
-        self.count = 0
-        self.sum = self.squares = self.squared_errors = 0.0
-
-    def add(self, expected: Tensor, actual: Tensor, name: str) -> bool:
-        """Add a pair; whether it is equal."""
-        if expected.shape != actual.shape:
-            raise RetrofitError(
-                f"{name} has shape {tuple(expected.shape)} in the original and "
-                f"{tuple(actual.shape)} in the converted model"
-            )
-        actual = actual.to(expected.device)
-        self.count += expected.numel()
-        wide = expected if expected.dtype == torch.float64 else expected.float()
-        self.sum += float(wide.sum())
-        norm = float(torch.linalg.vector_norm(wide))
-        if not math.isfinite(norm):  # infinities, NaN, or an overflow
-            finite = wide.isfinite()
-            self.finite &= bool(finite.all())
-            norm = float(torch.linalg.vector_norm(wide[finite].double()))
-        self.squares += norm**2
-        if torch.equal(expected, actual):
-            return True
-        equal = (expected == actual) | (expected.isnan() & actual.isnan())
-        if bool(equal.all()):
-            return True
-        error = expected.double() - actual.double()
-        error = error.masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
-        self.exact = False
-        self.max_abs = max(self.max_abs, float(error.max()))
-        self.squared_errors += float(error.square().sum())
-        return False
-
-    def difference(self, name: str) -> Difference:
-        rms = math.sqrt(self.squares / max(self.count, 1))
-        relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if rms > 0 else math.inf
-        return Difference(name, self.exact, self.max_abs, relative, self.finite)
-
-    def rms_over_std(self) -> float:
-        variance = self.squares / self.count - (self.sum / self.count) ** 2
-        return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
-
-
-class _Top1:
-    """How often the largest output is the same, where the first output is (images, classes)."""
-
-    def __init__(self) -> None:
-        self.same = self.ranked = 0
-
-    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor], images: int) -> None:
-        name, first = next(iter(expected.items()), ("", None))
-        nested = name.count("[") + name.count(".") > 1  # such as a detector's boxes
-        if first is not None and not nested and first.dim() == 2 and len(first) == images:
-            other = actual[name].to(first.device)
-            self.same += int((first.argmax(1) == other.argmax(1)).sum())
-            self.ranked += len(first)
-
-    @property
-    def share(self) -> float | None:
-        return self.same / self.ranked if self.ranked else None
 
 
 @dataclass(frozen=True)
@@ -399,7 +222,7 @@ def _compared(
     model: nn.Module,
     points: Iterable[_Point],
     seen: dict[str, list[Tensor]],
-    comparisons: dict[str, _Comparison],
+    comparisons: dict[str, Comparison],
 ) -> Iterator[None]:
     """Compare what each BatchNorm returns with what was seen."""
     handles = []

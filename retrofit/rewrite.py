@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from retrofit import graph
 from retrofit.errors import RetrofitError
-from retrofit.layers import channels, child_name, dims, is_activation, is_conv, is_linear
+from retrofit.layers import channels, child_name, dims, is_activation, is_affine
 from retrofit.plans import Plan, Site
 
 Make = Callable[[Site, nn.Module | None], nn.Module]
@@ -129,7 +129,7 @@ def _misfit(model: nn.Module, reason: str) -> RetrofitError:
 
 def _shape(layer: nn.Module | None) -> tuple[int, int] | None:
     """Output channels and spatial axes; None for what is no layer with channels."""
-    if layer is None or not (is_conv(layer) or is_linear(layer)):
+    if layer is None or not is_affine(layer):
         return None
     return channels(layer), dims(layer)
 

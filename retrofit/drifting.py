@@ -1,0 +1,106 @@
+"""What batch statistics change: the first step of fine-tuning will see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrofit.batches import input_of, refuse_single_tensor, run, tensors
+from retrofit.comparison import Comparison, Top1
+from retrofit.errors import RetrofitError
+from retrofit.modes import batch_statistics, evaluating
+from retrofit.tables import table
+
+
+@dataclass(frozen=True)
+class BatchDrift:
+    """Attributes:
+    batch_size, images: images are whole batches of that size.
+    error: root mean square of the difference from the original's outputs, divided by their
+        standard deviation.
+    top1: share of images with the same largest output; None if the output is not (N, classes).
+    """
+
+    batch_size: int
+    images: int
+    error: float
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What batch statistics change.
+
+    Attributes:
+        rows: one for each batch size measured.
+        left_out: batch sizes for which there were too few images.
+    """
+
+    rows: tuple[BatchDrift, ...]
+    left_out: tuple[int, ...]
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                str(r.batch_size),
+                str(r.images),
+                f"{r.error:.3f}",
+                "" if r.top1 is None else f"{r.top1:.2%}",
+            )
+            for r in self.rows
+        ]
+        head = ("batch size", "images", "error", "same top-1")
+        text = table(head, cells, right=",".join(head))
+        if self.left_out:
+            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
+        return text
+
+
+def drift(
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    batch_sizes: Iterable[int] = (8, 32, 128),
+) -> DriftReport:
+    """How far the outputs move when BatchNorm uses the statistics of the batch.
+
+    That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
+    statistics are afterwards as they were.
+
+    Args:
+        original, converted: as for `verify`.
+        data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
+            last batch that is not full is left out.
+        batch_sizes: those with more images than there are come back in `left_out`.
+
+    Raises:
+        RetrofitError: no data, or too few images for the smallest batch size.
+    """
+    refuse_single_tensor(data)
+    batches = [input_of(batch) for batch in data]
+    sizes = sorted(set(batch_sizes))
+    total = sum(map(len, batches))
+    if sizes and sizes[0] < 1:
+        raise RetrofitError(f"a batch size must be positive, not {sizes[0]}")
+    if len({x.shape[1:] for x in batches}) > 1:
+        raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
+    if not batches or not sizes or total < sizes[0]:
+        raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
+    images = torch.cat(batches)
+    rows = []
+    for size in (s for s in sizes if s <= total):
+        error, top1 = Comparison(), Top1()
+        for x in images[: total // size * size].split(size):
+            with torch.no_grad(), evaluating(original):
+                expected = tensors(run(original, x, None), "output")
+            with torch.no_grad(), batch_statistics(converted):
+                actual = tensors(run(converted, x, None), "output")
+            for name, tensor in expected.items():
+                error.add(tensor, actual[name], name)
+            top1.add(expected, actual, len(x))
+        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
+    return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
