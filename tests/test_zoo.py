@@ -1,150 +1,91 @@
-"""Models by name, their weights, and what makes a picture their input."""
+"""scripts/zoo.py on a few models of the zoos, each of a structure of its own."""
 
-import logging
+import importlib.util
+import json
+import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
-import nets
-import numpy as np
 import pytest
-import timm
-import torch
-import torchvision
-from PIL import Image
-from timm.utils import reparameterize_model
 
-from retrofit import RetrofitError, zoo
-from retrofit.images import ArrayPictures, PictureBatches, preprocessing
+import retrofit
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+pytest.importorskip("timm")
+SCRIPT = Path(__file__).parent.parent / "scripts" / "zoo.py"
 
 
-@pytest.fixture(scope="module")
-def repvgg():
-    """A timm RepVGG in eval mode, its BatchNorms as after training."""
-    torch.manual_seed(0)
-    model = timm.create_model("repvgg_a0")
-    with torch.no_grad():
-        for _ in range(3):
-            model(2 * nets.images(4, 3, 64, 64) + 1)
-    return model.eval()
+def script():
+    spec = importlib.util.spec_from_file_location("zoo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["zoo"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
-def transform_of(spec, weights=None, **steps):
-    return preprocessing(zoo.transforms(spec, zoo.build(spec), weights), **steps)
+zoo = script()
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_reparameterised_model_takes_the_keys_before_merging_and_after(repvgg, tmp_path, merged):
-    expected = reparameterize_model(repvgg)
-    source = expected if merged else repvgg
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")
-    model = zoo.trained("timm-reparameterized:repvgg_a0", str(tmp_path / "w.pth"))
-    assert not any(module.training for module in model.modules())
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-    for key, tensor in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[key], tensor)
+@pytest.mark.parametrize(
+    ("name", "inserted"),
+    [
+        ("squeezenet1_1", 25),  # branches, and a convolution for a head
+        ("lraspp_mobilenet_v3_large", 0),  # a dict comes out
+        ("raft_small", 31),  # two pictures; a loop that torch.fx cannot follow
+        ("fcos_resnet50_fpn", 9),  # a list of pictures; one head on five feature maps
+        ("r2plus1d_18", 0),  # video
+        ("timm:test_nfnet", 25),  # weight-standardised convolutions
+        ("timm:test_convnext", 3),  # a norm behind a permutation
+        ("timm:test_efficientnet_evos", 0),  # norms that torch does not have
+        ("timm:edgenext_xx_small", 9),  # the model's own code reads a weight
+        ("timm:crossvit_9_dagger_240", 6),  # two sizes of patches, one size of picture
+        ("timm:coat_lite_tiny", 16),  # convolutions shared between blocks
+        ("timm-reparameterized:mobileone_s0", 43),  # BatchNorm merged
+    ],
+)
+def test_a_model_of_every_structure_is_converted_exactly_and_folds_back(name, inserted):
+    result = zoo.check(name)
+    assert not result.error
+    assert result.equal
+    assert result.folded
+    assert result.inserted == inserted
+    left_out = sum(len(paths) for paths in result.left_out.values())
+    assert result.inserted + left_out == result.convs
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_weights_that_fit_neither_are_judged_by_the_keys_they_nearly_have(repvgg, tmp_path, merged):
-    state = (reparameterize_model(repvgg) if merged else repvgg).state_dict()
-    del state["head.fc.bias"]
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(RetrofitError, match=r"keys 1 missing \(head\.fc\.bias\)"):
-        zoo.trained("timm-reparameterized:repvgg_a0", str(tmp_path / "w.pth"))
+def test_a_batchnorm_that_is_not_the_identity_is_a_failure(monkeypatch):
+    exact = retrofit.add_batchnorm
+
+    def inexact(model, data, **options):
+        converted = exact(model, data, **options)
+        converted.features[0].bn.bias.data += 1e-3
+        return converted
+
+    monkeypatch.setattr(retrofit, "add_batchnorm", inexact)
+    result = zoo.check("squeezenet1_1")
+    assert not result.equal
+    assert not result.folded
+    assert result.failed
 
 
-def test_default_weights_of_timm_are_its_pretrained_ones(repvgg, monkeypatch):
-    monkeypatch.setattr(
-        "timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(repvgg.state_dict())
+def test_an_interrupted_sweep_goes_on_where_it_stopped_and_fails_if_a_model_did(tmp_path):
+    results, page = tmp_path / "zoo.jsonl", tmp_path / "zoo.md"
+    earlier = zoo.Result("squeezenet1_0", "torchvision, classification", "torch 2", error="Oops: 7")
+    results.write_text(json.dumps(asdict(earlier)) + "\n")
+
+    command = [sys.executable, SCRIPT, "--results", results, "--markdown", page]
+    done = subprocess.run(
+        [*command, "--only", "squeezenet*"], capture_output=True, text=True, check=False
     )
-    x = nets.images(2, 3, 64, 64)
-    for name in ("repvgg_a0", "repvgg_a0.rvgg_in1k"):
-        assert torch.equal(zoo.trained(f"timm:{name}", "DEFAULT")(x), repvgg(x))
-    model = zoo.trained("timm-reparameterized:repvgg_a0", "DEFAULT")
-    assert torch.equal(model(x), reparameterize_model(repvgg)(x))
 
-
-def test_a_download_that_fails_is_one_line(monkeypatch, capfd):
-    def unreachable(*_, **__):
-        logging.getLogger("huggingface_hub").warning("Retrying in 1s")
-        raise OSError("no route\nto the host")
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
-    with pytest.raises(RetrofitError) as raised:
-        zoo.trained("timm:test_nfnet", "DEFAULT")
-    assert "weights of timm's test_nfnet cannot be loaded" in str(raised.value)
-    assert str(raised.value).endswith("OSError: no route to the host")
-    assert capfd.readouterr().err == ""
-
-
-def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(RetrofitError, match=r"pip install 'retrofit\[timm\]'"):
-        zoo.build("timm:vgg11")
-
-
-def test_pictures_are_prepared_as_timm_prepares_them():
-    model = timm.create_model("fastvit_t8")
-    config = timm.data.resolve_model_data_config(model)
-    theirs = timm.data.create_transform(**config, is_training=False)
-    ours = preprocessing(zoo.transforms("timm:fastvit_t8", model))
-    assert torch.equal(ours(PICTURE), theirs(PICTURE))
-
-
-def test_single_steps_of_timms_preparation_are_replaced():
-    steps = {"resize": 50, "crop": 32, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
-    ours = transform_of("timm:test_nfnet", **steps)(PICTURE)
-    transforms = torchvision.transforms
-    theirs = transforms.Compose(
-        [
-            transforms.Resize(50, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize(steps["mean"], steps["std"]),
-        ]
-    )(PICTURE)
-    assert torch.equal(ours, theirs)
-
-
-def test_torchvision_models_use_the_transform_of_their_weights():
-    entries = torchvision.models.ResNet50_Weights
-    named = transform_of("resnet50", "IMAGENET1K_V1")(PICTURE)
-    assert torch.equal(named, entries.IMAGENET1K_V1.transforms()(PICTURE))
-    of_a_file = transform_of("resnet50", "mine.pth")(PICTURE)
-    assert torch.equal(of_a_file, entries.DEFAULT.transforms()(PICTURE))
-    assert not torch.equal(named, of_a_file)
-
-
-def test_a_detector_sees_pictures_in_their_own_size_unless_asked():
-    to_input = transform_of("ssdlite320_mobilenet_v3_large", "mine.pth")
-    assert torch.equal(to_input(PICTURE), torchvision.transforms.ToTensor()(PICTURE))
-    assert transform_of("ssdlite320_mobilenet_v3_large", resize=45)(PICTURE).shape == (3, 45, 60)
-    assert transform_of("ssdlite320_mobilenet_v3_large", crop=40)(PICTURE).shape == (3, 40, 40)
-    assert transform_of("lraspp_mobilenet_v3_large", crop=40)(PICTURE).shape == (3, 40, 40)
-    with pytest.raises(RetrofitError, match="leave out --mean and --std"):
-        transform_of("ssdlite320_mobilenet_v3_large", mean=(0.5, 0.5, 0.5))
-
-
-@pytest.mark.parametrize("spec", ["raft_small", "r3d_18"])
-def test_models_of_pairs_or_videos_are_for_python(spec):
-    with pytest.raises(RetrofitError, match="takes no single pictures"):
-        transform_of(spec)
-
-
-def test_pictures_of_different_sizes_are_a_list_where_the_model_takes_one():
-    class Mixed(ArrayPictures):
-        def __init__(self):
-            self.file, self.array = "mixed", [PICTURE, PICTURE.resize((40, 30))]
-
-        def read(self, index):
-            return self.array[index]
-
-    to_tensor = torchvision.transforms.ToTensor()
-    options = {"batch_size": 2, "workers": 0}
-    (batch,) = PictureBatches(Mixed(), [0, 1], to_tensor, lists=True, **options)
-    assert [tuple(picture.shape) for picture in batch] == [(3, 90, 120), (3, 30, 40)]
-    (batch,) = PictureBatches(Mixed(), [0, 0], to_tensor, lists=True, **options)
-    assert batch.shape == (2, 3, 90, 120)
-    with pytest.raises(RetrofitError, match=r"\(90 x 120, 30 x 40\).*--crop, or --batch-size 1"):
-        list(PictureBatches(Mixed(), [0, 1], to_tensor, **options))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "2 models, 1 failures"
+    assert [json.loads(line)["name"] for line in results.read_text().splitlines()] == [
+        "squeezenet1_0",
+        "squeezenet1_1",
+    ]
+    assert (
+        "| squeezenet1_1 | 2 x 3 x 48 x 48 | 26 | 25 | 1 x output head (`classifier.1`) | yes"
+        in (page.read_text())
+    )
+    assert "Oops: 7 | **no** | **no**" in page.read_text()
