@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
 
+_TAKES_LIST = re.compile(r"#\s*type:\s*\(\s*(List|Sequence)\[")
 ForwardFn = Callable[[nn.Module, Any], object]
 
 
@@ -110,9 +112,11 @@ def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter
 def _takes_list(model: nn.Module, parameter: str) -> bool:
     try:
         hint = typing.get_type_hints(model.forward).get(parameter)
-    except (NameError, TypeError, AttributeError):  # annotations that cannot be looked up
+        source = "" if hint else inspect.getsource(model.forward)
+    except (NameError, TypeError, AttributeError, OSError):  # what cannot be looked up
         return False
-    return typing.get_origin(hint) in (list, Sequence, Iterable)
+    # RetinaNet has its types in a comment, as TorchScript took them.
+    return typing.get_origin(hint) in (list, Sequence, Iterable) or bool(_TAKES_LIST.search(source))
 
 
 def _pictures(batch: Any) -> list[Tensor]:

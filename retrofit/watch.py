@@ -129,14 +129,15 @@ class _Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         feeding = self._feeding((args, kwargs))
         result = func(*args, **kwargs)
-        if isinstance(result, (Tensor, tuple, list)):
+        name = function_name(_name(func))
+        made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
+        if isinstance(made, (Tensor, tuple, list)):
             where = self.stack[-1] if self.stack else ""
-            name = function_name(_name(func))
             call = Call(name, where, None, tuple(self.stack))
             call.keepdim = bool(kwargs.get("keepdim", False))
             if name in CONVOLUTIONS and isinstance(result, Tensor):
                 call.channels = result.shape[1]
-            self._note(call, feeding, result)
+            self._note(call, feeding, made)
         return result
 
     def _feeding(self, values: Any) -> list[Call]:

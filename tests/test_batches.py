@@ -36,6 +36,11 @@ def keywords(self, *, pixels, mask=None, **others): ...
 def detector(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None): ...
 
 
+def commented(self, images, targets=None):
+    # type: (List[Tensor], Optional[List[Dict[str, Tensor]]]) -> List[Dict[str, Tensor]]
+    """Annotated as torchvision's RetinaNet is."""
+
+
 def all_optional(self, pixel_values=None, labels=None): ...
 
 
@@ -57,6 +62,7 @@ def all_optional(self, pixel_values=None, labels=None): ...
         (detector, ([X[0], X[1]], [{}, {}]), ([X[0], X[1]],), {}),
         (detector, [X[0], X[1]], ([X[0], X[1]],), {}),
         (detector, (X[:2], LABELS), ([X[0], X[1]],), {}),
+        (commented, [X[0], X[1]], ([X[0], X[1]],), {}),
     ],
 )
 def test_a_model_is_called_as_its_signature_says(forward, batch, args, kwargs):

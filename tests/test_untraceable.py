@@ -205,6 +205,24 @@ def test_a_run_leaves_no_trace():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_values_pasted_into_another_tensor_still_make_a_head():
+    class Pasting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.logits = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            masks = self.logits(F.relu(self.conv(x))).sigmoid()
+            canvas = torch.zeros(len(masks), 2, 20, 20)
+            canvas[:, :, 2 : 2 + masks.shape[2], 3 : 3 + masks.shape[3]] = masks
+            return {"masks": canvas}
+
+    assert decisions(Pasting(), example_inputs=X) == {
+        "conv": ("insert", "no norm follows"),
+        "logits": ("skip", "output head"),
+    }
+
+
 def test_code_that_reads_a_convolution_is_seen_in_a_run_too():
     class Reading(nn.Module):
         def __init__(self):
