@@ -201,7 +201,8 @@ def _place(frame: traceback.FrameSummary) -> str:
 def _culprit(error: Exception) -> tuple[traceback.FrameSummary, str]:
     """The line of the model's own code that stopped the tracing, and why."""
     libraries = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
-    frames = traceback.extract_tb(error.__traceback__)
+    # Not extract_tb: it wants the columns, which fx's patched code of torch 2.6 does not have.
+    frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__))
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
     return (own or list(frames))[-1], reason
