@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
 
-_TAKES_LIST = re.compile(r"#\s*type:\s*\(\s*(List|Sequence)\[")
+_TAKES_LIST = re.compile(r"#\s*type:\s*\(\s*([Ll]ist|Sequence)\[")
 ForwardFn = Callable[[nn.Module, Any], object]
 
 
