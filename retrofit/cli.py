@@ -334,7 +334,7 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"retrofit: {message}", file=sys.stderr)
+    print(f"retrofit: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
