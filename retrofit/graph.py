@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
+from typing import Any
 
 from torch import fx, nn
 
 from retrofit.calls import Trace
 from retrofit.errors import RetrofitError
+from retrofit.layers import is_leaf
 from retrofit.plans import Plan, Site
 from retrofit.sites import Options, occurrences
 from retrofit.trace import calls_of, defaults, symbolic
@@ -32,12 +34,32 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
                 f"`{one.strip()}`, in train mode `{other.strip()}`; use modules (nn.Dropout) for "
                 "what depends on the mode, or the native layout"
             )
+    _refuse_container_hooks(model)
     _erase_defaults(model, found.graph)
     found.graph._tracer_cls = fx.Tracer  # a pickle is traced anew by it, without this package
-    module = fx.GraphModule(model, found.graph, type(model).__name__)
+    targets = [str(n.target) for n in found.graph.nodes if n.op in ("call_module", "get_attr")]
+    root = {target: _attribute(model, found.traced, target) for target in targets}
+    module = fx.GraphModule(root, found.graph, type(model).__name__)
     for path, made in module.named_modules():  # containers are made anew, and in train mode
         made.training = model.get_submodule(path).training
     return module
+
+
+def _attribute(model: nn.Module, traced: nn.Module, target: str) -> Any:
+    """What a node refers to; tensors that forward made are constants of the traced copy."""
+    owner, _, name = target.rpartition(".")
+    around = model.get_submodule(owner)
+    return getattr(around if hasattr(around, name) else traced.get_submodule(owner), name)
+
+
+def _refuse_container_hooks(model: nn.Module) -> None:
+    """A graph has no containers, so their hooks would be gone without a word."""
+    for path, module in model.named_modules():
+        if not is_leaf(module) and (module._forward_hooks or module._forward_pre_hooks):
+            raise RetrofitError(
+                f"{path or 'the model'} has a forward hook, which a graph has no place for: remove "
+                "it, or use the native layout"
+            )
 
 
 def _erase_defaults(model: nn.Module, graph: fx.Graph) -> None:

@@ -94,12 +94,13 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """torch's norm layers, their subclasses, and what is named and built like one: nothing in it
-    but activations (FrozenBatchNorm2d, timm's EvoNorm2dS0)."""
+    """torch's norm layers, their subclasses, and what is named and built like one: it has numbers
+    of its own, and nothing in it but activations (FrozenBatchNorm2d, timm's EvoNorm2dS0)."""
     if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         return True
     named = any(_NORM_CLASS.search(c.__name__) for c in type(module).__mro__)
-    return named and all(
+    numbers = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    return (named and numbers and not is_affine(module)) and all(
         is_activation(child) or isinstance(child, (nn.Identity, nn.Dropout))
         for child in module.children()
     )

@@ -135,7 +135,7 @@ class _Rules:
             return "not among those included"
         if not calls:
             return self._unreached(path)
-        if layer is None and calls[0].channels == 0:
+        if options.layout == "graph" and layer is None and calls[0].channels == 0:
             return "a function whose weight is computed: the number of channels is not known"
         if layer is not None and _has_complex_weight(layer):
             return "complex weights"

@@ -50,9 +50,13 @@ class Symbolic:
 
 
 def defaults(model: nn.Module) -> dict[str, Any]:
-    """The arguments of forward that have a default."""
+    """The arguments of forward that keep their default when a model is traced: all that have one,
+    but not the only input, as in `forward(self, x=None)`."""
     signature = inspect.signature(model.forward).parameters
-    return {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    found = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    if found and len(found) == len(signature):
+        del found[next(iter(found))]
+    return found
 
 
 def symbolic(model: nn.Module, *, training: bool = False) -> Symbolic:
@@ -187,7 +191,10 @@ def _channels(model: nn.Module, node: fx.Node) -> int:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return 0
     owner, _, name = str(weight.target).rpartition(".")
-    shape = getattr(model.get_submodule(owner), name).shape
+    tensor = getattr(model.get_submodule(owner), name, None)
+    if tensor is None:  # a constant that forward made
+        return 0
+    shape = tensor.shape
     if "transpose" not in node.target.__name__:  # type: ignore[union-attr]
         return int(shape[0])
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)

@@ -149,6 +149,14 @@ def test_a_model_that_differs_between_train_and_eval_mode_has_no_graph():
     assert retrofitted(Dropping()).conv.bn.num_features == 4  # native
 
 
+def test_a_hook_on_a_container_has_no_place_in_a_graph():
+    model = nn.Sequential(nets.build(nets.Grouped), nn.ReLU())
+    model[0].register_forward_hook(lambda _m, _i, y: y + 1)
+    with pytest.raises(RetrofitError, match="0 has a forward hook"):
+        retrofit.plan(model, layout="graph")
+    assert retrofit.verify(model, retrofitted(model), [X]).exact
+
+
 def test_a_graph_keeps_modes_and_refuses_other_arguments():
     model = nn.Sequential(nets.build(Functional), nn.Sequential(nn.Dropout(), nn.Conv2d(4, 3, 1)))
     model.eval()

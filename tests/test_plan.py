@@ -315,6 +315,62 @@ def test_a_model_that_cannot_be_traced_names_the_line_where_it_must_be():
         retrofit.plan(Untraceable(), layout="graph")
 
 
+class SpectralNormConv2d(nn.Conv2d):
+    """A convolution, whatever it is called."""
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        SpectralNormConv2d(4, 4, 1),
+        nn.LocalResponseNorm(2),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)),
+    ],
+    ids=["a convolution", "across channels", "nothing"],
+)
+def test_what_is_only_called_a_norm_is_none(after):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), after, nn.ReLU())
+    assert decisions(model)["0"] == ("insert", "no norm follows")
+
+
+def test_a_model_whose_inputs_are_all_optional_gets_its_first():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.text = nn.Conv2d(3, 4, 3), nn.Conv1d(3, 4, 3)
+
+        def forward(self, image=None, text=None):
+            found = {}
+            if image is not None:
+                found["image"] = F.relu(self.image(image))
+            if text is not None:
+                found["text"] = F.relu(self.text(text))
+            return found
+
+    assert inserted(Optional()) == ["image"]
+    x, text = nets.images(2, 3, 8, 8), nets.images(2, 3, 8)
+    assert inserted(Optional(), example_inputs=x) == ["image"]
+    assert inserted(Optional(), example_inputs={"image": x, "text": text}) == ["image", "text"]
+
+
+def test_a_constant_that_forward_makes_is_no_obstacle():
+    class Blurring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return F.relu(self.conv(F.conv2d(x, torch.full((3, 1, 2, 2), 0.25), groups=3)))
+
+    model = nets.build(Blurring)
+    assert inserted(model) == ["conv"]
+    assert inserted(model, layout="graph") == ["conv2d", "conv"]
+    x = nets.images(4, 3, 9, 9)
+    for layout in ("native", "graph"):
+        converted = retrofit.insert(model, retrofit.plan(model, layout=layout))
+        assert torch.equal(converted(x), model(x))
+
+
 def test_lazy_modules_are_named():
     with pytest.raises(RetrofitError, match="0 is a lazy LazyConv2d"):
         retrofit.plan(nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()))
