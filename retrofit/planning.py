@@ -20,7 +20,7 @@ from retrofit.layout import Layout
 from retrofit.plans import LAYOUTS, PLACEMENTS, LayoutName, Placement, Plan, Site
 from retrofit.rewrite import put_after_sites
 from retrofit.sites import Options, decide
-from retrofit.trace import calls_of, defaults, trace
+from retrofit.trace import calls_of, defaults, reads_in_training, trace
 from retrofit.watch import watch
 
 Patterns = str | Sequence[str] | None
@@ -95,6 +95,8 @@ def plan(
             raise RetrofitError("renumber= is for the native layout; the graph layout moves no key")
         return _graph_plan(model, options, example_inputs, forward_fn)
     traced, read = _read(model, example_inputs, forward_fn)
+    for path, names in reads_in_training(model).items():
+        traced.reads.setdefault(path, set()).update(names)
     sites = decide(model, traced, options)
     renumbered = _renumbered(model, traced, renumber)
     while True:

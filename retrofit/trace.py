@@ -112,6 +112,15 @@ def trace(model: nn.Module) -> Trace:
     return whole
 
 
+def reads_in_training(model: nn.Module) -> dict[str, set[str]]:
+    """What the model's own code reads of its layers in train mode (a penalty on a weight, say);
+    nothing where torch.fx cannot follow the model in that mode."""
+    try:
+        return symbolic(model, training=True).reads
+    except UntraceableError:
+        return {}
+
+
 def _add_piece(whole: Trace, prefix: str, piece: Trace) -> None:
     """Add the trace of the module at `prefix`, made of it alone."""
 

@@ -144,6 +144,21 @@ def test_a_convolution_that_the_models_code_reads_is_left_alone():
     assert found["plain"][0] == "insert"
 
 
+def test_what_is_read_in_training_only_is_seen_too():
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            y = F.relu(self.two(F.relu(self.one(x))))
+            return (y, self.one.weight.square().sum()) if self.training else y
+
+    found = decisions(Penalised())
+    assert found["one"] == ("skip", "the model's own code reads its .weight")
+    assert found["two"][0] == "insert"
+
+
 def test_a_transposed_convolution_called_with_an_output_size_is_left_alone():
     class Sized(nn.Module):
         def __init__(self):
