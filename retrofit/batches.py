@@ -84,6 +84,8 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
         )
     if _takes_list(model, next(iter(named), "")):
         return Arguments((_pictures(batch),), {})
+    if required and named[required[0]].kind is inspect.Parameter.KEYWORD_ONLY:
+        return Arguments((), {required[0]: input_of(batch)})
     return Arguments((input_of(batch),), {})
 
 

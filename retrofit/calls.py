@@ -5,14 +5,17 @@ Read with torch.fx (`trace`), or off a real run (`watch`); the rules in `sites` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from retrofit.layers import is_activation, is_affine
+from retrofit.layers import is_activation, is_affine, is_norm
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -26,7 +29,7 @@ class Call:
         path: module path of the called module; of the calling module for a function.
         module: the called module, None for a function.
         inside: paths of the modules whose forward makes this call, outermost first.
-        arguments: how many it is called with.
+        alone: it is called with its one input and nothing more, as an nn.Sequential can be.
         keepdim: the function's keepdim argument.
         channels: of a function's weight, as a convolution has it; 0 where unknown.
         shape: of its result, if that is one tensor and known.
@@ -37,7 +40,7 @@ class Call:
     path: str
     module: nn.Module | None = None
     inside: tuple[str, ...] = ()
-    arguments: int = 1
+    alone: bool = True
     keepdim: bool = False
     channels: int = 0
     shape: tuple[int, ...] | None = None
@@ -61,6 +64,10 @@ class Trace:
     opaque: dict[str, str]
     reads: dict[str, set[str]]
 
+    def is_inside_opaque(self, path: str) -> bool:
+        """The module at `path` is, or is part of, one that could not be followed."""
+        return any(not o or f"{path}.".startswith(f"{o}.") for o in self.opaque)
+
 
 class Reads:
     """Notes what is read of a model's layers that an nn.Sequential in their place would lack.
@@ -77,6 +84,7 @@ class Reads:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
+        """While this lasts. It changes nn.Module, so that other threads have to wait."""
         kept = set(dir(nn.Sequential()))
 
         def spy(module: nn.Module, name: str) -> Any:
@@ -84,13 +92,20 @@ class Reads:
                 self.by_path.setdefault(self.paths[id(module)], set()).add(name)
             return object.__getattribute__(module, name)
 
-        nn.Module.__getattribute__ = spy  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            del nn.Module.__getattribute__
+        with _ONE_AT_A_TIME:
+            nn.Module.__getattribute__ = spy  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                del nn.Module.__getattribute__
 
 
 def hosts(model: nn.Module) -> set[nn.Module]:
-    """The modules that something may be put after."""
-    return {module for module in model.modules() if is_affine(module) or is_activation(module)}
+    """The modules that something may be put after, or that may be put elsewhere."""
+    kinds = (is_affine, is_activation, is_norm)
+    return {module for module in model.modules() if any(kind(module) for kind in kinds)}
+
+
+def is_alone(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """A call with these arguments has one input and nothing more."""
+    return len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retrofit.calls import Call
@@ -19,6 +19,7 @@ from retrofit.plans import Plan
 from retrofit.record import attach, record_of
 from retrofit.rewrite import find_site, replace, take_out
 from retrofit.trace import trace
+from retrofit.watch import watch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,7 +58,7 @@ def fold_weights(
     return folded.to(weight.dtype), new_bias
 
 
-def fold(model: M, plan: Plan | None = None) -> M:
+def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M:
     """A copy of `model` with BatchNorms absorbed into the layers before them.
 
     The folded network computes, up to rounding, what `model` computes in eval mode. Right after
@@ -71,10 +72,15 @@ def fold(model: M, plan: Plan | None = None) -> M:
             what was there before the conversion stays, even if the conversion added nothing. A
             model without one gets every torch.nn.BatchNorm folded that alone follows a layer
             (found with torch.fx, as far as it can follow), and nn.Identity in its place so that no
-            index moves. Subclasses of BatchNorm stay, since they may do more.
+            index moves. Subclasses of BatchNorm stay, since they may do more; so does what the
+            model's own code reads (`self.bn.weight`). A BatchNorm1d after a Linear layer is taken
+            to get (N, F).
+        example_inputs: without a plan, one batch, as for `plan`: the pairs are then read off a run,
+            for models that torch.fx cannot follow.
 
     Raises:
-        RetrofitError: the plan does not fit; a BatchNorm has no running statistics; a layer feeds
+        RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model; a
+            BatchNorm has no running statistics; a layer feeds
             several BatchNorms; or, where the BatchNorm is not the identity: it comes after an
             activation or a function, the weight is parametrized or serves other layers too, the
             layer has a hook, or its output does not follow its weight and bias linearly (weight
@@ -88,8 +94,8 @@ def fold(model: M, plan: Plan | None = None) -> M:
         if plan.placement == "post_activation":
             _refuse_activations(pairs)
     else:
-        pairs = _pairs(result)
-    _absorb_all(pairs)
+        pairs = _pairs(model, result, example_inputs)
+    _absorb_all(result, pairs)
     if plan is not None:
         take_out(result, plan)
     else:
@@ -120,7 +126,7 @@ def _refuse_activations(pairs: dict[str, _Pair]) -> None:
             )
 
 
-def _absorb_all(pairs: dict[str, _Pair]) -> None:
+def _absorb_all(model: nn.Module, pairs: dict[str, _Pair]) -> None:
     """Give the layers new weights; those whose BatchNorm is the identity keep theirs."""
     changing = {
         path: pair
@@ -133,6 +139,10 @@ def _absorb_all(pairs: dict[str, _Pair]) -> None:
                 f"{path} is a function: there is no layer that could absorb its BatchNorm"
             )
         sharing = [p for p, other in pairs.items() if other.layer is pair.layer]
+        if isinstance(model, fx.GraphModule) and _is_read(model, pair.layer):
+            raise RetrofitError(
+                f"the weight of {path} serves a function too: it cannot absorb the BatchNorm"
+            )
         if len(sharing) > 1:
             raise RetrofitError(
                 f"one layer feeds the BatchNorms of {' and '.join(sharing)}: its one weight cannot "
@@ -141,6 +151,13 @@ def _absorb_all(pairs: dict[str, _Pair]) -> None:
     for path, pair in changing.items():
         assert pair.layer is not None
         _absorb(pair.layer, _batchnorm(pair.norm, path), path)
+
+
+def _is_read(model: fx.GraphModule, layer: nn.Module) -> bool:
+    """A graph uses this layer's parameters other than by calling it."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+    return any(node.op == "get_attr" and node.target in names for node in model.graph.nodes)
 
 
 def _batchnorm(norm: nn.Module, path: str) -> _BatchNorm:
@@ -233,32 +250,46 @@ def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor)
     return bool(error < (1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2))
 
 
-def _is_batchnorm(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
+def _is_batchnorm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """One of torch's own; a subclass may do more, such as timm's BatchNormAct2d."""
     own = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return isinstance(module, _BatchNorm) and own and not module._forward_hooks
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return isinstance(module, _BatchNorm) and own and not hooked
 
 
-def _pairs(model: nn.Module) -> dict[str, _Pair]:
-    """Layers and the BatchNorm that alone reads each: by path of the layer."""
+def _pairs(model: nn.Module, copied: nn.Module, example: Any) -> dict[str, _Pair]:
+    """Layers of `copied`, and the BatchNorm that alone reads each: by path of the layer."""
+    traced = trace(model) if example is None else watch(model, example)
+    if "" in traced.opaque:
+        raise RetrofitError(
+            f"torch.fx cannot trace this {type(model).__name__} ({traced.opaque['']}), so that "
+            "nobody knows which layer a BatchNorm follows: pass example_inputs"
+        )
     calls: dict[nn.Module, list[Call]] = {}
-    for call in trace(model).calls:
-        if call.module is not None:
-            calls.setdefault(call.module, []).append(call)
+    for call in traced.calls:
+        # What is inside of an opaque module may be called by code that nobody has seen.
+        if call.module is not None and not traced.is_inside_opaque(call.path):
+            calls.setdefault(copied.get_submodule(call.path), []).append(call)
     pairs: dict[str, _Pair] = {}
     for layer, made in calls.items():
         if not is_affine(layer):
             continue
         users = [user for call in made for user in call.users]
-        norms = {user.module: user.path for user in users if _is_batchnorm(user.module)}
+        norms = {
+            copied.get_submodule(user.path): user.path
+            for user in users
+            if user.module is not None and _is_batchnorm(user.module)
+        }
         if len(norms) > 1:
             raise RetrofitError(
                 f"{made[0].path} feeds several BatchNorms, {' and '.join(norms.values())}: its one "
                 "weight cannot absorb them"
             )
-        for norm in norms:
+        for norm, norm_path in norms.items():
             # A BatchNorm1d over (N, T, C) normalises T, which is not what a Linear gives C of.
             fits = is_conv(layer) or norm.num_features == channels(layer)  # type: ignore[union-attr]
-            if norm is not None and fits and len(users) == len(made) == len(calls[norm]):
+            alone = len(users) == len(made) == len(calls.get(norm, ()))
+            read = {made[0].path, norm_path} & traced.reads.keys()
+            if fits and alone and not read:
                 pairs[made[0].path] = _Pair(layer, norm, made[0].path)
     return pairs

@@ -35,6 +35,12 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
                 "what depends on the mode, or the native layout"
             )
     _refuse_container_hooks(model)
+    for name, value in defaults(model).items():
+        if isinstance(value, (tuple, list, dict)):  # of which fx makes inputs one by one
+            raise RetrofitError(
+                f"{name}={value!r} of {type(model).__name__}.forward cannot be fixed in a graph: "
+                "use the native layout"
+            )
     _erase_defaults(model, found.graph)
     found.graph._tracer_cls = fx.Tracer  # a pickle is traced anew by it, without this package
     targets = [str(n.target) for n in found.graph.nodes if n.op in ("call_module", "get_attr")]
@@ -66,7 +72,9 @@ def _erase_defaults(model: nn.Module, graph: fx.Graph) -> None:
     """Arguments of forward that keep their default become none at all, and fx's assertions on
     them with them: another value is then refused by Python, and pickles load."""
     kept = inspect.signature(model.forward).parameters.keys() - defaults(model).keys()
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target not in kept]:
+    for node in [
+        n for n in graph.nodes if n.op == "placeholder" and n.target.lstrip("*") not in kept
+    ]:
         doomed = [node]
         for made in doomed:
             doomed += [user for user in made.users if user not in doomed]

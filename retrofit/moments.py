@@ -173,6 +173,10 @@ class MomentObserver(nn.Module):
         return f"{self.channels}, site={self.site!r}, images={int(self.images)}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise RetrofitError(
+                f"{self.site} returns a {type(x).__name__}, not a tensor: exclude this layer"
+            )
         if self.training:
             raise RetrofitError(
                 f"the observer of {self.site} ran in training mode: call model.eval() first, "

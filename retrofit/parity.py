@@ -161,9 +161,9 @@ def _refuse_random(
         repeats = False
     if not repeats:
         raise RetrofitError(
-            f"this {type(original).__name__} is random in eval mode, its outputs differ between "
-            "two runs on the same batch (a functional dropout without training=self.training, "
-            "say): there is nothing to compare with"
+            f"this {type(original).__name__} is random in eval mode, or keeps state: its outputs "
+            "differ between two runs on the same batch (a functional dropout without "
+            "training=self.training, say), so there is nothing to compare with"
         )
 
 

@@ -280,9 +280,7 @@ def _obstacle(model: nn.Module, traced: Trace, path: str) -> str | None:
         return f"it is a {type(sequential).__name__}, not an nn.Sequential"
     if list(sequential._modules) != [str(i) for i in range(len(sequential._modules))]:
         return "its children have names of their own"
-    if path and any(
-        opaque == "" or f"{path}.".startswith(f"{opaque}.") for opaque in traced.opaque
-    ):
+    if path and traced.is_inside_opaque(path):
         return "code that torch.fx cannot follow may call its children (pass example_inputs)"
     if path:
         for call in traced.calls:

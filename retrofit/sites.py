@@ -166,7 +166,7 @@ class _Rules:
             call.module is module and call not in hosts for call in self.traced.calls
         ):
             return f"its activation {path} serves other layers too: only layout='graph' has a place"
-        if any(call.arguments > 1 for call in hosts):
+        if not all(call.alone for call in hosts):
             return "called with more than its input"
         if read := sorted(self.traced.reads.get(path, ())):
             return f"the model's own code reads its {', '.join(f'.{name}' for name in read)}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from retrofit.calls import Call, Reads, Trace, hosts
+from retrofit.calls import Call, Reads, Trace, hosts, is_alone
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
@@ -177,8 +177,8 @@ def calls_of(
         if node.op == "call_module":
             module = model.get_submodule(node.target)
             name = "unknown" if node.target in opaque else module_name(module)
-            arguments = len(node.args) + len(node.kwargs)
-            call = Call(name, node.target, module, inside, arguments)
+            alone = is_alone(node.args, node.kwargs)
+            call = Call(name, node.target, module, inside, alone)
         elif node.op in ("call_function", "call_method"):
             name = function_name(node.target if node.op == "call_method" else node.target.__name__)
             keepdim = bool(node.kwargs.get("keepdim", False))

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from retrofit.batches import ForwardFn, arguments_of, home, tensors
-from retrofit.calls import Call, Reads, Trace, hosts
+from retrofit.calls import Call, Reads, Trace, hosts, is_alone
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
@@ -31,7 +31,9 @@ def watch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> 
     """
     watched = shared_copy(model)
     watcher = _Watcher(watched)
-    with torch.random.fork_rng(), torch.no_grad(), evaluating(watched):
+    device = home(watched)
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(watched):
         torch.manual_seed(0)
         try:
             if forward_fn is not None:
@@ -39,7 +41,7 @@ def watch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> 
                     result = forward_fn(watched, batch)
             else:
                 arguments = arguments_of(watched, batch).head(EXAMPLES)
-                arguments = arguments.to(home(watched), copy=True)
+                arguments = arguments.to(device, copy=True)
                 with watcher.watching():
                     result = watched(*arguments.args, **arguments.kwargs)
         except RetrofitError:
@@ -77,8 +79,6 @@ class _Watcher(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        original = nn.Module.__call__
-
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = self.paths.get(id(module))
             if path is None or self.reads.muted:
@@ -94,13 +94,14 @@ class _Watcher(TorchFunctionMode):
                 self.returned(result)
             return result
 
-        nn.Module.__call__ = called  # type: ignore[method-assign]
-        try:
-            with self.reads.noted(), self:
+        with self.reads.noted(), self:
+            original = nn.Module.__call__
+            nn.Module.__call__ = called  # type: ignore[method-assign]
+            try:
                 yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-            self.calls.append(self.output)
+            finally:
+                nn.Module.__call__ = original  # type: ignore[method-assign]
+                self.calls.append(self.output)
 
     def _leaf(
         self,
@@ -110,8 +111,8 @@ class _Watcher(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        arguments = len(args) + len(kwargs)
-        call = Call(module_name(module), path, module, tuple(self.stack), arguments)
+        alone = is_alone(args, kwargs)
+        call = Call(module_name(module), path, module, tuple(self.stack), alone)
         feeding = self._feeding((args, kwargs))
         self.reads.muted = True
         try:

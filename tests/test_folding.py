@@ -192,6 +192,65 @@ def test_a_model_that_lost_its_batchnorm_is_named():
         retrofit.fold(converted)
 
 
+def normed(channels):
+    """A BatchNorm that is not the identity."""
+    norm = nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.running_mean)
+    return norm
+
+
+class Unfollowed(nn.Module):
+    """Code that torch.fx cannot follow, and that may use a convolution twice."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 1), normed(3))
+        self.twice = twice
+
+    def forward(self, x):
+        y = self.block(x)
+        return y + self.block[0](x) if self.twice and x.sum() < 1e9 else y * bool(x.sum() < 1e9)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_model_that_cannot_be_traced_is_folded_only_by_an_example(twice):
+    torch.manual_seed(0)
+    model, x = Unfollowed(twice).eval(), nets.images(2, 3, 8, 8)
+    with pytest.raises(RetrofitError, match=r"cannot trace this Unfollowed.*pass example_inputs"):
+        retrofit.fold(model)
+    inside = nn.Sequential(model, nn.ReLU())
+    assert isinstance(retrofit.fold(inside)[0].block[1], nn.BatchNorm2d)
+    folded = retrofit.fold(model, example_inputs=x)
+    assert isinstance(folded.block[1], nn.BatchNorm2d if twice else nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_models_code_reads_or_a_hook_changes_stays():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), normed(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.norm.bias.sum()
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1, bias=False), normed(4)
+
+        def forward(self, x):
+            return F.conv_transpose2d(self.norm(self.conv(x)), self.conv.weight)
+
+    hooked = nn.Sequential(nn.Conv2d(3, 4, 1), normed(4))
+    hooked[1].register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 2,))
+    x = nets.images(2, 3, 8, 8)
+    for model in (Reading().eval(), Tied().eval(), hooked.eval()):
+        folded = retrofit.fold(model)
+        assert torch.equal(folded(x), model(x))
+        assert any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+
+
 def test_bf16_weights_fold_in_float32():
     model = nets.build(nets.root_sequential).bfloat16()
     converted = trained(retrofit.add_batchnorm(model, [nets.images(8, 3, 16, 16).bfloat16()]))

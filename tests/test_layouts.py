@@ -120,6 +120,24 @@ def test_a_function_does_not_absorb_a_batchnorm():
         retrofit.fold(converted)
 
 
+def test_a_weight_that_serves_a_function_too_does_not_absorb_a_batchnorm():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1, bias=False)
+
+        def forward(self, x):
+            return F.relu(F.conv_transpose2d(F.relu(self.conv(x)), self.conv.weight))
+
+    model = nets.build(Tied)
+    converted = retrofitted(model, layout="graph")
+    assert_exact_and_foldable(model, converted, X)
+    with torch.no_grad():
+        converted.get_submodule("conv_bn").weight.mul_(2)
+    with pytest.raises(RetrofitError, match="the weight of conv serves a function too"):
+        retrofit.fold(converted)
+
+
 def test_a_graph_folds_after_training_like_any_other():
     model = nets.build(nets.Residual)
     converted = retrofitted(model, layout="graph").train()
@@ -155,6 +173,33 @@ def test_a_hook_on_a_container_has_no_place_in_a_graph():
     with pytest.raises(RetrofitError, match="0 has a forward hook"):
         retrofit.plan(model, layout="graph")
     assert retrofit.verify(model, retrofitted(model), [X]).exact
+
+
+def test_inputs_of_every_kind_in_a_graph():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, *pictures):
+            return [F.relu(self.conv(x)) for x in pictures[:1]]
+
+    class Named(Many):
+        def forward(self, *, picture):
+            return F.relu(self.conv(picture))
+
+    class Sized(Many):
+        def forward(self, x, size=(8, 8)):
+            return F.interpolate(F.relu(self.conv(x)), size)
+
+    assert torch.equal(
+        retrofitted(nets.build(Named), layout="graph")(picture=X), nets.build(Named)(picture=X)
+    )
+    with pytest.raises(RetrofitError, match=r"size=\(8, 8\) of Sized.forward cannot be fixed"):
+        retrofitted(nets.build(Sized), layout="graph")
+    for net in (Many, Named, Sized):
+        model = nets.build(net)
+        assert retrofit.verify(model, retrofitted(model), [X]).exact
 
 
 def test_a_graph_keeps_modes_and_refuses_other_arguments():

@@ -1,6 +1,7 @@
 """Models that torch.fx cannot follow: planned from one real run, by the same rules."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import nets
 import pytest
@@ -235,6 +236,15 @@ def test_code_that_reads_a_convolution_is_seen_in_a_run_too():
 
     found = decisions(Reading(), example_inputs=X)
     assert found["conv"] == ("skip", "the model's own code reads its .weight")
+
+
+def test_threads_that_plan_at_the_same_time_do_not_disturb_each_other():
+    def work(_):
+        return inserted(Branching(), example_inputs=X), inserted(nets.build(nets.Residual))
+
+    expected = work(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(12))) == [expected] * 12
 
 
 def converts(model, data):
