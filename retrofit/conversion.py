@@ -21,12 +21,14 @@ from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
 from retrofit.layers import LastAxisBatchNorm, batchnorm_class
 from retrofit.moments import MomentObserver
+from retrofit.parity import verify
 from retrofit.planning import Patterns
 from retrofit.plans import LayoutName, Placement, Plan, Site
 from retrofit.record import Record, attach, record_of, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace, take_out
 
 M = TypeVar("M", bound=nn.Module)
+GRAPH_TOLERANCE = 1e-3  # of the root mean square: more than a GPU's rounding, less than a branch
 
 
 def prepare(model: M, plan: Plan | None = None) -> M:
@@ -44,7 +46,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     """
     if _observers(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
-    plan = plan or planning.plan(model)
+    plan = planning.plan(model) if plan is None else plan
     record = _extended(model, plan)
     copied = shared_copy(model)
 
@@ -136,7 +138,7 @@ def insert(
 
     Args and errors as for `prepare` and `convert`.
     """
-    plan = plan or planning.plan(model)
+    plan = planning.plan(model) if plan is None else plan
     record = _extended(model, plan)
     copied = shared_copy(model)
 
@@ -208,10 +210,13 @@ def add_batchnorm(
         forward_fn=forward_fn,
         progress=progress,
     )
-    converted = convert(
-        prepared, eps=eps, momentum=momentum, copy=not inplace, skip_unused=skip_unused
-    )
-    return _transplanted(model, converted) if inplace else converted
+    converted = convert(prepared, eps=eps, momentum=momentum, copy=False, skip_unused=skip_unused)
+    if layout == "graph":
+        _refuse_other_graph(model, converted, first, forward_fn)
+        return copying.deepcopy(converted)
+    # Into the model, or a copy of it, that has not seen the data: forward may count or cache.
+    target = model if inplace else copying.deepcopy(shared_copy(model))
+    return _transplanted(target, converted)
 
 
 class _Again:
@@ -227,11 +232,23 @@ class _Again:
             yield from self.rest
 
 
+def _refuse_other_graph(
+    model: nn.Module, converted: nn.Module, batch: Any, forward_fn: ForwardFn | None
+) -> None:
+    """torch.fx may take another branch than a run does, and nothing else would tell."""
+    if not verify(model, converted, [batch], forward_fn=forward_fn).passed(GRAPH_TOLERANCE):
+        raise RetrofitError(
+            f"the graph that torch.fx makes of {type(model).__name__} computes something else than "
+            "the model (its code may ask for types): use the native layout"
+        )
+
+
 def _transplanted(model: M, converted: nn.Module) -> M:
     """`model` itself, with the BatchNorms of its converted copy."""
     record = required_record(converted, "convert")
     norms = {site.path: find_site(converted, site)[1] for site in record.plan.inserted}
-    put_after_sites(model, record.plan, lambda site, _layer: norms[site.path])
+    if record_of(model) is None:  # else it was converted before, and nothing came to it
+        put_after_sites(model, record.plan, lambda site, _layer: norms[site.path])
     attach(model, record)
     return model
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from retrofit.batches import input_of, refuse_single_tensor, run, tensors
+from retrofit.batches import arguments_of, refuse_single_tensor, run, tensors
 from retrofit.comparison import Comparison, Top1
 from retrofit.errors import RetrofitError
 from retrofit.modes import batch_statistics, evaluating
@@ -81,7 +81,7 @@ def drift(
         RetrofitError: no data, or too few images for the smallest batch size.
     """
     refuse_single_tensor(data)
-    batches = [input_of(batch) for batch in data]
+    batches = [_picture_batch(original, batch) for batch in data]
     sizes = sorted(set(batch_sizes))
     total = sum(map(len, batches))
     if sizes and sizes[0] < 1:
@@ -104,3 +104,14 @@ def drift(
             top1.add(expected, actual, len(x))
         rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
     return DriftReport(tuple(rows), tuple(s for s in sizes if s > total))
+
+
+def _picture_batch(model: nn.Module, batch: Any) -> Tensor:
+    arguments = arguments_of(model, batch)
+    values = (*arguments.args, *arguments.kwargs.values())
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise RetrofitError(
+            f"{type(model).__name__} takes more than one tensor: drift regroups pictures, and does "
+            "so for models of one input alone"
+        )
+    return values[0]

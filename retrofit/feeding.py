@@ -152,6 +152,11 @@ def _total(data: Iterable[Any], max_images: int | None) -> int | None:
 def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
     """The model on `device`, and afterwards every tensor where it was."""
     origin = home(model)
+    if origin is not None and origin.type == "meta":
+        raise RetrofitError(
+            f"this {type(model).__name__} is on the meta device: give it tensors first (to_empty, "
+            "load_state_dict)"
+        )
     if device is None or origin is None or str(device) == str(origin):
         yield origin
         return

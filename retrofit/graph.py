@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from retrofit.calls import Trace
@@ -25,7 +26,12 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
-    found, training = symbolic(model), symbolic(model, training=True)
+    found, training = symbolic(model), symbolic(model, training=True, seed=1)
+    for path, place in found.opaque.items():
+        raise RetrofitError(
+            f"torch.fx cannot trace {path} of this {type(model).__name__} ({place}), and a graph "
+            "has to have it all: use the native layout"
+        )
     lines = [str(s.graph).splitlines() for s in (found, training)]
     for one, other in zip_longest(*lines, fillvalue="nothing"):
         if one != other:
@@ -44,6 +50,13 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
     _erase_defaults(model, found.graph)
     found.graph._tracer_cls = fx.Tracer  # a pickle is traced anew by it, without this package
     targets = [str(n.target) for n in found.graph.nodes if n.op in ("call_module", "get_attr")]
+    for target in targets:
+        constant = target.rpartition(".")[2].startswith("_tensor_constant")
+        if constant and not torch.equal(*(getattr(s.traced, target) for s in (found, training))):
+            raise RetrofitError(
+                f"{type(model).__name__}.forward draws random numbers, which would be the same "
+                "forever in a graph: use the native layout"
+            )
     root = {target: _attribute(model, found.traced, target) for target in targets}
     module = fx.GraphModule(root, found.graph, type(model).__name__)
     for path, made in module.named_modules():  # containers are made anew, and in train mode

@@ -48,6 +48,8 @@ VIEWS = {
 FLATTENINGS = {"flatten", "getitem", "reshape", "squeeze", "view"}
 # Squashing that ends a network without making a hidden layer of its logits.
 OUTPUT_ACTIVATIONS = {
+    "hardsigmoid",
+    "hardtanh",
     "logsigmoid",
     "logsoftmax",
     "sigmoid",
@@ -61,8 +63,8 @@ ACTIVATIONS = (
     | {"gelutanh", "quickgelu", "swish"}  # as timm calls them
 ) - (OUTPUT_ACTIVATIONS | {"multiheadattention"})
 # After one of these comes a BatchNorm in post-activation placement. (GLU halves the channels.)
-HIDDEN_ACTIVATIONS = (ACTIVATIONS | {"sigmoid", "tanh"}) - {"glu"}
-WEIGHTED_FUNCTIONS = CONVOLUTIONS | NORMS | {"linear", "bilinear", "embedding"}
+HIDDEN_ACTIVATIONS = (ACTIVATIONS | {"hardsigmoid", "hardtanh", "sigmoid", "tanh"}) - {"glu"}
+WEIGHTED_FUNCTIONS = CONVOLUTIONS | NORMS | {"bilinear", "deformconv2d", "embedding", "linear"}
 _NORM_CLASS = re.compile(r"Norm(?!al)")
 
 

@@ -183,13 +183,15 @@ def _points(plan: Plan | None) -> list[_Point]:
     In the graph layout each call of a convolution has a site of its own; functions and, after a
     shared activation, the call that belongs to a site cannot be told by looking at modules.
     """
-    points = []
-    for site in plan.inserted if plan else ():
-        if plan is not None and plan.layout == "native":
-            points.append(_Point(site, site.host, None))
-        elif plan is not None and site.layer and plan.placement == "pre_activation":
-            points.append(_Point(site, site.layer, int(site.path.partition("@")[2] or 0)))
-    return points
+    if plan is None:
+        return []
+    if plan.layout == "native":
+        return [_Point(site, site.host, None) for site in plan.inserted]
+    return [
+        _Point(site, site.layer, int(site.path.partition("@")[2] or 0))
+        for site in plan.inserted
+        if site.layer and plan.placement == "pre_activation"
+    ]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from retrofit.layout import Layout
 from retrofit.plans import LAYOUTS, PLACEMENTS, LayoutName, Placement, Plan, Site
 from retrofit.rewrite import put_after_sites
 from retrofit.sites import Options, decide
-from retrofit.trace import calls_of, defaults, reads_in_training, trace
+from retrofit.trace import UntraceableError, calls_of, defaults, symbolic, trace
 from retrofit.watch import watch
 
 Patterns = str | Sequence[str] | None
@@ -89,13 +89,15 @@ def plan(
         if value not in known:
             raise RetrofitError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     _refuse_lazy(model)
+    if include is not None and not include:
+        raise RetrofitError("include= names nothing: leave it out to convert all")
     options = Options(_patterns(include), _patterns(exclude), layout, placement, linear)
     if layout == "graph":
         if renumber:
             raise RetrofitError("renumber= is for the native layout; the graph layout moves no key")
         return _graph_plan(model, options, example_inputs, forward_fn)
     traced, read = _read(model, example_inputs, forward_fn)
-    for path, names in reads_in_training(model).items():
+    for path, names in _reads_in_training(model, example_inputs, forward_fn).items():
         traced.reads.setdefault(path, set()).update(names)
     sites = decide(model, traced, options)
     renumbered = _renumbered(model, traced, renumber)
@@ -124,12 +126,35 @@ def _read(
     if forward_fn is None and not arguments_of(model, example).kwargs.keys() & defaults(model):
         traced = trace(model)
         if traced.static:
-            return _with_shapes(traced, watch(model, example)), trace
+            watched = watch(model, example)
+            if _modules_called(traced) == _modules_called(watched):
+                return _with_shapes(traced, watched), trace
 
     def read(version: nn.Module) -> Trace:
         return watch(version, example, forward_fn)
 
     return read(model), read
+
+
+def _modules_called(traced: Trace) -> list[str]:
+    """By path, in order. torch.fx and a run differ where code asks for types: isinstance(x, Tensor)
+    is False of what torch.fx passes."""
+    return [call.path for call in traced.calls if call.module is not None]
+
+
+def _reads_in_training(
+    model: nn.Module, example: Any, forward_fn: ForwardFn | None
+) -> dict[str, set[str]]:
+    """What the model's own code reads of its layers in train mode (a penalty on a weight, say);
+    nothing if it does not run so (a detector without targets)."""
+    try:
+        return symbolic(model, training=True).reads
+    except UntraceableError:
+        pass
+    try:
+        return {} if example is None else watch(model, example, forward_fn, training=True).reads
+    except RetrofitError:
+        return {}
 
 
 def _with_shapes(traced: Trace, watched: Trace) -> Trace:
@@ -154,7 +179,13 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def _patterns(given: Patterns) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    if given is None:
+        return ()
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise RetrofitError(f"{pattern!r} is no module path or glob pattern of module paths")
+    return patterns
 
 
 # --- drawing the plan --------------------------------------------------------------------------
@@ -236,7 +267,13 @@ def _graph_plan(
     calls = list(calls_of(module, module.graph).values())
     traced = Trace(calls, static=True, opaque={}, reads={})
     if example is not None:
-        traced = _with_shapes(traced, watch(model, example, forward_fn))
+        watched = watch(model, example, forward_fn)
+        if _modules_called(traced) != _modules_called(watched):
+            raise RetrofitError(
+                f"torch.fx sees other calls in {type(model).__name__} than a run on the example "
+                "makes (its code may ask for types): use the native layout"
+            )
+        traced = _with_shapes(traced, watched)
     sites = decide(module, traced, options)
     chosen = [site for site in sites if site.decision == "insert"]
     norms = graph.norm_paths(module, [site.path for site in chosen])

@@ -42,6 +42,8 @@ def attach(model: nn.Module, record: Record | None) -> None:
 
 def record_of(model: nn.Module) -> Record | None:
     """The model's record, None for a model that is neither prepared nor converted."""
+    if not isinstance(model, nn.Module):
+        raise RetrofitError(f"expected an nn.Module, not a {type(model).__name__}")
     values = vars(model).get(_ATTRIBUTE)
     if values is None:
         return None

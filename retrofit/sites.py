@@ -22,6 +22,7 @@ from retrofit.layers import (
     channels,
     dims,
     is_conv,
+    is_leaf,
     is_linear,
     is_norm,
     is_weighted,
@@ -98,7 +99,8 @@ class _Rules:
     def site(self, path: str, calls: list[Call]) -> Site:
         layer = calls[0].module if calls else self.model.get_submodule(path)
         skip = self._reason_to_skip(path, layer, calls)
-        host = "" if skip else self._hosts(calls)[0].path
+        hosts = [] if skip else self._hosts(calls)
+        host = hosts[0].path if hosts and hosts[0].module is not None else ""
         pooled = f"called {len(calls)} times: one BatchNorm, moments pooled"
         if layer is None:
             name = calls[0].name
@@ -135,6 +137,8 @@ class _Rules:
             return "not among those included"
         if not calls:
             return self._unreached(path)
+        if layer is not None and (inner := _norm_inside(layer)):
+            return f"already normalised by {path}.{inner}"
         if options.layout == "graph" and layer is None and calls[0].channels == 0:
             return "a function whose weight is computed: the number of channels is not known"
         if layer is not None and _has_complex_weight(layer):
@@ -150,6 +154,8 @@ class _Rules:
             return "output head"
         if not included and any(_reaches(call, "unknown") for call in calls):
             return "its values go where torch.fx cannot follow: pass example_inputs"
+        if not included and any(map(_is_lost, calls)):
+            return "its values go where they cannot be followed"
         if not included and any(map(_is_single_pixel, calls)):
             return "its feature map is a single pixel: training would fail on a batch of one"
         return None
@@ -174,6 +180,9 @@ class _Rules:
 
     def _unreached(self, path: str) -> str:
         module = self.model.get_submodule(path)
+        above = [path[:i] for i, letter in enumerate(path) if letter == "."]
+        if leaf := next((p for p in above if is_leaf(self.model.get_submodule(p))), None):
+            return f"inside {leaf}, which counts as one layer"
         for opaque, place in self.traced.opaque.items():
             if any(inner is module for inner in self.model.get_submodule(opaque).modules()):
                 return (
@@ -214,6 +223,16 @@ def _is_single_pixel(call: Call) -> bool:
     return call.shape is not None and not linear and set(call.shape[2:]) == {1}
 
 
+def _norm_inside(layer: nn.Module) -> str | None:
+    """The norm that a convolution of its own class brings along, as detectron2's."""
+    return next((name for name, child in layer.named_children() if is_norm(child)), None)
+
+
+def _is_lost(call: Call) -> bool:
+    """Nothing is seen to read its values: they go to TorchScript or to numpy, say."""
+    return all(user.name in VIEWS and _is_lost(user) for user in call.users)
+
+
 def _norm_after(call: Call) -> str | None:
     """The norm that this call feeds, directly or through other views of its values."""
     for user in call.users:
@@ -227,10 +246,12 @@ def _norm_after(call: Call) -> str | None:
 
 
 def _reaches(call: Call, end: str) -> bool:
-    """Some path to `end` meets no weighted layer, and either no nonlinearity (softmax and its like
-    do not count), or pooling followed by flattening: to "output", the call is an output head."""
+    """Some path to `end` meets no weighted layer, and no nonlinearity (softmax and its like do not
+    count); or all paths end there without one, and this is pooled and then flattened. To "output",
+    the call is an output head."""
     # A walk over (call, met a nonlinearity, pooled, flattened after pooling).
     seen = set()
+    read_by_layers = flattened = False
     stack = [(user, False, False, False) for user in call.users]
     while stack:
         state = stack.pop()
@@ -239,10 +260,12 @@ def _reaches(call: Call, end: str) -> bool:
         seen.add(state)
         user, nonlinear, pooled, flat = state
         if user.name == end:
-            if flat or not nonlinear:
+            if not nonlinear:
                 return True
+            flattened |= flat
             continue
         if user.name in WEIGHTED_FUNCTIONS if user.module is None else is_weighted(user.module):
+            read_by_layers = True
             continue
         nonlinear |= user.name in ACTIVATIONS
         flat |= pooled and user.name in FLATTENINGS
@@ -250,4 +273,4 @@ def _reaches(call: Call, end: str) -> bool:
             pooled, flat = True, flat or not user.keepdim
         pooled |= "pool" in user.name
         stack += [(after, nonlinear, pooled, flat) for after in user.users]
-    return False
+    return flattened and not read_by_layers

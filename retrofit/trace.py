@@ -59,8 +59,10 @@ def defaults(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def symbolic(model: nn.Module, *, training: bool = False) -> Symbolic:
+def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symbolic:
     """Trace `model` in the given mode; arguments of forward that have a default keep it.
+
+    The seed is for what forward draws while it is traced; the generator is afterwards as it was.
 
     Raises RetrofitError when torch.fx cannot follow the model, with the line that stopped it.
     A submodule that it cannot follow becomes opaque, and the rest is traced around it.
@@ -70,11 +72,12 @@ def symbolic(model: nn.Module, *, training: bool = False) -> Symbolic:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     opaque: dict[str, str] = {}
-    with evaluating(traced):
+    with evaluating(traced), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         for module in traced.modules():
             module.training = training
         while True:
-            tracer, reads = _Tracer(opaque), Reads(traced, hosts(traced))
+            tracer, reads = _Tracer(traced, opaque), Reads(traced, hosts(traced))
             try:
                 with reads.noted():
                     graph = tracer.trace(traced, concrete_args=defaults(model))
@@ -112,15 +115,6 @@ def trace(model: nn.Module) -> Trace:
     return whole
 
 
-def reads_in_training(model: nn.Module) -> dict[str, set[str]]:
-    """What the model's own code reads of its layers in train mode (a penalty on a weight, say);
-    nothing where torch.fx cannot follow the model in that mode."""
-    try:
-        return symbolic(model, training=True).reads
-    except UntraceableError:
-        return {}
-
-
 def _add_piece(whole: Trace, prefix: str, piece: Trace) -> None:
     """Add the trace of the module at `prefix`, made of it alone."""
 
@@ -142,9 +136,10 @@ class _Tracer(fx.Tracer):
     stopped_in: path of the innermost submodule that raised; None if the model itself did.
     """
 
-    def __init__(self, opaque: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, opaque: Collection[str]) -> None:
         super().__init__()
         self.opaque = opaque
+        self.inside = set(model.modules())
         self.stopped_in: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -157,6 +152,8 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if m not in self.inside:  # of a list of the model's, or of another thread
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -183,7 +180,7 @@ def calls_of(
             name = function_name(node.target if node.op == "call_method" else node.target.__name__)
             keepdim = bool(node.kwargs.get("keepdim", False))
             call = Call(name, where, None, inside, keepdim=keepdim)
-            if name in CONVOLUTIONS:
+            if name in CONVOLUTIONS or name == "linear":
                 call.channels = _channels(model, node)
         else:
             names = {"placeholder": "input", "get_attr": "attribute"}
@@ -195,7 +192,7 @@ def calls_of(
 
 
 def _channels(model: nn.Module, node: fx.Node) -> int:
-    """Output channels of a functional convolution whose weight is a parameter, else 0."""
+    """Output channels of a function whose weight is a parameter, else 0."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return 0

@@ -15,35 +15,47 @@ from retrofit.batches import ForwardFn, arguments_of, home, tensors
 from retrofit.calls import Call, Reads, Trace, hosts, is_alone
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
-from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
+from retrofit.layers import CONVOLUTIONS, function_name, is_affine, is_leaf, module_name
 from retrofit.modes import evaluating
 
 EXAMPLES = 2  # samples that are run; one alone may lose its batch axis to a squeeze
 
 
-def watch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Trace:
-    """Run a copy of `model` on a batch, in eval mode, and note what it does.
+def watch(
+    model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None, *, training: bool = False
+) -> Trace:
+    """Run a copy of `model` on a batch, in eval mode by default, and note what it does.
 
-    At most two samples of the batch are run, or the whole of it with a `forward_fn`. The random
+    Two samples of the batch are run if the model takes so few, else the whole of it. The random
     generator starts from the same seed each time, and is afterwards as it was.
 
     Raises RetrofitError with the model's own message when it does not run.
     """
+    if forward_fn is None:
+        try:
+            return _watched(model, lambda m: _call(m, batch, EXAMPLES), training=training)
+        except RetrofitError:  # a model for batches of one size, or pictures without a batch axis
+            return _watched(model, lambda m: _call(m, batch, None), training=training)
+    return _watched(model, lambda m: forward_fn(m, batch), training=training)
+
+
+def _call(model: nn.Module, batch: Any, most: int | None) -> Any:
+    arguments = arguments_of(model, batch).head(most).to(home(model), copy=True)
+    return model(*arguments.args, **arguments.kwargs)
+
+
+def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool) -> Trace:
     watched = shared_copy(model)
     watcher = _Watcher(watched)
     device = home(watched)
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), evaluating(watched):
         torch.manual_seed(0)
+        for module in watched.modules():
+            module.training = training
         try:
-            if forward_fn is not None:
-                with watcher.watching():
-                    result = forward_fn(watched, batch)
-            else:
-                arguments = arguments_of(watched, batch).head(EXAMPLES)
-                arguments = arguments.to(device, copy=True)
-                with watcher.watching():
-                    result = watched(*arguments.args, **arguments.kwargs)
+            with watcher.watching():
+                result = run(watched)
         except RetrofitError:
             raise
         except Exception as error:
@@ -53,6 +65,12 @@ def watch(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> 
                 f"{type(error).__name__}: {text}"
             ) from error
     watcher.returned(result)
+    called = any(call.module is not None for call in watcher.calls)
+    if not called and any(is_affine(module) for module in watched.modules()):
+        raise RetrofitError(
+            f"the run on the example called nothing of this {type(model).__name__}: its forward, "
+            "or forward_fn, runs another object (a closure over the original, say)"
+        )
     modules = dict(model.named_modules())
     for call in watcher.calls:
         if call.module is not None:
@@ -136,8 +154,10 @@ class _Watcher(TorchFunctionMode):
             where = self.stack[-1] if self.stack else ""
             call = Call(name, where, None, tuple(self.stack))
             call.keepdim = bool(kwargs.get("keepdim", False))
-            if name in CONVOLUTIONS and isinstance(result, Tensor):
-                call.channels = result.shape[1]
+            if isinstance(result, Tensor) and result.dim() > 1:
+                axis = {"linear": -1}.get(name, 1)
+                weighted = name in CONVOLUTIONS or name == "linear"
+                call.channels = result.shape[axis] if weighted else 0
             self._note(call, feeding, made)
         return result
 

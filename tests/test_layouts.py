@@ -167,6 +167,42 @@ def test_a_model_that_differs_between_train_and_eval_mode_has_no_graph():
     assert retrofitted(Dropping()).conv.bn.num_features == 4  # native
 
 
+def test_what_torch_fx_cannot_follow_or_would_freeze_has_no_graph():
+    class Looking(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return F.relu(x) + torch.rand(1)
+
+    for module, message in (
+        (Looking(), "cannot trace 1 of this Sequential"),
+        (Noisy(), "Sequential.forward draws random numbers"),
+    ):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), module)
+        with pytest.raises(RetrofitError, match=message):
+            retrofit.plan(model, layout="graph")
+
+
+def test_functional_linear_layers_in_a_graph():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3))
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(F.relu(F.linear(x.movedim(1, -1), self.weight)).mean((1, 2)))
+
+    model = nets.build(Functional)
+    converted = retrofitted(model, layout="graph", linear=True)
+    assert [n for n, m in converted.named_modules() if isinstance(m, nn.BatchNorm1d)] == [
+        "linear_bn.bn"
+    ]
+    assert_exact_and_foldable(model, converted, X)
+
+
 def test_a_hook_on_a_container_has_no_place_in_a_graph():
     model = nn.Sequential(nets.build(nets.Grouped), nn.ReLU())
     model[0].register_forward_hook(lambda _m, _i, y: y + 1)

@@ -85,6 +85,7 @@ class Ends(nn.Module):
         (nn.Identity(), True),
         (nn.Softmax(1), True),
         (nn.Sigmoid(), True),
+        (nn.Hardsigmoid(), True),
         (nn.Upsample(scale_factor=2), True),
         (nn.PixelShuffle(2), True),
         (nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), True),
@@ -99,6 +100,28 @@ class Ends(nn.Module):
 def test_which_last_convolution_is_an_output_head(end, head):
     last = decisions(Ends(end))["last"]
     assert last == (("skip", "output head") if head else ("insert", "no norm follows"))
+
+
+def test_a_backbone_that_ends_pooled_has_no_heads_but_its_last_layer():
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = (nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4))
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            x = F.relu(x + self.one(x))
+            x = F.relu(x + self.two(x))
+            return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+    found = {path: reason for path, (_, reason) in decisions(Stages()).items()}
+    assert found == {"stem": "no norm follows", "one": "no norm follows", "two": "output head"}
+
+
+@pytest.mark.parametrize("patterns", [[], [3]], ids=["none", "number"])
+def test_what_is_no_pattern_is_refused(patterns):
+    with pytest.raises(RetrofitError, match=r"names nothing|is no module path"):
+        retrofit.plan(nets.build(nets.Grouped), include=patterns)
 
 
 def test_a_head_that_returns_the_mean_over_pixels():

@@ -247,6 +247,87 @@ def test_threads_that_plan_at_the_same_time_do_not_disturb_each_other():
         assert list(pool.map(work, range(12))) == [expected] * 12
 
 
+def test_code_that_asks_for_tensors_is_planned_from_the_run():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            for _ in range(3 if isinstance(x, torch.Tensor) else 1):  # torch.fx passes a Proxy
+                x = F.relu(self.one(x))
+            return F.relu(self.two(x))
+
+    plan = retrofit.plan(Asking(), example_inputs=X)
+    assert [(s.path, s.calls) for s in plan.inserted] == [("one", 3), ("two", 1)]
+    with pytest.raises(RetrofitError, match="sees other calls in Asking than a run"):
+        retrofit.plan(Asking(), example_inputs=X, layout="graph")
+
+    class Scaling(Asking):
+        def forward(self, x):
+            return F.relu(self.two(x / 255 if isinstance(x, torch.Tensor) else x))
+
+    with pytest.raises(RetrofitError, match="makes of Scaling computes something else"):
+        retrofit.add_batchnorm(Scaling(), [X], layout="graph", progress=False)
+
+
+def test_what_forward_keeps_of_the_calibration_is_not_in_the_result():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+            self.seen = None
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen = x
+            return F.relu(self.conv(x)) * self.calls
+
+    model = Counting().eval()
+    converted = retrofit.add_batchnorm(model, [X, X], progress=False)
+    assert (converted.calls, converted.seen) == (0, None)
+    assert torch.equal(converted(X), model(X))
+
+
+def test_values_that_cannot_be_followed_and_closures_are_named():
+    class Leaving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return torch.from_numpy(self.last(F.relu(self.conv(x))).numpy())
+
+    found = decisions(Leaving(), example_inputs=X)
+    assert found["conv"][0] == "insert"
+    assert found["last"] == ("skip", "its values go where they cannot be followed")
+
+    model = nn.Module()
+    model.net = nn.Conv2d(3, 4, 3)
+    model.forward = lambda x: F.relu(model.net(x))
+    with pytest.raises(RetrofitError, match=r"called nothing of this Module: .*a closure"):
+        retrofit.plan(model, example_inputs=X)
+
+
+def test_layers_inside_a_layer_are_said_to_be():
+    class Normed(nn.Conv2d):
+        """As in detectron2."""
+
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.norm = nn.GroupNorm(2, sizes[1])
+
+        def forward(self, x):
+            return self.norm(super().forward(x))
+
+    model = nn.Sequential(Normed(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.ReLU())
+    model.append(nn.Flatten(2)).append(nn.TransformerEncoderLayer(196, 2, 8))
+    found = decisions(model, example_inputs=X, linear=True)
+    assert found["0"] == ("skip", "already normalised by 0.norm")
+    assert found["5.linear1"] == ("skip", "inside 5, which counts as one layer")
+
+
 def converts(model, data):
     """All layers without a norm, but heads and single pixels, get one; nothing else changes."""
     converted = retrofit.add_batchnorm(model, data, progress=False)
