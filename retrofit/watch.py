@@ -66,7 +66,9 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
             ) from error
     watcher.returned(result)
     called = any(call.module is not None for call in watcher.calls)
-    if not called and any(is_affine(module) for module in watched.modules()):
+    if not called and any(
+        is_affine(module) for module in watched.modules() if module is not watched
+    ):
         raise RetrofitError(
             f"the run on the example called nothing of this {type(model).__name__}: its forward, "
             "or forward_fn, runs another object (a closure over the original, say)"
@@ -101,7 +103,7 @@ class _Watcher(TorchFunctionMode):
             path = self.paths.get(id(module))
             if path is None or self.reads.muted:
                 return original(module, *args, **kwargs)
-            if is_leaf(module):
+            if path and is_leaf(module):
                 return self._leaf(original, module, path, args, kwargs)
             self.stack.append(path)
             try:
