@@ -91,11 +91,10 @@ def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M
     result = shared_copy(model)
     if plan is not None:
         pairs = {site.path: _Pair(*find_site(result, site), site.host) for site in plan.inserted}
-        if plan.placement == "post_activation":
-            _refuse_activations(pairs)
+        activated = plan.placement == "post_activation"
     else:
-        pairs = _pairs(model, result, example_inputs)
-    _absorb_all(result, pairs)
+        pairs, activated = _pairs(model, result, example_inputs), False
+    _absorb_all(result, pairs, activated=activated)
     if plan is not None:
         take_out(result, plan)
     else:
@@ -117,23 +116,23 @@ class _Pair(NamedTuple):
     host: str
 
 
-def _refuse_activations(pairs: dict[str, _Pair]) -> None:
-    for path, pair in pairs.items():
-        if not _is_identity(*_scale_and_shift(_batchnorm(pair.norm, path))):
-            raise RetrofitError(
-                f"the BatchNorm of {path} comes after its activation {pair.host}: the weights "
-                "before the activation cannot absorb it (placement='pre_activation' can be folded)"
-            )
+def _absorb_all(model: nn.Module, pairs: dict[str, _Pair], *, activated: bool) -> None:
+    """Give the layers new weights; those whose BatchNorm is the identity keep theirs.
 
-
-def _absorb_all(model: nn.Module, pairs: dict[str, _Pair]) -> None:
-    """Give the layers new weights; those whose BatchNorm is the identity keep theirs."""
+    `activated`: an activation stands between each layer and its BatchNorm.
+    """
     changing = {
         path: pair
         for path, pair in pairs.items()
         if not _is_identity(*_scale_and_shift(_batchnorm(pair.norm, path)))
     }
     for path, pair in changing.items():
+        if activated:
+            raise RetrofitError(
+                f"the BatchNorm of {path} comes after its activation {pair.host}".rstrip()
+                + ": the weights "
+                "before the activation cannot absorb it (placement='pre_activation' can be folded)"
+            )
         if pair.layer is None:
             raise RetrofitError(
                 f"{path} is a function: there is no layer that could absorb its BatchNorm"

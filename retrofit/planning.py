@@ -68,7 +68,8 @@ def plan(
         placement: "pre_activation", between the convolution and its activation, as in vgg*_bn; or
             "post_activation", after the activation. The latter cannot be folded after training.
         linear: `nn.Linear` layers too: BatchNorm1d for inputs of shape (N, F), statistics over all
-            axes but the last for (N, ..., F).
+            axes but the last for (N, ..., F). Which it is only an example tells; without one, each
+            gets the latter, which takes both but has other keys ("fc.bn.bn.weight").
 
     Returns:
         A `Plan`: print it to see every convolution, the decision and the reason.
