@@ -211,12 +211,12 @@ def add_batchnorm(
         progress=progress,
     )
     converted = convert(prepared, eps=eps, momentum=momentum, copy=False, skip_unused=skip_unused)
-    if layout == "graph":
-        _refuse_other_graph(model, converted, first, forward_fn)
-        return copying.deepcopy(converted)
     # Into the model, or a copy of it, that has not seen the data: forward may count or cache.
     target = model if inplace else copying.deepcopy(shared_copy(model))
-    return _transplanted(target, converted)
+    result = _transplanted(target, converted)
+    if layout == "graph":
+        _refuse_other_graph(model, result, first, forward_fn)
+    return result
 
 
 class _Again:
@@ -244,13 +244,14 @@ def _refuse_other_graph(
 
 
 def _transplanted(model: M, converted: nn.Module) -> M:
-    """`model` itself, with the BatchNorms of its converted copy."""
+    """`model` itself (but for the graph layout), with the BatchNorms of its converted copy."""
     record = required_record(converted, "convert")
     norms = {site.path: find_site(converted, site)[1] for site in record.plan.inserted}
+    result: nn.Module = model
     if record_of(model) is None:  # else it was converted before, and nothing came to it
-        put_after_sites(model, record.plan, lambda site, _layer: norms[site.path])
-    attach(model, record)
-    return model
+        result = put_after_sites(model, record.plan, lambda site, _layer: norms[site.path])
+    attach(result, record)
+    return cast("M", result)
 
 
 def _observers(model: nn.Module) -> bool:
