@@ -82,7 +82,7 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
             f"{type(model).__name__} takes {' and '.join(required)}: give batches that are tuples "
             "of these or dicts with these keys, or pass forward_fn= to say how the model is called"
         )
-    if _takes_list(model, next(iter(named), "")):
+    if takes_lists(model):
         return Arguments((_pictures(batch),), {})
     if required and named[required[0]].kind is inspect.Parameter.KEYWORD_ONLY:
         return Arguments((), {required[0]: input_of(batch)})
@@ -111,7 +111,10 @@ def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter
     return model, named
 
 
-def _takes_list(model: nn.Module, parameter: str) -> bool:
+def takes_lists(model: nn.Module) -> bool:
+    """`model` takes a batch as a list of pictures, as torchvision's detectors do: so annotated."""
+    model, named = _signature(model)
+    parameter = next(iter(named), "")
     try:
         hint = typing.get_type_hints(model.forward).get(parameter)
         source = "" if hint else inspect.getsource(model.forward)

@@ -31,6 +31,7 @@ from retrofit import (
     save,
     verify,
 )
+from retrofit.batches import takes_lists
 from retrofit.checkpoint import check_output
 from retrofit.identity import scale_and_shift
 from retrofit.images import (
@@ -41,7 +42,6 @@ from retrofit.images import (
     open_pictures,
     preprocessing,
     shuffled,
-    takes_lists,
 )
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.record import record_of, required_record

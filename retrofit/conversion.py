@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from retrofit import planning
 from retrofit.batches import ForwardFn, refuse_single_tensor
@@ -113,11 +112,9 @@ def convert(
         if not isinstance(observer, MomentObserver):
             raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
         moments = observer.moments()
-        batchnorm = _batchnorm(site, layer, model, moments.mean, moments.var, eps, momentum)
-        for inner in batchnorm.modules():
-            if isinstance(inner, _BatchNorm):
-                device = inner.num_batches_tracked.device  # type: ignore[union-attr]
-                inner.num_batches_tracked = observer.batches.to(device, copy=True)
+        batchnorm = _batchnorm(
+            site, layer, model, moments.mean, moments.var, observer.batches, eps, momentum
+        )
         batchnorms[observer] = batchnorm.train(observer.training)
         images = images or int(observer.images) // max(site.calls, 1)
     replace(model, batchnorms)
@@ -144,7 +141,8 @@ def insert(
 
     def standard(site: Site, layer: nn.Module | None) -> nn.Module:
         zero = torch.zeros(site.channels, dtype=torch.float64)
-        return _batchnorm(site, layer, copied, zero, zero + 1, eps, momentum)
+        none = torch.zeros((), dtype=torch.int64)
+        return _batchnorm(site, layer, copied, zero, zero + 1, none, eps, momentum)
 
     result = cast("M", put_after_sites(copied, plan, standard))
     attach(result, Record(plan, eps, momentum) if plan.inserted else record)
@@ -288,10 +286,11 @@ def _batchnorm(
     model: nn.Module,
     mean: Tensor,
     var: Tensor,
+    batches: Tensor,
     eps: float,
     momentum: float | None,
 ) -> nn.Module:
-    """The BatchNorm that is the identity for channels of these moments."""
+    """The BatchNorm that is the identity for channels of these moments, of so many batches."""
     weight = _weight(layer, model)
     # float32 whatever the network's precision: 16 bits cannot hold the exact identity.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -308,8 +307,7 @@ def _batchnorm(
         raise RetrofitError(f"{site.path}: {error}") from error
     arrays = zip(("running_mean", "running_var", "weight", "bias"), identity, strict=True)
     batchnorm.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in arrays}
-        | {"num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+        {name: torch.from_numpy(array) for name, array in arrays} | {"num_batches_tracked": batches}
     )
     weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
     batchnorm.requires_grad_(any(p.requires_grad for p in weights))

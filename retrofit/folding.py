@@ -80,11 +80,10 @@ def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M
 
     Raises:
         RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model; a
-            BatchNorm has no running statistics; a layer feeds
-            several BatchNorms; or, where the BatchNorm is not the identity: it comes after an
-            activation or a function, the weight is parametrized or serves other layers too, the
-            layer has a hook, or its output does not follow its weight and bias linearly (weight
-            standardisation).
+            BatchNorm has no running statistics; a layer feeds several BatchNorms; or, where the
+            BatchNorm is not the identity: it comes after an activation or a function, the weight
+            is parametrized or serves a function too, the layer has a hook, or its output does not
+            follow its weight and bias linearly (weight standardisation).
     """
     record = record_of(model)
     plan = plan or (record.plan if record else None)
@@ -121,35 +120,34 @@ def _absorb_all(model: nn.Module, pairs: dict[str, _Pair], *, activated: bool) -
 
     `activated`: an activation stands between each layer and its BatchNorm.
     """
-    changing = {
-        path: pair
-        for path, pair in pairs.items()
-        if not _is_identity(*_scale_and_shift(_batchnorm(pair.norm, path)))
-    }
-    for path, pair in changing.items():
+    changing: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+    for path, pair in pairs.items():
+        alpha, shift = _scale_and_shift(_batchnorm(pair.norm, path))
+        if bool((alpha == 1).all() and (shift == 0).all()):
+            continue
         if activated:
+            activation = f"its activation {pair.host}" if pair.host else "an activation"
             raise RetrofitError(
-                f"the BatchNorm of {path} comes after its activation {pair.host}".rstrip()
-                + ": the weights "
-                "before the activation cannot absorb it (placement='pre_activation' can be folded)"
+                f"the BatchNorm of {path} comes after {activation}: the weights before the "
+                "activation cannot absorb it (placement='pre_activation' can be folded)"
             )
         if pair.layer is None:
             raise RetrofitError(
                 f"{path} is a function: there is no layer that could absorb its BatchNorm"
             )
-        sharing = [p for p, other in pairs.items() if other.layer is pair.layer]
         if isinstance(model, fx.GraphModule) and _is_read(model, pair.layer):
             raise RetrofitError(
                 f"the weight of {path} serves a function too: it cannot absorb the BatchNorm"
             )
+        sharing = [p for p, other in pairs.items() if other.layer is pair.layer]
         if len(sharing) > 1:
             raise RetrofitError(
                 f"one layer feeds the BatchNorms of {' and '.join(sharing)}: its one weight cannot "
                 "absorb them"
             )
-    for path, pair in changing.items():
-        assert pair.layer is not None
-        _absorb(pair.layer, _batchnorm(pair.norm, path), path)
+        changing[path] = (pair.layer, alpha, shift)
+    for path, (layer, alpha, shift) in changing.items():
+        _absorb(layer, alpha, shift, path)
 
 
 def _is_read(model: fx.GraphModule, layer: nn.Module) -> bool:
@@ -171,12 +169,7 @@ def _batchnorm(norm: nn.Module, path: str) -> _BatchNorm:
     return norm
 
 
-def _is_identity(alpha: Tensor, shift: Tensor) -> bool:
-    return bool((alpha == 1).all() and (shift == 0).all())
-
-
-def _absorb(layer: nn.Module, norm: _BatchNorm, path: str) -> None:
-    alpha, shift = _scale_and_shift(norm)
+def _absorb(layer: nn.Module, alpha: Tensor, shift: Tensor, path: str) -> None:
     if "weight" not in layer._parameters:
         raise RetrofitError(
             f"the weight of {path} is parametrized: remove the parametrization (or weight_norm) "

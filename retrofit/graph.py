@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from retrofit.calls import Trace
 from retrofit.errors import RetrofitError
 from retrofit.layers import is_leaf
 from retrofit.plans import Plan, Site
@@ -117,10 +116,9 @@ def put_after_sites(
     Raises RetrofitError when the plan is not one of this model.
     """
     calls = calls_of(module, module.graph)
-    nodes = {id(call): node for node, call in calls.items()}
-    traced = Trace(list(calls.values()), static=True, opaque={}, reads={})
+    nodes = {call: node for node, call in calls.items()}
     options = Options(layout="graph", linear=True)
-    found = {path: nodes[id(call)] for path, call in occurrences(traced, options)}
+    found = {path: nodes[call] for path, call in occurrences(calls.values(), options)}
     for site in plan.inserted:
         node = found.get(site.path)
         if node is not None and plan.placement == "post_activation":

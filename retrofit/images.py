@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from retrofit.batches import arguments_of
 from retrofit.errors import RetrofitError
 
 EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -241,11 +240,6 @@ class PictureBatches:
                 "and the model takes them as one tensor: give --crop, or --batch-size 1"
             )
         return tensors
-
-
-def takes_lists(model: nn.Module) -> bool:
-    """The model takes a batch as a list of pictures, as torchvision's detectors do."""
-    return isinstance(arguments_of(model, torch.zeros(1, 3, 8, 8)).args[0], list)
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -64,7 +64,8 @@ ACTIVATIONS = (
 ) - (OUTPUT_ACTIVATIONS | {"multiheadattention"})
 # After one of these comes a BatchNorm in post-activation placement. (GLU halves the channels.)
 HIDDEN_ACTIVATIONS = (ACTIVATIONS | {"hardsigmoid", "hardtanh", "sigmoid", "tanh"}) - {"glu"}
-WEIGHTED_FUNCTIONS = CONVOLUTIONS | NORMS | {"bilinear", "deformconv2d", "embedding", "linear"}
+AFFINE_FUNCTIONS = CONVOLUTIONS | {"linear"}
+WEIGHTED_FUNCTIONS = AFFINE_FUNCTIONS | NORMS | {"bilinear", "deformconv2d", "embedding"}
 _NORM_CLASS = re.compile(r"Norm(?!al)")
 
 

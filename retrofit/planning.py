@@ -20,7 +20,7 @@ from retrofit.layout import Layout
 from retrofit.plans import LAYOUTS, PLACEMENTS, LayoutName, Placement, Plan, Site
 from retrofit.rewrite import put_after_sites
 from retrofit.sites import Options, decide
-from retrofit.trace import UntraceableError, calls_of, defaults, symbolic, trace
+from retrofit.trace import UntraceableError, calls_of, defaults, symbolic, trace, trace_whole
 from retrofit.watch import watch
 
 Patterns = str | Sequence[str] | None
@@ -125,7 +125,7 @@ def _read(
     if example is None:
         return trace(model), trace
     if forward_fn is None and not arguments_of(model, example).kwargs.keys() & defaults(model):
-        traced = trace(model)
+        traced = trace_whole(model)
         if traced.static:
             watched = watch(model, example)
             if _modules_called(traced) == _modules_called(watched):
@@ -201,7 +201,7 @@ def _native_plan(
 ) -> Plan:
     """The plan for decided sites: with the places in the converted model."""
     by_host = {site.host: site.path for site in sites if site.decision == "insert"}
-    order = [call.path for call in traced.calls if call.module is not None] if traced.static else []
+    order = _modules_called(traced) if traced.static else []
     placed, key_map = _placed(model, sites, renumbered)
     return Plan(
         model=type(model).__name__,

@@ -3,7 +3,7 @@ and both layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -41,14 +41,14 @@ class Options:
     linear: bool = False
 
 
-def occurrences(traced: Trace, options: Options) -> Iterator[tuple[str, Call]]:
+def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, Call]]:
     """Each call of a layer that could get a BatchNorm, and the path of its site.
 
     In the native layout the calls of one module share a site; functions, and in the graph layout
     all calls, are told apart by a number.
     """
     counted: dict[str, int] = {}
-    for call in traced.calls:
+    for call in calls:
         if call.module is not None:
             if call.name == "unknown" or not _is_candidate(call.module, options):
                 continue
@@ -68,7 +68,7 @@ def decide(model: nn.Module, traced: Trace, options: Options) -> list[Site]:
     Raises RetrofitError for a pattern that matches none of them.
     """
     calls: dict[str, list[Call]] = {}
-    for path, call in occurrences(traced, options):
+    for path, call in occurrences(traced.calls, options):
         calls.setdefault(path, []).append(call)
     called = {call.path for made in calls.values() for call in made if call.module is not None}
     for path, module in model.named_modules():

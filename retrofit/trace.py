@@ -15,8 +15,7 @@ from torch import fx, nn
 from retrofit.calls import Call, Reads, Trace, hosts, is_alone
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
-from retrofit.layers import CONVOLUTIONS, function_name, is_leaf, module_name
-from retrofit.modes import evaluating
+from retrofit.layers import AFFINE_FUNCTIONS, function_name, is_leaf, module_name
 
 
 class UntraceableError(RetrofitError):
@@ -69,13 +68,12 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
     """
     traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies;
     for module in traced.modules():  # so may hooks
+        module.training = training
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     opaque: dict[str, str] = {}
-    with evaluating(traced), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in traced.modules():
-            module.training = training
         while True:
             tracer, reads = _Tracer(traced, opaque), Reads(traced, hosts(traced))
             try:
@@ -90,24 +88,20 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
                 raise UntraceableError(type(model).__name__, frame, reason) from error
 
 
-def trace(model: nn.Module) -> Trace:
-    """The calls of `model` in eval mode, as far as torch.fx can follow.
-
-    What it cannot follow is opaque, and read piecewise: the largest modules inside that it can
-    follow are traced each on their own; what goes out of them goes somewhere "unknown".
-    """
+def trace_whole(model: nn.Module) -> Trace:
+    """The calls of `model` in eval mode; what torch.fx cannot follow is opaque."""
     try:
         found = symbolic(model)
     except UntraceableError as error:
-        whole = Trace([], static=False, opaque={"": error.place}, reads={})
-    else:
-        calls = calls_of(model, found.graph, found.opaque)
-        whole = Trace(
-            list(calls.values()),
-            static=not found.opaque,
-            opaque=dict(found.opaque),
-            reads=dict(found.reads),
-        )
+        return Trace([], static=False, opaque={"": error.place}, reads={})
+    calls = list(calls_of(model, found.graph, found.opaque).values())
+    return Trace(calls, static=not found.opaque, opaque=found.opaque, reads=found.reads)
+
+
+def trace(model: nn.Module) -> Trace:
+    """The same, and what is opaque read piecewise: the largest modules inside that torch.fx can
+    follow are traced each on their own; what goes out of them goes somewhere "unknown"."""
+    whole = trace_whole(model)
     for path in list(whole.opaque):
         for name, child in model.get_submodule(path).named_children():
             if not is_leaf(child):
@@ -180,7 +174,7 @@ def calls_of(
             name = function_name(node.target if node.op == "call_method" else node.target.__name__)
             keepdim = bool(node.kwargs.get("keepdim", False))
             call = Call(name, where, None, inside, keepdim=keepdim)
-            if name in CONVOLUTIONS or name == "linear":
+            if name in AFFINE_FUNCTIONS:
                 call.channels = _channels(model, node)
         else:
             names = {"placeholder": "input", "get_attr": "attribute"}

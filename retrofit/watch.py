@@ -15,8 +15,7 @@ from retrofit.batches import ForwardFn, arguments_of, home, tensors
 from retrofit.calls import Call, Reads, Trace, hosts, is_alone
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
-from retrofit.layers import CONVOLUTIONS, function_name, is_affine, is_leaf, module_name
-from retrofit.modes import evaluating
+from retrofit.layers import AFFINE_FUNCTIONS, function_name, is_affine, is_leaf, module_name
 
 EXAMPLES = 2  # samples that are run; one alone may lose its batch axis to a squeeze
 
@@ -46,13 +45,13 @@ def _call(model: nn.Module, batch: Any, most: int | None) -> Any:
 
 def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool) -> Trace:
     watched = shared_copy(model)
+    for module in watched.modules():
+        module.training = training
     watcher = _Watcher(watched)
     device = home(watched)
     devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(watched):
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
-        for module in watched.modules():
-            module.training = training
         try:
             with watcher.watching():
                 result = run(watched)
@@ -156,10 +155,8 @@ class _Watcher(TorchFunctionMode):
             where = self.stack[-1] if self.stack else ""
             call = Call(name, where, None, tuple(self.stack))
             call.keepdim = bool(kwargs.get("keepdim", False))
-            if isinstance(result, Tensor) and result.dim() > 1:
-                axis = {"linear": -1}.get(name, 1)
-                weighted = name in CONVOLUTIONS or name == "linear"
-                call.channels = result.shape[axis] if weighted else 0
+            if name in AFFINE_FUNCTIONS and isinstance(result, Tensor) and result.dim() > 1:
+                call.channels = result.shape[-1 if name == "linear" else 1]
             self._note(call, feeding, made)
         return result
 

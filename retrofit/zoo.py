@@ -18,8 +18,9 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
+from retrofit.batches import takes_lists
 from retrofit.errors import RetrofitError
-from retrofit.images import DETECTION_PRESET, PRESET, Transform, Transforms, takes_lists
+from retrofit.images import DETECTION_PRESET, PRESET, Transform, Transforms
 from retrofit.weights import SUFFIXES, load_weights, read
 
 NAMES = (

@@ -31,6 +31,16 @@ def assert_exact_and_foldable(model, converted, x):
     assert folded.keys() == state.keys()
 
 
+def trained(model):
+    """After a few steps, in eval mode."""
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
 def batchnorms(model):
     return [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
 
@@ -140,13 +150,7 @@ def test_a_weight_that_serves_a_function_too_does_not_absorb_a_batchnorm():
 
 def test_a_graph_folds_after_training_like_any_other():
     model = nets.build(nets.Residual)
-    converted = retrofitted(model, layout="graph").train()
-    optimizer = torch.optim.SGD(converted.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        converted(X).square().mean().backward()
-        optimizer.step()
-    converted.eval()
+    converted = trained(retrofitted(model, layout="graph"))
     with torch.no_grad():
         expected = converted(X)
         assert not torch.equal(expected, model(X))
@@ -389,13 +393,7 @@ def test_the_last_axis_is_normalised_whatever_the_rank(layout):
 
 
 def test_linear_layers_train_synchronise_and_fold():
-    converted = retrofitted(nets.build(Tokens), linear=True).train()
-    optimizer = torch.optim.SGD(converted.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        converted(X).square().mean().backward()
-        optimizer.step()
-    converted.eval()
+    converted = trained(retrofitted(nets.build(Tokens), linear=True))
     with torch.no_grad():
         expected = converted(X)
         torch.testing.assert_close(retrofit.fold(converted)(X), expected, rtol=1e-4, atol=1e-5)
