@@ -505,3 +505,18 @@ def test_as_a_program_with_workers_and_as_a_script(folder, squeezenet, tmp_path)
         assert "Traceback" not in done.stderr
         with safe_open(output, framework="pt") as file:
             assert json.loads(file.metadata()["retrofit"])["images"] == 8
+
+
+def test_a_model_with_a_named_input_alone(run, folder, tmp_path):
+    (tmp_path / "named.py").write_text(
+        "import torch\n"
+        "class Named(torch.nn.Sequential):\n"
+        "    def forward(self, *, pixels):\n"
+        "        return super().forward(pixels)\n"
+        "def make():\n"
+        "    return Named(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())\n"
+    )
+    arguments = ("--data", folder, "--output", "named.safetensors", *SMALL)
+    code, out, err = run("convert", "named.py:make", *arguments)
+    assert (code, err) == (0, [])
+    assert "equal bit for bit" in out

@@ -328,15 +328,15 @@ def test_layers_inside_a_layer_are_said_to_be():
     assert found["5.linear1"] == ("skip", "inside 5, which counts as one layer")
 
 
-def converts(model, data):
+def converts(model, data, **options):
     """All layers without a norm, but heads and single pixels, get one; nothing else changes."""
-    converted = retrofit.add_batchnorm(model, data, progress=False)
+    converted = retrofit.add_batchnorm(model, data, progress=False, **options)
     report = retrofit.verify(model, converted, data)
     assert report.exact
     folded, state = retrofit.fold(converted).state_dict(), model.state_dict()
     assert list(folded) == list(state)
     assert all(torch.equal(folded[key], value) for key, value in state.items())
-    return retrofit.plan(model, example_inputs=data[0])
+    return retrofit.plan(model, example_inputs=data[0], **options)
 
 
 def test_torchvisions_ssd_with_a_vgg_inside():
@@ -344,7 +344,8 @@ def test_torchvisions_ssd_with_a_vgg_inside():
     model = torchvision.models.detection.ssd300_vgg16(
         weights=None, weights_backbone=None, score_thresh=0.5
     ).eval()
-    plan = converts(model, [[torch.rand(3, 80, 100), torch.rand(3, 120, 90)]])
+    data = [[torch.rand(3, 80, 100), torch.rand(3, 120, 90)]]
+    plan = converts(model, data)
     skipped = {s.path: s.reason for s in plan.sites if s.decision == "skip"}
     assert skipped.pop("backbone.extra.4.2").startswith("its feature map is a single pixel")
     assert {path.rpartition(".")[0] for path in skipped} == {
@@ -353,6 +354,11 @@ def test_torchvisions_ssd_with_a_vgg_inside():
     }
     assert set(skipped.values()) == {"output head"}
     assert len(plan.inserted) == 22
+
+    # And with the single pixel, all that have no norm and are no head.
+    backbone = [path for path, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
+    plan = converts(model, data, include="backbone.*")
+    assert sorted(s.path for s in plan.inserted) == sorted(f"backbone.{p}" for p in backbone)
 
 
 def test_torchvisions_raft_takes_two_images_and_calls_its_layers_twelve_times():
