@@ -17,7 +17,7 @@ from retrofit.drifting import DriftReport, drift
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.folding import fold
-from retrofit.moments import MomentObserver
+from retrofit.observer import MomentObserver
 from retrofit.parity import ParityReport, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site

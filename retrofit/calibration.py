@@ -17,7 +17,7 @@ from retrofit.batches import Arguments, ForwardFn
 from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed, leaving_after
 from retrofit.modes import evaluating
-from retrofit.moments import MomentObserver
+from retrofit.observer import MomentObserver
 from retrofit.plans import Plan
 from retrofit.record import required_record
 from retrofit.tables import table

@@ -19,7 +19,7 @@ from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
 from retrofit.layers import LastAxisBatchNorm, batchnorm_class
-from retrofit.moments import MomentObserver
+from retrofit.observer import MomentObserver
 from retrofit.parity import verify
 from retrofit.planning import Patterns
 from retrofit.plans import LayoutName, Placement, Plan, Site

@@ -21,7 +21,7 @@ from retrofit.batches import (
     refuse_single_tensor,
 )
 from retrofit.errors import NonFiniteError, RetrofitError
-from retrofit.moments import MomentObserver
+from retrofit.observer import MomentObserver
 
 
 class Fed(NamedTuple):

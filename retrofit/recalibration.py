@@ -21,7 +21,8 @@ from retrofit.batches import Arguments, ForwardFn, first_tensor
 from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed, leaving_after
 from retrofit.modes import batch_statistics, evaluating
-from retrofit.moments import Moments, finite_moments, pooled
+from retrofit.moments import Moments, pooled, together
+from retrofit.reductions import finite
 
 Norms = Mapping[str, _BatchNorm]
 Statistics = dict[str, Tensor]
@@ -209,7 +210,7 @@ def _measured(norms: Norms) -> Iterator[dict[str, Moments]]:
                 f"{path} got a single value for each channel, and one value has no variance: make "
                 "all batches larger (drop_last=True), or pass layerwise=True"
             )
-        new = finite_moments(x.detach(), path)
+        new = together(finite(x.detach(), path))
         moments[path] = pooled(moments[path], new) if path in moments else new
 
     with _hooked(norms, measure):

@@ -1,0 +1,237 @@
+"""The module that learns the moments of what passes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from retrofit.errors import RetrofitError
+from retrofit.moments import Moments, Spread, merge, pooled, spread, stretches, together
+from retrofit.reductions import Samples, finite
+
+State = Mapping[str, Tensor]
+
+
+class MomentObserver(nn.Module):
+    """Returns its input, and learns the moments of its channels.
+
+    The sample is kept as up to 16 consecutive stretches, so that its beginning can be compared
+    with its end. All buffers are float64 and stay so through `.half()` and `.to(dtype)`.
+
+    Args:
+        site: module path of the observed layer, for messages.
+        channels: C.
+        dims: spatial axes of the input: (N, C) + dims axes.
+        last_axis: the channels are the last axis instead, after any number of others: (N, ..., C).
+
+    Buffers:
+        count: (16,), elements of each channel in a stretch; on the CPU, whatever the device.
+        mean, M2: (16, C), mean and sum of squared deviations of a stretch.
+        weight, centre, spread: how the samples differ, as in `retrofit.moments.Spread`: a scalar
+            on the CPU, (C,) and (5, C).
+        images, batches: scalars; the number of samples, and of calls.
+    """
+
+    STRETCHES = 16
+    count: Tensor
+    mean: Tensor
+    M2: Tensor
+    weight: Tensor
+    centre: Tensor
+    spread: Tensor
+    images: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        site: str,
+        channels: int,
+        dims: int,
+        device: torch.device | None,
+        last_axis: bool = False,
+    ) -> None:
+        super().__init__()
+        self.site, self.channels, self.dims, self.last_axis = site, channels, dims, last_axis
+        shapes = {"mean": (self.STRETCHES, channels), "M2": (self.STRETCHES, channels)}
+        for name, shape in {**shapes, "centre": (channels,), "spread": (5, channels)}.items():
+            table = torch.zeros(shape, dtype=torch.float64, device=_home(device))
+            self.register_buffer(name, table)
+        self.register_buffer("count", torch.zeros(self.STRETCHES, dtype=torch.float64))
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, site={self.site!r}, images={int(self.images)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise RetrofitError(
+                f"{self.site} returns a {type(x).__name__}, not a tensor: exclude this layer"
+            )
+        if self.training:
+            raise RetrofitError(
+                f"the observer of {self.site} ran in training mode: call model.eval() first, "
+                "or dropout and existing BatchNorms falsify the moments"
+            )
+        if x.dim() < 2 if self.last_axis else x.dim() != self.dims + 2:
+            axes = "at least 2" if self.last_axis else str(self.dims + 2)
+            raise RetrofitError(
+                f"{self.site} got a tensor of shape {tuple(x.shape)}: expected a batch with "
+                f"{axes} axes; add the batch axis with x.unsqueeze(0)"
+            )
+        if not (x.is_contiguous() if self.last_axis else _is_dense(x)):
+            raise RetrofitError(
+                f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "
+                "slice, it seems): a BatchNorm after it would not be exact; exclude this layer"
+            )
+        if x.numel():
+            self._learn(x.detach().movedim(-1, 1) if self.last_axis else x.detach())
+        return x
+
+    # Buffers are replaced, never written to, so that `state()` is a snapshot that costs nothing.
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learned so far."""
+        return dict(self.named_buffers())
+
+    def restore(self, state: State) -> None:
+        """Forget everything but a `state()`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.restore({name: torch.zeros_like(value) for name, value in self.state().items()})
+
+    def take_together(self, states: Sequence[State]) -> None:
+        """What several observers have learned, in their order, instead of what this one has."""
+        home = self.mean.device
+        seen = [{k: v.to("cpu") for k, v in state.items()} for state in states if state["images"]]
+        self.clear()
+        if not seen:
+            return
+        rows = [row for state in seen for row in _rows_of(state)]
+        whole, *rest = map(_spread_of, seen)
+        for one in rest:
+            whole = whole.plus(one)
+        self._store(stretches(rows, self.STRETCHES))
+        self._keep(whole)
+        self.batches = torch.stack([state["batches"] for state in seen]).sum()
+        self._move(home)
+
+    def moments(self) -> Moments:
+        """The moments of everything seen so far."""
+        if not self.count.any():
+            raise RetrofitError(
+                f"{self.site} saw no data: run calibration data through the prepared model; if "
+                "that was done, the model does not call this layer in eval mode, so exclude it"
+            )
+        return merge(self.count, self.mean, self.M2)
+
+    def halves(self) -> tuple[Moments, Moments] | None:
+        """The moments of the first and of the second half of the sample, as nearly as kept.
+
+        None where there are no halves: of a single sample, or none.
+        """
+        used = int((self.count > 0).sum())
+        if used < 2:
+            return None
+        so_far = self.count[:used].cumsum(0)
+        cut = 1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())
+        first, second = slice(0, cut), slice(cut, used)
+        return (
+            merge(self.count[first], self.mean[first], self.M2[first]),
+            merge(self.count[second], self.mean[second], self.M2[second]),
+        )
+
+    def standard_errors(self) -> tuple[Tensor, Tensor] | None:
+        """Of mean and standard deviation, (C,) each, over samples; None of less than two."""
+        if self.images < 2:
+            return None
+        return _spread_of(self.state()).standard_errors(self.moments())
+
+    def _learn(self, x: Tensor) -> None:
+        # The first batch counts as two stretches, so that even a single one has two halves.
+        first = 0
+        for part in [x] if self.batches else x.chunk(2):
+            samples = finite(part, self.site, first)
+            self._append(together(samples))
+            self._compare(samples)
+            first += len(part)
+        self.batches = self.batches + 1
+
+    def _append(self, new: Moments) -> None:
+        """Add to the last stretch while that is shorter than the first, else begin another."""
+        counts = self.count.tolist()
+        row = sum(count > 0 for count in counts)
+        if row and counts[row - 1] < counts[0]:
+            row -= 1
+            new = pooled(Moments(counts[row], self.mean[row], self.M2[row]), new)
+        elif row == self.STRETCHES:
+            row //= 2
+            self._store(stretches(_rows_of(self.state()), row))
+        self.count = _with(self.count, row, torch.tensor(new.count, dtype=torch.float64))
+        self.mean = _with(self.mean, row, new.mean)
+        self.M2 = _with(self.M2, row, new.M2)
+
+    def _store(self, rows: Sequence[Moments]) -> None:
+        free = self.STRETCHES - len(rows)
+        none = torch.zeros_like(rows[0].mean)
+        self.count = torch.tensor([row.count for row in rows] + [0.0] * free, dtype=torch.float64)
+        self.mean = torch.stack([row.mean for row in rows] + [none] * free)
+        self.M2 = torch.stack([row.M2 for row in rows] + [none] * free)
+
+    def _compare(self, samples: Samples) -> None:
+        if not self.images:
+            self._keep(spread(samples))
+        else:
+            known = _spread_of(self.state())
+            self._keep(known.plus(spread(samples, known.centre)))
+
+    def _keep(self, known: Spread) -> None:
+        self.images = torch.tensor(known.samples)
+        self.weight = torch.tensor(known.weight, dtype=torch.float64)
+        self.centre, self.spread = known.centre, known.table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
+        """Follow to another device, never to another dtype."""
+        device = fn(torch.empty(0)).device
+        self._move(_home(device))
+        return self
+
+    def _move(self, device: torch.device | None) -> None:
+        for name in ("mean", "M2", "centre", "spread"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+def _rows_of(state: State) -> list[Moments]:
+    """The stretches, those in use."""
+    rows = zip(state["count"].tolist(), state["mean"], state["M2"], strict=True)
+    return [Moments(count, mean, M2) for count, mean, M2 in rows if count]
+
+
+def _with(table: Tensor, row: int, value: Tensor) -> Tensor:
+    """A copy with another row."""
+    table = table.clone()
+    table[row] = value
+    return table
+
+
+def _spread_of(state: State) -> Spread:
+    return Spread(int(state["images"]), float(state["weight"]), state["centre"], state["spread"])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """In a memory format for which torch's CPU kernel computes x * alpha + shift."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = x.is_contiguous()
+    return dense or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+
+
+def _home(device: torch.device | None) -> torch.device | None:
+    """Where float64 lives: the CPU for a device that has none."""
+    return torch.device("cpu") if device is not None and device.type == "mps" else device
