@@ -18,6 +18,7 @@ from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed, leaving_after
 from retrofit.modes import evaluating
 from retrofit.observer import MomentObserver
+from retrofit.packing import packed
 from retrofit.plans import Plan
 from retrofit.record import required_record
 from retrofit.tables import table
@@ -118,7 +119,7 @@ def calibrate(
     start, fed = time.perf_counter(), Fed(0, 0)
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
     if observers:
-        with evaluating(prepared):
+        with evaluating(prepared), packed(prepared):
             fed = feed(
                 prepared,
                 data,

@@ -17,8 +17,7 @@ from retrofit.errors import NonFiniteError
 # Elements of a channel that a naive sum in float32 may add up. The rounding errors of many such
 # stretches average out: at a mean of 100 sigma, 50,000 elements give it to 1e-5 sigma.
 STRETCH = 256
-# Elements in memory from which a sample of its own is worth the calls, and how many at once are
-# held in a cache where it is not.
+# Elements from which a sample is worth calls of its own, and how many at once fit a cache.
 LARGE, CACHED = 1 << 16, 1 << 19
 
 
@@ -72,26 +71,33 @@ def _rows(x: Tensor) -> Samples:
     _, length, channels = x.shape
     if length * channels < LARGE:
         return _two_passes(x, axis=1)
-    # One call reduces k stretches of each channel; fewer than k rows are left over.
-    k = max(1, length // STRETCH)
-    whole = length // k * k
-    counts = [length // k] * k + [length - whole] * (whole < length)
+    block = max(STRETCH, CACHED // channels // STRETCH * STRETCH)
+    counts: list[int] = []
     means, variances = [], []
-    for sample in x:
-        parts = [sample[:whole].view(-1, k * channels), sample[whole:]]
-        pairs = [
-            torch.batch_norm_update_stats(_wide(part), None, None, 0.0)
-            for part in parts
-            if len(part)
-        ]
+    for sample in reversed(x.unbind()):  # the last ones are still in the cache
+        parts = [part for rows in sample.split(block) for part in _folded(rows)]
+        counts = [len(part) for part in parts for _ in range(part.shape[1] // channels)]
+        pairs = [torch.batch_norm_update_stats(_wide(p), None, None, 0.0) for p in parts]
         means.append(torch.cat([mean for mean, _ in pairs]))
         variances.append(torch.cat([var for _, var in pairs]))
     shape = (len(x), len(counts), channels)
-    mean, var = (torch.stack(t).view(shape).double() for t in (means, variances))
+    mean, var = (torch.stack(t[::-1]).view(shape).double() for t in (means, variances))
     weight = torch.tensor(counts, dtype=torch.float64).view(-1, 1)
     centre = (weight * mean).sum(1) / length
     within = var.add_((mean - centre.unsqueeze(1)).square_())
     return Samples(length, centre, (weight * within).sum(1))
+
+
+def _folded(rows: Tensor) -> list[Tensor]:
+    """(R, C) as (R / k, k * C), so that one call reduces k stretches of each channel, and the rest.
+
+    A stretch takes every k-th row; fewer than k rows are left over. No copy is made.
+    """
+    length, channels = rows.shape
+    k = max(1, length // STRETCH)
+    whole = length // k * k
+    parts = (rows[:whole].view(-1, k * channels), rows[whole:])
+    return [part for part in parts if len(part)]
 
 
 def _two_passes(x: Tensor, axis: int) -> Samples:

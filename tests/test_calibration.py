@@ -439,3 +439,40 @@ def test_a_network_with_nothing_to_insert_needs_no_data():
     ready = retrofit.prepare(model, plan)
     assert retrofit.calibrate(ready, [], progress=False).images == 0
     assert torch.equal(retrofit.convert(ready)(X), model(X))
+
+
+class TwoSizes(nn.Module):
+    """Its convolutions run on several sizes, strided, dilated, grouped, and padded by reflection."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, stride=2, dilation=2, groups=4, bias=False)
+        self.three = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.four = nn.utils.weight_norm(nn.Conv2d(8, 8, 1))
+        self.five = nn.Conv2d(8, 6, 3, padding="same")
+
+    def forward(self, x):
+        for size in (12, 25):
+            y = F.relu(self.two(F.relu(self.one(F.interpolate(x, size=(size, size))))))
+            x = F.relu(self.five(F.relu(self.four(F.relu(self.three(y))))))[:, :3].contiguous()
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("size", [(16, 12), (9, 31)])
+def test_convolutions_of_every_kind_are_measured_as_in_a_loop_of_ones_own(size):
+    torch.manual_seed(0)
+    plain = TwoSizes().eval()
+    x = nets.images(20, 3, *size)
+    model, by_hand = retrofit.prepare(plain), retrofit.prepare(plain)
+    retrofit.calibrate(model, x.split(6), progress=False)
+    with torch.no_grad():
+        for batch in x.split(6):
+            by_hand(batch)
+    for path in [s.norm for s in retrofit.plan(plain).inserted]:
+        ours, theirs = site(model, path), site(by_hand, path)
+        sigma = theirs.var.sqrt()
+        assert ((ours.mean - theirs.mean).abs() < 1e-5 * sigma).all()
+        assert ((ours.var.sqrt() - theirs.var.sqrt()).abs() < 1e-5 * sigma).all()
+    assert torch.equal(retrofit.convert(model)(x), plain(x))
