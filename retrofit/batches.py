@@ -36,15 +36,19 @@ class Arguments(NamedTuple):
 
     def head(self, most: int | None) -> Arguments:
         """The first `most` samples of it; None for all."""
+        return self.part(0, most)
+
+    def part(self, first: int, end: int | None) -> Arguments:
+        """The samples from `first` up to `end`, exclusive; None for the last one."""
         images = self.images
-        if most is None or most >= images:
+        if first == 0 and (end is None or end >= images):
             return self
 
         def cut(value: Any) -> Any:
             if isinstance(value, (list, tuple)) and len(value) == images and not _batched(value):
-                return value[:most]  # pictures, or what belongs to each, such as targets
+                return value[first:end]  # pictures, or what belongs to each, such as targets
             return tree_map_only(
-                Tensor, lambda t: t[:most] if t.dim() and len(t) == images else t, value
+                Tensor, lambda t: t[first:end] if t.dim() and len(t) == images else t, value
             )
 
         return Arguments(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
@@ -52,7 +56,14 @@ class Arguments(NamedTuple):
     def to(self, device: torch.device | None, *, copy: bool = False) -> Arguments:
         """The same on another device; `copy`, since a model may write to its input."""
         return Arguments(
-            *tree_map_only(Tensor, lambda t: t.to(device, copy=copy), (self.args, self.kwargs))
+            *tree_map_only(
+                Tensor,
+                # From pinned memory, while the GPU still computes.
+                lambda t: t.to(
+                    device, copy=copy, non_blocking=device is not None and device.type == "cuda"
+                ),
+                (self.args, self.kwargs),
+            )
         )
 
 

@@ -2,81 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import distributed, nn
 
-from retrofit.batches import Arguments, ForwardFn
-from retrofit.errors import RetrofitError
-from retrofit.feeding import Fed, feed, leaving_after
+from retrofit.batches import ForwardFn, refuse_single_tensor
+from retrofit.errors import PeerError, RetrofitError
+from retrofit.feeding import Fed, feed
 from retrofit.modes import evaluating
 from retrofit.observer import MomentObserver
+from retrofit.one_pass import OnePass
 from retrofit.packing import packed
-from retrofit.plans import Plan
+from retrofit.ranks import Ranks
 from retrofit.record import required_record
-from retrofit.tables import table
+from retrofit.resuming import StateFile, description, difference, stateful
+from retrofit.rounds import Rounds
+from retrofit.sampling import Calibration, site_sample, standard_error
 
 # On the demo's network the halves of well-mixed samples of 256 pictures and more differ by less
 # than 0.2, those of samples sorted by class by 0.6 to 1.4.
 DISAGREEMENT = 0.3
-
-
-@dataclass(frozen=True)
-class SiteStability:
-    """How far the two halves of the sample disagree at one site, in standard deviations.
-
-    Attributes:
-        site: module path.
-        mean, mean_worst: difference of the halves' means, 99th percentile of the channels and
-            worst channel, in units of the channel's standard deviation.
-        std, std_worst: the same for the difference of the halves' standard deviations.
-    """
-
-    site: str
-    mean: float
-    mean_worst: float
-    std: float
-    std_worst: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What one calibration pass did, and whether its sample was enough.
-
-    Attributes:
-        images, batches, seconds: how many, and how long it took.
-        sites: how far the two halves of the sample disagree, for each site in order; without
-            those that saw less than two samples.
-    """
-
-    images: int
-    batches: int
-    seconds: float
-    sites: tuple[SiteStability, ...]
-
-    @property
-    def disagreement(self) -> float:
-        """The larger of mean and std disagreement (99th percentile) at the worst site, in sigma."""
-        return max((max(s.mean, s.std) for s in self.sites), default=0.0)
-
-    def __str__(self) -> str:
-        rows = [
-            (s.site, f"{s.mean:.3f}", f"{s.mean_worst:.3f}", f"{s.std:.3f}", f"{s.std_worst:.3f}")
-            for s in self.sites
-        ]
-        head = ("halves differ (sigma)", "mean p99", "mean worst", "std p99", "std worst")
-        return (
-            f"{table(head, rows, right='mean p99,mean worst,std p99,std worst')}\n"
-            f"{self.images} images in {self.seconds:.1f} s "
-            f"({self.images / max(self.seconds, 1e-9):.1f} images/s)"
-        )
 
 
 def calibrate(
@@ -85,136 +37,155 @@ def calibrate(
     *,
     device: torch.device | str | None = None,
     max_images: int | None = None,
+    tolerance: float | None = None,
+    state: str | os.PathLike[str] | None = None,
+    process_group: distributed.ProcessGroup | None = None,
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Run data through a prepared model, once, in eval mode and without gradients.
 
-    Only the observers learn; device, modes and parameters are afterwards as they were. A loop of
-    your own, `for x, _ in loader: prepared(x)` under `torch.no_grad()`, gives the same moments up
-    to rounding; this one reads the activations in the faster memory format and leaves each forward
-    pass after the last site.
+    Only the observers learn; device, modes and parameters are afterwards as they were, and the
+    observers too when an error is raised. A loop of your own, `for x, _ in loader: prepared(x)`
+    under `torch.no_grad()`, gives the same moments up to rounding; this one reads the activations
+    in the faster memory format and leaves each forward pass after the last site.
 
     Args:
         prepared: made by `prepare`; calling again adds more data.
         data: batches as DataLoaders yield them: tensors of shape (N, C, ...), or tuples, lists or
             dicts that hold them. As many items as the model's `forward` requires are passed to it,
             of a dict those that it names; a detector gets its list of pictures.
-        device: where to run; by default where the model is.
-        max_images: stop after this many; by default at the end of the data.
+        device: where to run; by default where the model is. A GPU whose memory is too small for a
+            batch gets it in halves, with a warning.
+        max_images: stop after this many (of each process); by default at the end of the data.
+        tolerance: stop as soon as 99 % of all channels have standard errors, of their mean and of
+            their standard deviation, below this many of their standard deviations: 0.02 for 2 %.
+            Needs data in random order. A warning tells if the data ended before.
+        state: a file to which the observers and the place in the data are written now and then,
+            and always at the end; if it is there, the calibration goes on from it, and ends with
+            the moments that it would have had. The data has to come again in the same batches;
+            data with `state_dict` and `load_state_dict`, such as torchdata's StatefulDataLoader, is
+            set to its place, other data is passed over up to there. With several processes the
+            first writes it for all.
+        process_group: calibrate with these processes together, each on data of its own (without
+            duplicates: no DistributedSampler that pads; none at all is fine), for instance
+            `torch.distributed.group.WORLD`. Every process ends with the same moments, those of all
+            the data, bit for bit, and with the same report. By default this process works alone.
         forward_fn: `forward_fn(model, batch)` for any other way of calling the model. It sees the
             batch as it comes, uncut, and the model runs to its end.
-        progress: show a progress bar with images/s.
+        progress: show a progress bar with images/s and the share of time spent waiting for data.
 
     Returns:
-        A `Calibration`, which also says how far the two halves of the sample disagree. A warning
-        is given when that is more than 0.3 sigma for more than 1 % of a site's channels.
+        A `Calibration`: the standard errors reached, how many images others would need, and how
+        far the two halves of the sample disagree. A warning is given when that is more than 0.3
+        sigma for more than 1 % of a site's channels.
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
-            that cannot be used.
+            that cannot be used, a state file of another model, plan or data.
         NonFiniteError: NaN or Inf at a site, with the site and the image.
+        PeerError: another process failed or died, or has another model or other options.
     """
+    start, ranks = time.perf_counter(), Ranks(process_group)
     plan = required_record(prepared, "prepare").plan
-    start, fed = time.perf_counter(), Fed(0, 0)
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
-    if observers:
-        with evaluating(prepared), packed(prepared):
-            fed = feed(
-                prepared,
-                data,
-                {observer.site: observer for observer in observers},
-                call=_Pass(prepared, plan, observers),
-                device=device,
-                max_images=max_images,
-                forward_fn=forward_fn,
-                progress=progress,
-            )
+    if not observers:
+        return Calibration(0, 0, time.perf_counter() - start, 0.0, math.inf, ())
+    with _all_or_nothing(observers, ranks):
+        refuse_single_tensor(data)
+        if tolerance is not None and not 0 < tolerance < 1:
+            raise RetrofitError(f"tolerance must lie between 0 and 1 (0.02: 2 %), not {tolerance}")
+        described: dict[str, Any] = {}
+        if state is not None or ranks.size > 1:
+            described = description(prepared, plan) | {"max_images": max_images}
+            _refuse_differences(ranks, described | {"tolerance": tolerance, "state": bool(state)})
+        rounds = Rounds(
+            ranks,
+            observers,
+            data if state is None else stateful(data),
+            tolerance,
+            None if state is None else StateFile(state),
+            described,
+        )
+        fed = rounds.resumed()
+        if not rounds.ended:
+            with evaluating(prepared), packed(prepared):
+                fed = feed(
+                    prepared,
+                    rounds.data,
+                    {observer.site: observer for observer in observers},
+                    call=OnePass(prepared, plan, observers),
+                    device=device,
+                    max_images=max_images,
+                    forward_fn=forward_fn,
+                    progress=progress and ranks.rank == 0,
+                    start=fed,
+                    until=rounds.until,
+                )
+        fed = rounds.finish(fed)
         if fed.images < 2:
             raise RetrofitError(
                 f"calibration got {fed.images} of the at least 2 images that a variance needs "
                 "(some hundred make a good one)"
             )
-    report = Calibration(
-        images=fed.images,
-        batches=fed.batches,
-        seconds=time.perf_counter() - start,
-        sites=tuple(filter(None, map(_stability, observers))),
-    )
-    if report.disagreement > DISAGREEMENT:
-        warnings.warn(
-            f"the two halves of the {fed.images} calibration images disagree by "
-            f"{report.disagreement:.2f} sigma: use more images, and shuffle them (the usual "
-            "cause is a folder sorted by class and cut short)",
-            stacklevel=2,
-        )
+    report = _report(observers, fed, time.perf_counter() - start)
+    _warn(report, tolerance)
     return report
 
 
-class _Pass:
-    """One forward pass: in the faster memory format, and no further than the last site."""
+@contextmanager
+def _all_or_nothing(observers: list[MomentObserver], ranks: Ranks) -> Iterator[None]:
+    """Observers begin empty, and end with what they knew before and what they have learned.
 
-    def __init__(self, model: nn.Module, plan: Plan, observers: list[MomentObserver]) -> None:
-        self.model, self.observers = model, observers
-        # None if it is not known which call is the last.
-        self.last = next((site for site in plan.inserted if site.path == plan.last), None)
-        self.channels_last: bool | None = None  # not known before the first batch
-
-    def __call__(self, arguments: Arguments) -> None:
-        if self.channels_last is False:
-            return self._forward(arguments)
-        fast: Arguments = tree_map_only(Tensor, _in_channels_last, arguments)
-        if self.channels_last:
-            return self._forward(fast)
-        before = [{k: v.clone() for k, v in o.named_buffers()} for o in self.observers]
-        try:
-            self._forward(fast)
-        except RuntimeError as error:
-            # A model that calls .view() on an activation cannot run in this memory format.
-            if "view size is not compatible" not in str(error):
-                raise
-        else:
-            self.channels_last = True
-            return None
-        self.channels_last = False
-        for observer, buffers in zip(self.observers, before, strict=True):
-            observer.load_state_dict(buffers)
-        return self._forward(arguments)
-
-    def _forward(self, arguments: Arguments) -> None:
-        with self._leaving():
-            self.model(*arguments.args, **arguments.kwargs)
-
-    def _leaving(self) -> AbstractContextManager[None]:
-        if self.last is None:
-            return nullcontext()
-        observer = next(o for o in self.observers if o.site == self.last.path)
-        return leaving_after(observer, self.last.calls)
+    After an error they know what they knew before, and the other processes know of the error.
+    """
+    before = [observer.state() for observer in observers]
+    try:
+        for observer in observers:
+            observer.clear()
+        yield
+    except BaseException as error:
+        for observer, known in zip(observers, before, strict=True):
+            observer.restore(known)
+        if isinstance(error, Exception):
+            ranks.fail(error)
+        raise
+    for observer, known in zip(observers, before, strict=True):
+        if known["images"]:
+            observer.take_together([known, observer.state()])
 
 
-def _in_channels_last(x: Tensor) -> Tensor:
-    """A copy in the memory format that is the faster one on a CPU, where x has pictures."""
-    fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return x if fast is None or x.device.type != "cpu" else x.clone(memory_format=fast)
+def _refuse_differences(ranks: Ranks, described: dict[str, Any]) -> None:
+    first, *others = ranks.gather(described)
+    for rank, other in enumerate(others, 1):
+        if problem := difference(first, other):
+            raise PeerError(f"processes 0 and {rank} calibrate different things: {problem}")
 
 
-def _stability(observer: MomentObserver) -> SiteStability | None:
-    """None for a site that saw less than two samples."""
-    halves = observer.halves()
-    if halves is None:
-        return None
-    first, second = halves
-    sigma = observer.moments().var.sqrt()
-    live = sigma > 0
-    if not bool(live.any()):
-        return SiteStability(observer.site, 0.0, 0.0, 0.0, 0.0)
-    sigma = sigma[live]
-    mean = (first.mean - second.mean)[live].abs() / sigma
-    std = (first.var.sqrt() - second.var.sqrt())[live].abs() / sigma
-    return SiteStability(
-        observer.site,
-        float(mean.quantile(0.99)),
-        float(mean.max()),
-        float(std.quantile(0.99)),
-        float(std.max()),
+def _report(observers: list[MomentObserver], fed: Fed, seconds: float) -> Calibration:
+    samples = [site_sample(observer, fed.images) for observer in observers]
+    return Calibration(
+        images=fed.images,
+        batches=fed.batches,
+        seconds=seconds,
+        waited=fed.waited,
+        standard_error=standard_error(observers, fed.images),
+        sites=tuple(sample for sample in samples if sample is not None),
     )
+
+
+def _warn(report: Calibration, tolerance: float | None) -> None:
+    if report.disagreement > DISAGREEMENT:
+        warnings.warn(
+            f"the two halves of the {report.images} calibration images disagree by "
+            f"{report.disagreement:.2f} sigma: use more images, and shuffle them (the usual "
+            "cause is a folder sorted by class and cut short)",
+            stacklevel=3,
+        )
+    if tolerance is not None and report.standard_error > tolerance:
+        warnings.warn(
+            f"the data ended after {report.images} images at a standard error of "
+            f"{report.standard_error:.2%}: a tolerance of {tolerance:.2%} needs about "
+            f"{report.images_needed(tolerance):,}",
+            stacklevel=3,
+        )

@@ -1,4 +1,4 @@
-"""The one exception this package raises on purpose."""
+"""The exceptions that this package raises on purpose."""
 
 from __future__ import annotations
 
@@ -25,3 +25,7 @@ class NonFiniteError(RetrofitError):
             f"there is a NaN or Inf at {site} for {name or known}: check the weights and that "
             "input, or leave it out"
         )
+
+
+class PeerError(RetrofitError):
+    """Another process of the group has failed, or is gone."""

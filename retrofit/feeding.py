@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,16 @@ from retrofit.batches import (
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.observer import MomentObserver
 
+_END = object()
 
-class Fed(NamedTuple):
-    """How much was fed."""
 
-    images: int
-    batches: int
+@dataclass(frozen=True)
+class Fed:
+    """How much was fed, and how many seconds were spent waiting for it."""
+
+    images: int = 0
+    batches: int = 0
+    waited: float = field(default=0.0, compare=False)
 
 
 def feed(
@@ -41,6 +47,8 @@ def feed(
     max_images: int | None = None,
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
+    start: Fed = Fed(),
+    until: Callable[[Fed], bool] | None = None,
 ) -> Fed:
     """Run the batches of `data` through `model`, once, without gradients; modes are the caller's.
 
@@ -51,6 +59,8 @@ def feed(
         layers: what is measured, by path.
         call: runs the model; by default with nothing more than its arguments.
         device, max_images, forward_fn, progress: as for `calibrate`.
+        start: what was fed before; the rest is counted on from there.
+        until: asked after each batch, with all that was fed, whether that is enough.
 
     Raises:
         NonFiniteError: from one of `layers`; with the image's place in the data, if the layer gets
@@ -60,30 +70,39 @@ def feed(
     if max_images is not None and max_images < 1:
         raise RetrofitError(f"max_images must be positive, not {max_images}")
     call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
-    images = batches = 0
-    bar = tqdm(total=_total(data, max_images), unit="img", disable=not progress)
+    fed, batches, first = start, iter(data), time.perf_counter()
+    bar = tqdm(
+        total=_total(data, max_images), initial=start.images, unit="img", disable=not progress
+    )
     with bar, _moved(model, device) as target, torch.no_grad(), eager(), _lengths(layers) as got:
-        for batch in data:
+        while max_images is None or fed.images < max_images:
+            began = time.perf_counter()
+            batch = next(batches, _END)
+            fed = replace(fed, waited=fed.waited + time.perf_counter() - began)
+            if batch is _END:
+                break
             got.clear()
             try:
                 if forward_fn is not None:
                     count = images_in(model, batch, forward_fn)
                     forward_fn(model, batch)
                 else:
-                    most = None if max_images is None else max_images - images
+                    most = None if max_images is None else max_images - fed.images
                     arguments = arguments_of(model, batch).head(most)
                     count = arguments.images
                     call(arguments.to(target, copy=True))
             except NonFiniteError as error:
                 if got.get(error.site) != (count or next(iter(got.values()), 0)):
                     raise
-                raise NonFiniteError(error.site, error.item, images + error.item) from None
+                raise NonFiniteError(error.site, error.item, fed.images + error.item) from None
             count = count or next(iter(got.values()), 0)
-            images, batches = images + count, batches + 1
+            fed = Fed(fed.images + count, fed.batches + 1, fed.waited)
+            share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - first)
+            bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
             bar.update(count)
-            if max_images is not None and images >= max_images:
+            if until is not None and until(fed):
                 break
-    return Fed(images, batches)
+    return fed
 
 
 class _Done(BaseException):

@@ -39,7 +39,7 @@ class Recalibration:
     """
 
     def __init__(self, fed: Fed, old: Mapping[str, tuple[_BatchNorm, Statistics]]) -> None:
-        self.images, self.batches = fed
+        self.images, self.batches = fed.images, fed.batches
         self.layers = tuple(old)
         self._old = list(old.values())
 

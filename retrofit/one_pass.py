@@ -1,0 +1,97 @@
+"""One forward pass of a calibration: in the faster memory format, and no further than needed."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from retrofit.batches import Arguments
+from retrofit.feeding import leaving_after
+from retrofit.observer import MomentObserver
+from retrofit.plans import Plan
+
+
+class OnePass:
+    """Runs a prepared model up to its last site.
+
+    On a CPU in channels_last, if the model can; on a GPU in as many parts as its memory asks for.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, observers: list[MomentObserver]) -> None:
+        self.model, self.observers = model, observers
+        # None if it is not known which call is the last.
+        self.last = next((site for site in plan.inserted if site.path == plan.last), None)
+        self.channels_last: bool | None = None  # not known before the first batch
+        self.most: int | None = None  # images at once
+
+    def __call__(self, arguments: Arguments) -> None:
+        images, first = arguments.images, 0
+        while True:
+            end = images if self.most is None else min(first + self.most, images)
+            if not self._fits(arguments.part(first, end)):
+                self.most = (end - first) // 2
+                warnings.warn(
+                    f"out of memory with {end - first} images at once: going on with {self.most}",
+                    stacklevel=2,
+                )
+                torch.cuda.empty_cache()
+            elif end == images:
+                return
+            else:
+                first = end
+
+    def _fits(self, arguments: Arguments) -> bool:
+        """Run it. False, with nothing learned, if the memory is too small for several images."""
+        before = [observer.state() for observer in self.observers]
+        try:
+            self._part(arguments)
+        except torch.OutOfMemoryError:
+            if arguments.images < 2:
+                raise
+            self._restore(before)
+            return False
+        return True
+
+    def _part(self, arguments: Arguments) -> None:
+        if self.channels_last is False:
+            return self._forward(arguments)
+        fast: Arguments = tree_map_only(Tensor, _in_channels_last, arguments)
+        if self.channels_last:
+            return self._forward(fast)
+        before = [observer.state() for observer in self.observers]
+        try:
+            self._forward(fast)
+        except RuntimeError as error:
+            # A model that calls .view() on an activation cannot run in this memory format.
+            if "view size is not compatible" not in str(error):
+                raise
+        else:
+            self.channels_last = True
+            return None
+        self.channels_last = False
+        self._restore(before)
+        return self._forward(arguments)
+
+    def _restore(self, states: list[dict[str, Tensor]]) -> None:
+        for observer, state in zip(self.observers, states, strict=True):
+            observer.restore(state)
+
+    def _forward(self, arguments: Arguments) -> None:
+        with self._leaving():
+            self.model(*arguments.args, **arguments.kwargs)
+
+    def _leaving(self) -> AbstractContextManager[None]:
+        if self.last is None:
+            return nullcontext()
+        observer = next(o for o in self.observers if o.site == self.last.path)
+        return leaving_after(observer, self.last.calls)
+
+
+def _in_channels_last(x: Tensor) -> Tensor:
+    """A copy in the memory format that is the faster one on a CPU, where x has pictures."""
+    fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x if fast is None or x.device.type != "cpu" else x.clone(memory_format=fast)

@@ -1,0 +1,59 @@
+"""The processes that work on one calibration."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from retrofit.errors import PeerError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A process group, or one process alone.
+
+    Every process has to make the same calls in the same order. A process that fails says so to the
+    others instead of its next call, and one that is gone is missed there: either raises PeerError.
+
+    Attributes:
+        rank, size: which of how many this process is.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, in rank order, for every process."""
+        return self._exchange(value, "")
+
+    def from_first(self, value: T) -> T:
+        """What the first process gave, bit for bit, for every process."""
+        return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others that this process has failed, unless it was they who did."""
+        if not isinstance(error, PeerError) and self.size > 1:
+            with suppress(PeerError):  # this process's own
+                self._exchange(None, str(error) or type(error).__name__)
+
+    def _exchange(self, value: Any, problem: str) -> list[Any]:
+        if self.group is None:
+            return [value]
+        everything: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(everything, (value, problem), group=self.group)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise PeerError(
+                f"process {self.rank} of {self.size} lost another one, which has died or hangs "
+                f"({reason}): see what that one printed, and start again"
+            ) from error
+        for rank, (_, text) in enumerate(everything):
+            if text:
+                raise PeerError(f"process {rank} of {self.size} failed: {text}")
+        return [value for value, _ in everything]

@@ -1,0 +1,138 @@
+"""Was the sample enough?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrofit.observer import MomentObserver
+from retrofit.tables import table
+
+PERCENTILE = 0.99
+TOLERANCES = (0.01, 0.02, 0.05)
+
+
+@dataclass(frozen=True)
+class SiteSample:
+    """How well the sample tells the moments at one site, in standard deviations of a channel.
+
+    The 99th percentile over the channels, and for the halves the worst channel too.
+
+    Attributes:
+        site: module path.
+        mean_error, std_error: standard error of the mean and of the standard deviation.
+        mean, mean_worst: difference of the means of the sample's two halves.
+        std, std_worst: difference of their standard deviations.
+    """
+
+    site: str
+    mean_error: float
+    std_error: float
+    mean: float
+    mean_worst: float
+    std: float
+    std_worst: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did, and whether its sample was enough.
+
+    Attributes:
+        images, batches, seconds: how many, and how long it took.
+        waited: how many of the seconds were spent waiting for data.
+        standard_error: the larger of the standard errors of mean and standard deviation, in
+            standard deviations of the channel: 99 % of all channels have less. They are estimated
+            over images, since the pixels of one are no independent samples. Infinity where no site
+            saw two images.
+        sites: the same for each site in order, and how far the two halves of the sample disagree;
+            without those that saw less than two samples.
+    """
+
+    images: int
+    batches: int
+    seconds: float
+    waited: float
+    standard_error: float
+    sites: tuple[SiteSample, ...]
+
+    @property
+    def disagreement(self) -> float:
+        """The larger of mean and std disagreement (99th percentile) at the worst site, in sigma."""
+        return max((max(s.mean, s.std) for s in self.sites), default=0.0)
+
+    def images_needed(self, tolerance: float) -> float:
+        """About how many images bring `standard_error` down to `tolerance`.
+
+        By the law that it falls with the square root of the number of images, which holds for
+        images in random order. Infinity where the standard error is not known.
+        """
+        needed = self.images * (self.standard_error / tolerance) ** 2
+        return math.ceil(needed) if math.isfinite(needed) else needed
+
+    def __str__(self) -> str:
+        names = ("mean_error", "std_error", "mean", "mean_worst", "std", "std_worst")
+        rows = [(s.site, *(f"{getattr(s, name):.3f}" for name in names)) for s in self.sites]
+        head = (
+            "in sigma, p99",
+            "error of mean",
+            "of std",
+            "halves: mean",
+            "worst",
+            "std",
+            "worst ",
+        )
+        needed = ", ".join(f"{t:.0%}: {self.images_needed(t):,}" for t in TOLERANCES)
+        return (
+            f"{table(head, rows, right=','.join(head[1:]))}\n"
+            f"{self.images} images in {self.seconds:.1f} s "
+            f"({self.images / max(self.seconds, 1e-9):.1f} images/s, "
+            f"{self.waited / max(self.seconds, 1e-9):.0%} of the time waiting for data)\n"
+            f"standard error of 99 % of the channels: at most {self.standard_error:.2%} of sigma; "
+            f"images needed for {needed}"
+        )
+
+
+def standard_error(observers: Sequence[MomentObserver], images: int) -> float:
+    """The 99th percentile, over all channels of all observers, as in `Calibration`."""
+    errors = [torch.maximum(*e) for o in observers if (e := _errors(o, images)) is not None]
+    return _percentile(torch.cat(errors)) if errors else math.inf
+
+
+def site_sample(observer: MomentObserver, images: int) -> SiteSample | None:
+    """None for a site that saw less than two samples."""
+    halves, errors = observer.halves(), _errors(observer, images)
+    if halves is None or errors is None:
+        return None
+    first, second = halves
+    sigma = observer.moments().var.sqrt()
+    live = sigma > 0
+    if not bool(live.any()):
+        return SiteSample(observer.site, *[0.0] * 6)
+    mean = (first.mean - second.mean)[live].abs() / sigma[live]
+    std = (first.var.sqrt() - second.var.sqrt())[live].abs() / sigma[live]
+    figures = [_percentile(e) for e in errors]
+    for difference in (mean, std):
+        figures += [_percentile(difference), float(difference.max())]
+    return SiteSample(observer.site, *figures)
+
+
+def _errors(observer: MomentObserver, images: int) -> tuple[Tensor, Tensor] | None:
+    """Standard errors of mean and std in sigma, one for each channel; 0 for a constant one."""
+    errors = observer.standard_errors()
+    if errors is None:
+        return None
+    # Several samples of one image (windows, or calls) are no independent ones. At worst they are
+    # copies of each other.
+    scale = math.sqrt(max(1.0, int(observer.images) / max(images, 1)))
+    sigma = observer.moments().var.sqrt()
+    mean, std = (torch.where(sigma > 0, e * scale / sigma, 0.0).cpu() for e in errors)
+    return mean, std
+
+
+def _percentile(values: Tensor) -> float:
+    return float(values.quantile(PERCENTILE))
