@@ -14,15 +14,16 @@ import torch
 from torch import distributed, nn
 
 from retrofit.batches import ForwardFn, refuse_single_tensor
-from retrofit.errors import PeerError, RetrofitError
+from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed
+from retrofit.fingerprint import fingerprint
 from retrofit.modes import evaluating
 from retrofit.observer import MomentObserver
 from retrofit.one_pass import OnePass
 from retrofit.packing import packed
 from retrofit.ranks import Ranks
 from retrofit.record import required_record
-from retrofit.resuming import StateFile, description, difference, stateful
+from retrofit.resuming import StateFile, stateful
 from retrofit.rounds import Rounds
 from retrofit.sampling import Calibration, site_sample, standard_error
 
@@ -97,8 +98,8 @@ def calibrate(
             raise RetrofitError(f"tolerance must lie between 0 and 1 (0.02: 2 %), not {tolerance}")
         described: dict[str, Any] = {}
         if state is not None or ranks.size > 1:
-            described = description(prepared, plan) | {"max_images": max_images}
-            _refuse_differences(ranks, described | {"tolerance": tolerance, "state": bool(state)})
+            described = fingerprint(prepared, plan) | {"max_images": max_images}
+            ranks.agree(described | {"tolerance": tolerance, "state": bool(state)})
         rounds = Rounds(
             ranks,
             observers,
@@ -153,13 +154,6 @@ def _all_or_nothing(observers: list[MomentObserver], ranks: Ranks) -> Iterator[N
     for observer, known in zip(observers, before, strict=True):
         if known["images"]:
             observer.take_together([known, observer.state()])
-
-
-def _refuse_differences(ranks: Ranks, described: dict[str, Any]) -> None:
-    first, *others = ranks.gather(described)
-    for rank, other in enumerate(others, 1):
-        if problem := difference(first, other):
-            raise PeerError(f"processes 0 and {rank} calibrate different things: {problem}")
 
 
 def _report(observers: list[MomentObserver], fed: Fed, seconds: float) -> Calibration:

@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
 from retrofit.version import __version__
 from retrofit.weights import PICKLED, SUFFIXES, load_weights, read
+from retrofit.writing import write_whole
 from retrofit.zoo import torchvision_model
 
 
@@ -76,7 +77,7 @@ def save(
     check_output(path, overwrite=overwrite)
     state = model.state_dict()
     if path.suffix in PICKLED:
-        _write(path, lambda file: torch.save(state, file))
+        write_whole(path, lambda file: torch.save(state, file))
         return
     from safetensors.torch import save_file  # noqa: PLC0415 - keeps `import retrofit` fast
 
@@ -98,7 +99,7 @@ def save(
         "aliases": aliases,
     }
     metadata = {"format": "pt", "retrofit": json.dumps(provenance)}
-    _write(path, lambda file: save_file(tensors, file, metadata))
+    write_whole(path, lambda file: save_file(tensors, file, metadata))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -184,20 +185,3 @@ def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     if len(set(overlapping)) < len(overlapping):  # different views of one storage
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     return tensors, aliases
-
-
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    """Through a temporary file beside it that is synced and renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:  # noqa: PTH123
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # noqa: PTH101 - mkstemp gives 0600
-        os.replace(temporary, path)  # noqa: PTH105
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

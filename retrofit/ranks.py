@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from retrofit.errors import PeerError
+from retrofit.errors import PeerError, RetrofitError
+from retrofit.fingerprint import difference
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=5)  # for one that hangs; one that has died is missed at once
 
 
 class Ranks:
@@ -35,6 +42,13 @@ class Ranks:
         """What the first process gave, bit for bit, for every process."""
         return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
+    def agree(self, what: Mapping[str, Any]) -> None:
+        """PeerError, for all, where a process gives something else than the first one."""
+        first, *others = self.gather(what)
+        for rank, other in enumerate(others, 1):
+            if problem := difference(first, other):
+                raise PeerError(f"process {rank} of {self.size} has {problem} than process 0")
+
     def fail(self, error: Exception) -> None:
         """Tell the others that this process has failed, unless it was they who did."""
         if not isinstance(error, PeerError) and self.size > 1:
@@ -57,3 +71,31 @@ class Ranks:
             if text:
                 raise PeerError(f"process {rank} of {self.size} failed: {text}")
         return [value for value, _ in everything]
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """The processes that torchrun has started, for the length of the block, or this one alone."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        yield Ranks()
+        return
+    both = torch.cuda.is_available() and dist.is_nccl_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RetrofitError(f"the processes cannot find each other: {reason}") from error
+    ranks = Ranks(dist.group.WORLD)
+
+    def stop(*_: object) -> None:
+        raise PeerError(
+            f"process {ranks.rank} of {ranks.size} was told to stop, as torchrun does when another "
+            "one has failed: see what that one printed"
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield ranks
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()

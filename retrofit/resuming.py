@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import time
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
 
 from retrofit.batches import first_tensor
 from retrofit.errors import RetrofitError
-from retrofit.observer import MomentObserver
-from retrofit.plans import Plan
+from retrofit.fingerprint import difference, digest
+from retrofit.writing import write_whole
 
 FORMAT = 1
 SHARE = 0.05  # of the time, at most, that writing may take
@@ -44,7 +42,7 @@ class Replayed:
         used, expected = self.used, self.first
         for number, batch in enumerate(self.data):
             if number == 0:
-                self.first = _digest(first_tensor(batch))
+                self.first = digest(first_tensor(batch))
                 if expected and self.first != expected:
                     raise RetrofitError(
                         "the data begins with another batch than that of the state file: it needs "
@@ -65,35 +63,6 @@ def stateful(data: Iterable[Any]) -> Stateful:
     return data if isinstance(data, Stateful) else Replayed(data)
 
 
-def description(prepared: nn.Module, plan: Plan) -> dict[str, Any]:
-    """What the moments depend on, besides the data, by the name that messages use."""
-    mine = {id(t) for m in prepared.modules() if isinstance(m, MomentObserver) for t in m.buffers()}
-    state = prepared.state_dict(keep_vars=True)
-    tensors = {k: t for k, t in state.items() if isinstance(t, Tensor) and id(t) not in mine}
-    return {
-        "class": type(prepared).__name__,
-        "plan": [[site.path, site.norm or "", site.calls] for site in plan.inserted],
-        "weights": {name: _digest(tensor) for name, tensor in tensors.items()},
-    }
-
-
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What two descriptions differ in, shortly; "" if in nothing."""
-    for name in one:
-        if one[name] == other.get(name):
-            continue
-        if name == "weights":
-            theirs = other.get(name, {})
-            found = [k for k, v in one[name].items() if theirs.get(k) != v] or [*theirs]
-            return f"the weights differ, at {found[0]} for one"
-        if name == "plan":
-            ours, theirs = ({site[0] for site in side.get(name, ())} for side in (one, other))
-            found = sorted(ours ^ theirs) or ["the place of the BatchNorms"]
-            return f"the plans differ, at {found[0]} for one"
-        return f"the {name} is {one[name]} and {other.get(name)}"
-    return ""
-
-
 class StateFile:
     """What several processes have learned so far, in one file that is never partial."""
 
@@ -108,16 +77,10 @@ class StateFile:
     def write(self, described: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
         began = time.monotonic()
         content = {"format": FORMAT, "described": dict(described), "ranks": ranks}
-        # Always the same name, so that a killed run leaves no more than one behind.
-        part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with part.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path)
-        except OSError as error:
-            raise RetrofitError(f"cannot write {self.path}: {error.strerror or error}") from error
+            write_whole(self.path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as error:
+            raise RetrofitError(f"the state file {self.path} cannot be written: {error}") from error
         self.written = time.monotonic()
         self.cost = self.written - began
 
@@ -137,8 +100,8 @@ class StateFile:
             raise RetrofitError(f"{self.path} was written by another version: remove it")
         if problem := difference(known, described):
             raise RetrofitError(
-                f"{self.path} is the state of another calibration: {problem} (there and here); "
-                "remove it to begin anew"
+                f"{self.path} is the state of another calibration: this one has {problem}; remove "
+                "it, or give another name"
             )
         if len(ranks) != processes:
             raise RetrofitError(
@@ -147,12 +110,3 @@ class StateFile:
             )
         found: list[dict[str, Any]] = ranks
         return found
-
-
-def _digest(tensor: Tensor | None) -> str:
-    if tensor is None or tensor.is_meta:
-        return "-"
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(raw.data)
-    return digest.hexdigest()[:32]
