@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import math
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, v2
+from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from retrofit.errors import RetrofitError
+from retrofit.shards import EXTENSIONS, ShardPictures, expand
 
-EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 Transform = Callable[[Image.Image], Tensor]
 Transforms = Callable[..., Transform]
 PRESET: Transforms = VGG16_Weights.IMAGENET1K_V1.transforms
@@ -29,27 +36,26 @@ DETECTION_PRESET: Transforms = SSD300_VGG16_Weights.COCO_V1.transforms
 class Pictures(Protocol):
     """Pictures by index, with a name for each."""
 
+    @property
+    def bad(self) -> Sequence[str]:
+        """What was left out of the source when it was opened."""
+        ...
+
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
-    def read(self, index: int) -> Image.Image: ...
+
+    def read(self, index: int) -> Image.Image:
+        """A picture that PIL has opened; it need not be decoded yet."""
+        ...
 
 
-class FolderPictures:
-    """All pictures in a folder and its subfolders, by their extension, sorted by path.
+class FilePictures:
+    """Pictures in files of their own."""
 
-    Hidden files are left out.
-    """
+    bad: Sequence[str] = ()
 
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(
-            Path(root, file)
-            for root, _, files in os.walk(folder)
-            for file in files
-            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
-        )
-        if not self.files:
-            extensions = " ".join(sorted(EXTENSIONS))
-            raise RetrofitError(f"{folder} has no pictures in it (looked for {extensions})")
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,18 +64,18 @@ class FolderPictures:
         return str(self.files[index])
 
     def read(self, index: int) -> Image.Image:
-        with Image.open(self.files[index]) as picture:
-            return picture.convert("RGB")
+        return Image.open(self.files[index])
 
 
 class ArrayPictures:
     """A .npy or .npz of uint8 pictures, (N, H, W, 3) or (N, H, W, 1); a .npy stays on disk."""
 
+    bad: Sequence[str] = ()
+
     def __init__(self, file: Path) -> None:
         try:
-            loaded = np.load(file, mmap_mode="r", allow_pickle=False)
-            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
-        except (OSError, ValueError, EOFError) as error:
+            arrays = _arrays(file)
+        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
             raise RetrofitError(f"{file} cannot be read as arrays of plain numbers") from error
         usable = {
             key: array
@@ -82,8 +88,11 @@ class ArrayPictures:
                 f"{file} must hold one uint8 array of shape (N, H, W, 3) or (N, H, W, 1); it has: "
                 f"{found or 'nothing'}"
             )
-        ((self.key, self.array),) = usable.items()
+        (self.array,) = usable.values()
         self.file = file
+
+    def __reduce__(self) -> tuple[type[ArrayPictures], tuple[Path]]:
+        return type(self), (self.file,)  # a memory map would be pickled as all its numbers
 
     def __len__(self) -> int:
         return len(self.array)
@@ -96,15 +105,56 @@ class ArrayPictures:
         return Image.fromarray(array.repeat(3, axis=2) if array.shape[2] == 1 else array)
 
 
-def open_pictures(path: Path) -> Pictures:
-    """The pictures at `path`: a folder, a .npy or a .npz; RetrofitError for anything else."""
+def _arrays(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        if opened.read(2) == b"PK":  # a .npz is a zip
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as arrays:
+                return dict(arrays)
+    return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
+
+
+def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
+    """The pictures at `path`; RetrofitError when there are none.
+
+    Args:
+        path: a folder of pictures or of tar shards, with its subfolders but without hidden files,
+            sorted by path; a .tar or a pattern of several, train-{000..012}.tar; a .npy or .npz.
+        skip_bad: use what is complete of a damaged shard, and list it in `bad`.
+    """
     if path.is_dir():
-        return FolderPictures(path)
-    if not path.exists():
+        return _in_folder(path, skip_bad=skip_bad)
+    if not path.exists() and "{" not in str(path):
         raise RetrofitError(f"there is no folder or file {path}")
+    if path.suffix == ".tar":
+        return ShardPictures([path] if path.exists() else expand(path), skip_bad=skip_bad)
     if path.suffix not in (".npy", ".npz"):
-        raise RetrofitError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
+        raise RetrofitError(
+            f"{path} is neither a folder of pictures nor a .npy, .npz or (uncompressed) .tar file"
+        )
     return ArrayPictures(path)
+
+
+def _in_folder(folder: Path, *, skip_bad: bool) -> Pictures:
+    files = [
+        Path(root, name)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".")
+    ]
+    pictures = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
+    shards = sorted(file for file in files if file.suffix == ".tar")
+    if pictures and shards:
+        raise RetrofitError(
+            f"{folder} has both pictures ({pictures[0]}, ...) and tar shards ({shards[0]}, ...): "
+            "name a folder that has one kind, or the shards by a pattern (train-{000..012}.tar)"
+        )
+    if shards:
+        return ShardPictures(shards, skip_bad=skip_bad)
+    if not pictures:
+        extensions = " ".join(sorted(EXTENSIONS))
+        raise RetrofitError(f"{folder} has no pictures in it (looked for {extensions}, and .tar)")
+    return FilePictures(pictures)
 
 
 def preprocessing(
@@ -122,8 +172,8 @@ def preprocessing(
             are to be replaced as torchvision's weights do: resize_size, crop_size, mean, std. By
             default torchvision's classification preset (shorter side to 256, centre crop of 224,
             ImageNet's mean and std).
-        resize, crop: pixels; added at the end where the transform has no such step. The default
-            of `resize` is then `crop`.
+        resize, crop: pixels; where the transform has no such step, one is added: the resize before
+            it, the crop after it. The default of `resize` is then `crop`.
         mean, std: of the channels, for pixels in 0 to 1.
     """
     if std is not None and min(std) <= 0:
@@ -138,9 +188,12 @@ def preprocessing(
             f"{type(transform).__name__} leaves it to the model to normalise: leave out --mean and "
             "--std"
         )
-    sizes = {"resize_size": Resize, "crop_size": CenterCrop}
-    added = [step(changes[n]) for n, step in sizes.items() if n in changes and n not in own]
-    return Compose([transform, *added]) if added else transform
+    steps: list[Transform] = [transform]
+    if "resize_size" in changes.keys() - own.keys():
+        steps.insert(0, Resize(changes["resize_size"]))
+    if "crop_size" in changes.keys() - own.keys():
+        steps.append(CenterCrop(changes["crop_size"]))
+    return Compose(steps) if len(steps) > 1 else transform
 
 
 def _try_out(transform: Transform) -> None:
@@ -154,6 +207,47 @@ def _try_out(transform: Transform) -> None:
         ) from error
 
 
+def _first_resize(transform: Transform) -> Any:
+    """The torchvision Resize that a transform begins with; None where it is none, or not smooth."""
+    step: Any = transform
+    while isinstance(step, (Compose, v2.Compose)) and step.transforms:
+        step = step.transforms[0]
+    if isinstance(step, (ImageClassification, SemanticSegmentation)) and step.resize_size:
+        step = Resize(step.resize_size, step.interpolation)
+    nearest = (InterpolationMode.NEAREST, InterpolationMode.NEAREST_EXACT, Image.Resampling.NEAREST)
+    known = (
+        isinstance(step, (Resize, v2.Resize)) and step.size and step.interpolation not in nearest
+    )
+    return step if known else None
+
+
+def _resized(resize: Any, width: int, height: int) -> tuple[int, int]:
+    """The size that torchvision's Resize gives a picture of that size."""
+    size = [resize.size] if isinstance(resize.size, int) else resize.size
+    if len(size) == 2:
+        return size[1], size[0]
+    short, long = size[0], int(size[0] * max(width, height) / min(width, height))
+    if resize.max_size is not None and long > resize.max_size:
+        short, long = int(resize.max_size * short / long), resize.max_size
+    return (short, long) if width <= height else (long, short)
+
+
+def _draft(picture: Image.Image, resize: Any) -> None:
+    """Let a JPEG be decoded at 1/8, 1/4 or 1/2 of its size, if `resize` gives nearly the same then.
+
+    As in PIL's thumbnail: no smaller than twice the size that is needed. Rounding of the reduced
+    size must not change the size that the transform gives.
+    """
+    width, height = picture.size
+    target = _resized(resize, width, height)
+    for scale in (8, 4, 2):
+        reduced = -(-width // scale), -(-height // scale)
+        enough = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
+        if enough and _resized(resize, *reduced) == target:
+            picture.draft(None, (width // scale, height // scale))
+            return
+
+
 class _Item(NamedTuple):
     name: str
     tensor: Tensor | None
@@ -165,6 +259,7 @@ class _Items(Dataset[_Item]):
 
     def __init__(self, pictures: Pictures, indices: Sequence[int], transform: Transform) -> None:
         self.pictures, self.indices, self.transform = pictures, indices, transform
+        self.resize = _first_resize(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -173,19 +268,48 @@ class _Items(Dataset[_Item]):
         index = self.indices[position]
         name = self.pictures.name(index)
         try:
-            return _Item(name, self.transform(self.pictures.read(index)), "")
+            with self.pictures.read(index) as picture:
+                if self.resize is not None:
+                    _draft(picture, self.resize)
+                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+                return _Item(name, self.transform(rgb), "")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return _Item(name, None, str(error).splitlines()[0] if str(error) else "unreadable")
+
+
+class _Batch(NamedTuple):
+    """What a worker hands over.
+
+    Pictures of one size are one tensor, hence one piece of shared memory and one open file, of
+    which a process may have only some hundreds.
+    """
+
+    names: list[str]
+    pictures: Tensor | list[Tensor]
+    bad: list[tuple[str, str]]  # names, and what is wrong
+
+
+def _collate(items: list[_Item]) -> _Batch:
+    names = [item.name for item in items if item.tensor is not None]
+    tensors = [item.tensor for item in items if item.tensor is not None]
+    alike = len({tensor.shape for tensor in tensors}) == 1
+    bad = [(item.name, item.problem) for item in items if item.tensor is None]
+    return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
 class PictureBatches:
     """Batches of pictures, read by worker processes: tensors (N, 3, H, W), or lists of (3, H, W).
 
+    An iteration starts at the beginning, or where `load_state_dict` says.
+
     Args:
         pictures, indices: which pictures, in which order.
-        transform: see `preprocessing`.
+        transform: see `preprocessing`. Where it begins with a resize, a large JPEG is decoded at a
+            reduced size.
+        batch_size, workers: pictures in a batch, and processes that read ahead two batches each.
         lists: the model takes pictures of different sizes, as a list; such a batch is one.
         skip_bad: leave unreadable pictures out, and list them in `bad`, instead of raising.
+        pin: give batches in pinned memory, from which copies to a GPU need not be waited for.
 
     Attributes:
         names: of the pictures in the batch yielded last.
@@ -205,41 +329,102 @@ class PictureBatches:
         workers: int,
         lists: bool = False,
         skip_bad: bool = False,
+        pin: bool = False,
     ) -> None:
         self.dataset = _Items(pictures, indices, transform)
-        self.loader: DataLoader[_Item] = DataLoader(
-            self.dataset, batch_size=batch_size, num_workers=workers, collate_fn=list
-        )
+        self.batch_size, self.workers, self.pin = batch_size, workers, pin
         self.lists, self.skip_bad = lists, skip_bad
         self.names: list[str] = []
         self.bad: list[str] = []
+        self._done = 0  # batches of this iteration, those without a readable picture too
+        self._start = 0  # where the next iteration begins
+
+    @property
+    def left(self) -> int:
+        """How many pictures the next iteration reads."""
+        return max(0, len(self.dataset) - self._start * self.batch_size)
+
+    def __len__(self) -> int:
+        """How many batches the next iteration has, if each has a readable picture."""
+        return math.ceil(self.left / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        for items in self.loader:
-            self.names = [item.name for item in items if item.tensor is not None]
-            for item in items:
-                if item.tensor is None:
-                    if not self.skip_bad:
-                        raise RetrofitError(
-                            f"{item.name} cannot be read: {item.problem} (--skip-bad-images "
-                            "leaves such pictures out)"
-                        )
-                    self.bad.append(item.name)
-            tensors = [item.tensor for item in items if item.tensor is not None]
-            if tensors:
-                yield self._batch(tensors)
+        loader: DataLoader[_Item] = DataLoader(
+            self.dataset,
+            batch_sampler=BatchSampler(
+                range(len(self.dataset) - self.left, len(self.dataset)),
+                self.batch_size,
+                drop_last=False,
+            ),
+            num_workers=min(self.workers, len(self)),
+            collate_fn=_collate,
+            pin_memory=self.pin,
+        )
+        self._done, self._start = self._start, 0
+        return self._batches(loader)
 
-    def _batch(self, tensors: list[Tensor]) -> Any:
-        sizes = list(dict.fromkeys(tuple(tensor.shape[1:]) for tensor in tensors))
-        if len(sizes) == 1:
-            return torch.stack(tensors)
-        if not self.lists:
-            shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
-            raise RetrofitError(
-                f"the pictures have different sizes ({shown}{', ...' if len(sizes) > 3 else ''}) "
-                "and the model takes them as one tensor: give --crop, or --batch-size 1"
-            )
-        return tensors
+    def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
+        done = self._done
+        for names, pictures, bad in loader:
+            for name, problem in bad:
+                if not self.skip_bad:
+                    raise RetrofitError(
+                        f"{name} cannot be read: {problem} (--skip-bad-images leaves such pictures "
+                        "out)"
+                    )
+                if name not in self.bad:
+                    self.bad.append(name)
+            if isinstance(pictures, list) and pictures and not self.lists:
+                raise _different_sizes(pictures)
+            done += 1
+            self._done = done  # before the yield: who has got a batch is to have what follows it
+            if len(pictures):
+                self.names = names
+                yield pictures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands, for JSON: how many batches it has given, and of what."""
+        return {"batches": self._done, "bad": list(self.bad), **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where the state was taken; the pictures before are not read.
+
+        RetrofitError if it is of other pictures or another order, batch size or transform.
+        """
+        if missing := {"batches", "bad", *self._identity} - state.keys():
+            raise RetrofitError(f"this is no state of PictureBatches: {min(missing)} is missing")
+        differences = [
+            f"another {what.replace('_', ' ')}: {state[what]}, not {here}"
+            for what, here in self._identity.items()
+            if state[what] != here
+        ]
+        if differences:
+            raise RetrofitError(f"the state is of {'; of '.join(differences)} (start without it)")
+        self._start = self._done = state["batches"]
+        self.bad = list(state["bad"])
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree in."""
+        order = hashlib.sha256()
+        for index in self.dataset.indices:
+            name = self.dataset.pictures.name(index)
+            order.update(name.encode(errors="surrogateescape") + b"\0")
+        transform = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.dataset.transform))
+        return {
+            "data_set": f"{len(self.dataset)} pictures with names of SHA-256 {order.hexdigest()}",
+            "batch_size": self.batch_size,
+            "transform": " ".join(transform.split()),
+        }
+
+
+def _different_sizes(pictures: list[Tensor]) -> RetrofitError:
+    sizes = list(dict.fromkeys(tuple(picture.shape[1:]) for picture in pictures))
+    shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
+    return RetrofitError(
+        f"the pictures have different sizes ({shown}{', ...' if len(sizes) > 3 else ''}) "
+        "and the model takes them as one tensor: give --crop, or --batch-size 1"
+    )
 
 
 def shuffled(count: int, seed: int) -> list[int]:

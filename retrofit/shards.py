@@ -1,0 +1,143 @@
+"""Pictures in tar shards, in the layout of WebDataset."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from retrofit.errors import RetrofitError
+
+EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MOST_OPEN = 128  # shards at a time: some systems allow a process 256 files
+
+
+class ShardPictures:
+    """The pictures in uncompressed tar files, in the order in which they lie there.
+
+    Files in a row with one key, which is the name up to its first dot, are a sample. Its picture is
+    KEY.jpg (or .png, ...); of a sample that only has longer extensions, KEY.left.jpg and
+    KEY.right.jpg, it is all of them. Everything else is passed over. The bytes of a picture are
+    read when it is asked for, through one mapping for each shard and process: that has no position
+    which forked processes would share.
+
+    Args:
+        shards: the files.
+        skip_bad: use what is complete of a damaged shard, instead of raising.
+
+    Attributes:
+        bad: the shards that are damaged or hold no pictures, each with what is wrong.
+    """
+
+    def __init__(self, shards: Sequence[Path], *, skip_bad: bool = False) -> None:
+        self.shards = list(shards)
+        self.bad: list[str] = []
+        self.names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        for number, shard in enumerate(self.shards):
+            members, problem = _pictures(shard)
+            if problem:
+                self.bad.append(f"{shard} {problem}")
+                if not skip_bad:
+                    advice = "--skip-bad-images uses the rest" if members else "leave it out"
+                    raise RetrofitError(f"{self.bad[0]}: {advice}")
+            self.names += [f"{shard}/{member.name}" for member in members]
+            places += [(number, member.offset_data, member.size) for member in members]
+        if not places:
+            raise RetrofitError(f"there are no pictures to use: {'; '.join(self.bad)}")
+        self.places = np.array(places, dtype=np.int64)
+        self._open: dict[int, mmap.mmap] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> Image.Image:
+        number, start, size = self.places[index].tolist()
+        return Image.open(io.BytesIO(self._mapped(number)[start : start + size]))
+
+    def _mapped(self, number: int) -> mmap.mmap:
+        if number not in self._open:
+            if len(self._open) == MOST_OPEN:
+                del self._open[next(iter(self._open))]
+            with self.shards[number].open("rb") as file:
+                self._open[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._open[number]
+
+
+def expand(pattern: Path) -> list[Path]:
+    """The shards that train-{000..012}.tar or a plain path stands for; they must exist."""
+    try:
+        shards = [Path(path) for path in _webdataset(pattern).shardlists.expand_urls(str(pattern))]
+    except (ValueError, AssertionError) as error:  # braces without a partner, ${...}
+        raise RetrofitError(f"{pattern} is no pattern of shards: {error}") from error
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        raise RetrofitError(
+            f"{pattern} stands for {len(shards)} shards, and {len(missing)} of them do not exist: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return shards
+
+
+def _pictures(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
+    """The complete pictures of a shard, and what is wrong with it."""
+    members, problem = _members(shard)
+    files = ({"fname": m.name, "data": m, "__url__": str(shard)} for m in members)
+    pictures: list[tarfile.TarInfo] = []
+    try:
+        for sample in _webdataset(shard).tariterators.group_by_keys(files):
+            found = [ext for ext in sample if f".{ext.rpartition('.')[2]}" in EXTENSIONS]
+            plain = [ext for ext in found if "." not in ext]
+            pictures += [sample[ext] for ext in plain[:1] or found]
+    except ValueError as error:
+        problem = f"is refused by webdataset ({str(error.args[0]).partition(' dict_keys')[0]})"
+    if not pictures:
+        looked_for = f"has no pictures in it (looked for {' '.join(sorted(EXTENSIONS))})"
+        problem = problem or looked_for
+    return pictures, problem
+
+
+def _members(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
+    """The files in a tar that are all there, and what is wrong with it."""
+    members: list[tarfile.TarInfo] = []
+    problem = "is not an uncompressed tar file"
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            problem = "is cut short or damaged"
+            for member in tar:
+                if member.isreg() and member.offset_data + member.size <= size:
+                    members.append(member)  # noqa: PERF401 - kept when the next one is damaged
+            # tarfile takes a header that is missing or damaged for the end of the archive.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end mark is missing")
+    except tarfile.TarError as error:
+        return members, f"{problem} ({error})"
+    except OSError as error:
+        return members, f"cannot be read ({error.strerror})"
+    return members, ""
+
+
+def _webdataset(shards: Path) -> Any:
+    try:
+        import webdataset.shardlists  # noqa: PLC0415 - an extra
+        import webdataset.tariterators  # noqa: PLC0415
+    except ImportError as error:
+        raise RetrofitError(
+            f"webdataset is needed for tar shards such as {shards}: "
+            "pip install 'retrofit[webdataset]'"
+        ) from error
+    return webdataset
