@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, v2
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from retrofit.errors import RetrofitError
@@ -209,6 +209,8 @@ def _try_out(transform: Transform) -> None:
 
 def _first_resize(transform: Transform) -> Any:
     """The torchvision Resize that a transform begins with; None where it is none, or not smooth."""
+    from torchvision.transforms import v2  # noqa: PLC0415 - slow to import
+
     step: Any = transform
     while isinstance(step, (Compose, v2.Compose)) and step.transforms:
         step = step.transforms[0]
