@@ -10,11 +10,11 @@ report   = retrofit.verify(vgg, bn_vgg, images)   # equal bit for bit?
 vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
 """
 
-from retrofit.calibration import Calibration, calibrate
+from retrofit.calibration import calibrate
 from retrofit.checkpoint import load, save
 from retrofit.conversion import add_batchnorm, convert, insert, prepare
 from retrofit.drifting import DriftReport, drift
-from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.errors import NonFiniteError, PeerError, RetrofitError
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.folding import fold
 from retrofit.observer import MomentObserver
@@ -22,6 +22,7 @@ from retrofit.parity import ParityReport, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site
 from retrofit.recalibration import Recalibration, recalibrate
+from retrofit.sampling import Calibration
 from retrofit.version import __version__
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MomentObserver",
     "NonFiniteError",
     "ParityReport",
+    "PeerError",
     "Plan",
     "Recalibration",
     "RetrofitError",

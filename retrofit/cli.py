@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from retrofit import (
+    Calibration,
     NonFiniteError,
     ParityReport,
+    PeerError,
     Plan,
     RetrofitError,
     __version__,
@@ -44,12 +46,27 @@ from retrofit.images import (
     shuffled,
 )
 from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.ranks import Ranks, launched
 from retrofit.record import record_of, required_record
+from retrofit.sampling import TOLERANCES
 from retrofit.tables import table
 from retrofit.weights import read
 from retrofit.zoo import NAMES, build, trained, transforms
 
-DATA = "folder of pictures, or .npy or .npz of uint8 NHWC"
+DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
+DEFAULT_IMAGES = 1024
+# Options that the processes of one conversion may have different values of.
+OF_A_PROCESS = {
+    "run",
+    "debug",
+    "data",
+    "output",
+    "overwrite",
+    "weights",
+    "workers",
+    "device",
+    "state",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _one_line_warning
     try:
         code: int = arguments.run(arguments)
+    except PeerError as error:
+        return _fail(str(error), 1)
     except RetrofitError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -81,7 +100,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     example = None
     if arguments.data is not None:
         to_input = _to_input(arguments, transforms(arguments.model, model))
-        pictures = open_pictures(arguments.data)
+        pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
         order = shuffled(len(pictures), arguments.seed)
         example = _example(arguments, model, pictures, order, to_input)
     print(_planned(arguments, model, example))
@@ -89,8 +108,22 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    check_output(arguments.output, overwrite=arguments.overwrite)
-    pictures = open_pictures(arguments.data)
+    with launched() as ranks:
+        try:
+            return _convert_together(arguments, ranks)
+        except Exception as error:
+            ranks.fail(error)
+            raise
+
+
+def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """All processes calibrate, each on its share of the pictures; the first one does the rest."""
+    if ranks.rank == 0:
+        check_output(arguments.output, overwrite=arguments.overwrite)
+    pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
+    options = vars(arguments).items()
+    same = {f"--{key.replace('_', '-')}": str(v) for key, v in options if key not in OF_A_PROCESS}
+    ranks.agree({**same, "number of pictures": len(pictures)})
     if len(pictures) < 2:
         raise RetrofitError(
             f"calibration needs at least 2 pictures: {arguments.data} has {len(pictures)}"
@@ -98,21 +131,36 @@ def _convert(arguments: argparse.Namespace) -> int:
     model = trained(arguments.model, arguments.weights)
     to_input = _to_input(arguments, transforms(arguments.model, model, arguments.weights))
     order = shuffled(len(pictures), arguments.seed)
-    chosen, others = order[: arguments.images], order[arguments.images :][:16]
+    images = arguments.images or (len(order) if arguments.tolerance else DEFAULT_IMAGES)
+    chosen, others = order[:images], order[images:][:16]
+    if len(chosen) < ranks.size:
+        raise RetrofitError(
+            f"{ranks.size} processes cannot share {len(chosen)} pictures: start fewer, or use more "
+            "pictures (--data, --images)"
+        )
     example = _example(arguments, model, pictures, chosen, to_input)
     the_plan = _planned(arguments, model, example)
     if not the_plan.inserted:
-        print(the_plan)
         message = "there is nothing to convert, and nothing was written"
+        if ranks.rank == 0:
+            print(f"{the_plan}\n{message}" if arguments.allow_unchanged else the_plan)
         if not arguments.allow_unchanged:
             return _fail(f"{message} (--allow-unchanged exits with 0)", 1)
-        print(message)
         return 0
 
-    batches = _batches(arguments, model, pictures, chosen, to_input)
+    batches = _batches(arguments, model, pictures, chosen[ranks.rank :: ranks.size], to_input)
     prepared = prepare(model, the_plan)
     with _naming_pictures(batches):
-        calibration = calibrate(prepared, batches, device=arguments.device)
+        calibration = calibrate(
+            prepared,
+            batches,
+            device=_own_device(arguments.device),
+            tolerance=arguments.tolerance,
+            state=arguments.state,
+            process_group=ranks.group,
+        )
+    if ranks.rank > 0:
+        return 0
     converted = convert(prepared, copy=False, skip_unused=arguments.skip_unused)
     held_out = others if len(others) == 16 else chosen[:16]
     tests = _batches(arguments, model, pictures, held_out, to_input)
@@ -130,30 +178,43 @@ def _convert(arguments: argparse.Namespace) -> int:
         parity=parity,
         overwrite=arguments.overwrite,
     )
+    if arguments.state is not None:
+        arguments.state.unlink(missing_ok=True)
     print(_summary(converted))
-    _list_bad(batches, tests)
-    worst = calibration.disagreement
+    _list_bad(pictures, batches, tests)
+    print(_facts(arguments, calibration, parity, other=len(others) == 16))
+    return 0
+
+
+def _facts(
+    arguments: argparse.Namespace, calibration: Calibration, parity: ParityReport, *, other: bool
+) -> str:
+    seconds, worst = calibration.seconds, calibration.disagreement
+    rate, waited = calibration.images / seconds, calibration.waited / seconds
+    needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
     facts = [
-        ("calibrated on", f"{calibration.images} pictures in {calibration.seconds:.1f} s"),
+        ("calibrated on", f"{calibration.images} pictures in {seconds:.1f} s"),
+        ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
+        ("standard error", f"{calibration.standard_error:.2%} of sigma (99 % of all channels)"),
+        ("pictures needed", ", ".join(needed)),
         ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
-        ("verified on", f"{parity.images} {'other ' if len(others) == 16 else ''}pictures"),
+        ("verified on", f"{parity.images} {'other ' if other else ''}pictures"),
         ("outputs", "equal bit for bit, at every site and at the end"),
         ("written", str(arguments.output)),
     ]
-    print("\n".join(f"{what:<20}{fact}" for what, fact in facts))
-    return 0
+    return "\n".join(f"{what:<20}{fact}" for what, fact in facts)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     converted, name = _load(arguments)
     original = trained(name, arguments.weights)
     to_input = _to_input(arguments, transforms(name, original, arguments.weights))
-    pictures = open_pictures(arguments.data)
+    pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
     chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
     batches = _batches(arguments, original, pictures, chosen, to_input)
     report = verify(original, converted, batches)
     print(report)
-    _list_bad(batches)
+    _list_bad(pictures, batches)
     passed = report.exact if arguments.tolerance == 0 else report.passed(arguments.tolerance)
     return 0 if passed else _fail(_failure(report, arguments.tolerance), 1)
 
@@ -230,6 +291,7 @@ def _batches(
     indices: Sequence[int],
     to_input: Transform,
 ) -> PictureBatches:
+    device = getattr(arguments, "device", None)
     return PictureBatches(
         pictures,
         indices,
@@ -238,6 +300,7 @@ def _batches(
         workers=arguments.workers,
         lists=takes_lists(model),
         skip_bad=arguments.skip_bad_images,
+        pin=device is not None and device.type == "cuda" and torch.cuda.is_available(),
     )
 
 
@@ -276,7 +339,16 @@ def _naming_pictures(batches: PictureBatches) -> Iterator[None]:
         raise NonFiniteError(error.site, error.item, error.image, name) from None
 
 
-def _list_bad(*sources: PictureBatches) -> None:
+def _own_device(device: torch.device | None) -> torch.device | None:
+    """Of the GPUs of a machine, each of its processes has one."""
+    local = os.environ.get("LOCAL_RANK")
+    shared = device is not None and device.type == "cuda" and device.index is None
+    return torch.device("cuda", int(local)) if shared and local else device
+
+
+def _list_bad(pictures: Pictures, *sources: PictureBatches) -> None:
+    for shard in pictures.bad:
+        print(f"used in part or not at all: {shard}", file=sys.stderr)
     bad = list(dict.fromkeys(name for source in sources for name in source.bad))
     if bad:
         print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
@@ -380,18 +452,23 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
     one.add_argument("--device", type=_device, help="for the calibration; default: cpu")
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
+    one.add_argument("--tolerance", type=_fraction, metavar="T", help=text)
+    text = "kept while calibrating; a killed run goes on from it"
+    one.add_argument("--state", type=Path, metavar="FILE", help=text)
     text = "leave out layers that no picture reaches, rather than refuse"
     one.add_argument("--skip-unused", action="store_true", help=text)
     text = "exit with 0 where there is nothing to convert"
     one.add_argument("--allow-unchanged", action="store_true", help=text)
     _add_plan(one)
-    _add_weights_and_data(one, images=1024)
+    text = f"{DEFAULT_IMAGES}; with --tolerance: all"
+    _add_weights_and_data(one, images=None, default=text)
 
     one = command("verify", _verify, "compare a converted file with the original weights")
     one.add_argument("file", type=Path, help="what convert wrote")
     one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
     one.add_argument("--tolerance", type=_tolerance, default=0.0, help="default: 0, bit for bit")
-    _add_weights_and_data(one, images=16)
+    _add_weights_and_data(one, images=16, default="16")
 
     one = command("fold", _fold, "absorb the BatchNorms of a file into its convolutions")
     one.add_argument("file", type=Path, help="what convert or a training run wrote")
@@ -425,11 +502,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--linear", action="store_true", help="after Linear layers too")
 
 
-def _add_weights_and_data(parser: argparse.ArgumentParser, *, images: int) -> None:
+def _add_weights_and_data(
+    parser: argparse.ArgumentParser, *, images: int | None, default: str
+) -> None:
     add = parser.add_argument
     add("--weights", help="name (DEFAULT), or .pth, .pt, .safetensors file")
     add("--data", type=Path, required=True, help=DATA)
-    add("--images", type=_positive, default=images, help="use at most N; default: %(default)s")
+    text = f"use at most N; default: {default}"
+    add("--images", type=_positive, metavar="N", default=images, help=text)
     add("--batch-size", type=_positive, default=8, help="default: %(default)s")
     workers = min(4, os.cpu_count() or 1)
     text = "processes that read pictures; default: %(default)s"
@@ -446,9 +526,8 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("--crop", type=_positive, metavar="PIXELS", help=text)
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
-    add(
-        "--skip-bad-images", action="store_true", help="leave unreadable pictures out and list them"
-    )
+    text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
+    add("--skip-bad-images", action="store_true", help=text)
 
 
 def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -472,6 +551,13 @@ def _tolerance(text: str) -> float:
         number = -1.0
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = _tolerance(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
     return number
 
 

@@ -165,6 +165,7 @@ def add_batchnorm(
     momentum: float | None = 0.1,
     device: torch.device | str | None = None,
     max_images: int | None = None,
+    tolerance: float | None = None,
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> M:
@@ -205,6 +206,7 @@ def add_batchnorm(
         _Again(data, first, batches),
         device=device,
         max_images=max_images,
+        tolerance=tolerance,
         forward_fn=forward_fn,
         progress=progress,
     )

@@ -62,10 +62,9 @@ class Ranks:
         try:
             dist.all_gather_object(everything, (value, problem), group=self.group)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise PeerError(
-                f"process {self.rank} of {self.size} lost another one, which has died or hangs "
-                f"({reason}): see what that one printed, and start again"
+                f"process {self.rank} of {self.size} lost another one, which has died or hangs: "
+                "see what that one printed, and start again"
             ) from error
         for rank, (_, text) in enumerate(everything):
             if text:

@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,19 +36,16 @@ class Replayed:
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
         self.used, self.first = 0, ""
+        self.begun: Iterator[Any] | None = None
         if hasattr(data, "dataset"):
             self.dataset = data.dataset  # for the progress bar
 
     def __iter__(self) -> Iterator[Any]:
-        used, expected = self.used, self.first
-        for number, batch in enumerate(self.data):
+        used = self.used
+        batches, self.begun = self.begun or iter(self.data), None
+        for number, batch in enumerate(batches):
             if number == 0:
                 self.first = digest(first_tensor(batch))
-                if expected and self.first != expected:
-                    raise RetrofitError(
-                        "the data begins with another batch than that of the state file: it needs "
-                        "the same data in the same order, in batches of the same size"
-                    )
             if number >= used:
                 self.used = number + 1
                 yield batch
@@ -56,7 +54,15 @@ class Replayed:
         return {"used": self.used, "first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        batches = iter(self.data)
+        head = list(islice(batches, 1))
+        if state_dict["used"] and [state_dict["first"]] != [digest(first_tensor(b)) for b in head]:
+            raise RetrofitError(
+                "the data begins with another batch than that of the state file: it needs the same "
+                "data in the same order, in batches of the same size"
+            )
         self.used, self.first = state_dict["used"], state_dict["first"]
+        self.begun = chain(head, batches)
 
 
 def stateful(data: Iterable[Any]) -> Stateful:
