@@ -38,10 +38,8 @@ from retrofit.checkpoint import check_output
 from retrofit.identity import scale_and_shift
 from retrofit.images import (
     PictureBatches,
-    Pictures,
     Transform,
     Transforms,
-    open_pictures,
     preprocessing,
     shuffled,
 )
@@ -49,6 +47,7 @@ from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.ranks import Ranks, launched
 from retrofit.record import record_of, required_record
 from retrofit.sampling import TOLERANCES
+from retrofit.sources import Pictures, open_pictures
 from retrofit.tables import table
 from retrofit.weights import read
 from retrofit.zoo import NAMES, build, trained, transforms

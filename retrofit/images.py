@@ -5,16 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from zipfile import BadZipFile
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,136 +20,12 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from retrofit.errors import RetrofitError
-from retrofit.shards import EXTENSIONS, ShardPictures, expand
+from retrofit.sources import Pictures
 
 Transform = Callable[[Image.Image], Tensor]
 Transforms = Callable[..., Transform]
 PRESET: Transforms = VGG16_Weights.IMAGENET1K_V1.transforms
 DETECTION_PRESET: Transforms = SSD300_VGG16_Weights.COCO_V1.transforms
-
-
-class Pictures(Protocol):
-    """Pictures by index, with a name for each."""
-
-    @property
-    def bad(self) -> Sequence[str]:
-        """What was left out of the source when it was opened."""
-        ...
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
-
-    def read(self, index: int) -> Image.Image:
-        """A picture that PIL has opened; it need not be decoded yet."""
-        ...
-
-
-class FilePictures:
-    """Pictures in files of their own."""
-
-    bad: Sequence[str] = ()
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-    def read(self, index: int) -> Image.Image:
-        return Image.open(self.files[index])
-
-
-class ArrayPictures:
-    """A .npy or .npz of uint8 pictures, (N, H, W, 3) or (N, H, W, 1); a .npy stays on disk."""
-
-    bad: Sequence[str] = ()
-
-    def __init__(self, file: Path) -> None:
-        try:
-            arrays = _arrays(file)
-        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-            raise RetrofitError(f"{file} cannot be read as arrays of plain numbers") from error
-        usable = {
-            key: array
-            for key, array in arrays.items()
-            if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
-        }
-        if len(usable) != 1:
-            found = ", ".join(f"{k} {a.dtype} {a.shape}".strip() for k, a in arrays.items())
-            raise RetrofitError(
-                f"{file} must hold one uint8 array of shape (N, H, W, 3) or (N, H, W, 1); it has: "
-                f"{found or 'nothing'}"
-            )
-        (self.array,) = usable.values()
-        self.file = file
-
-    def __reduce__(self) -> tuple[type[ArrayPictures], tuple[Path]]:
-        return type(self), (self.file,)  # a memory map would be pickled as all its numbers
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def name(self, index: int) -> str:
-        return f"{self.file}[{index}]"
-
-    def read(self, index: int) -> Image.Image:
-        array = np.asarray(self.array[index])
-        return Image.fromarray(array.repeat(3, axis=2) if array.shape[2] == 1 else array)
-
-
-def _arrays(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        if opened.read(2) == b"PK":  # a .npz is a zip
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as arrays:
-                return dict(arrays)
-    return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
-
-
-def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
-    """The pictures at `path`; RetrofitError when there are none.
-
-    Args:
-        path: a folder of pictures or of tar shards, with its subfolders but without hidden files,
-            sorted by path; a .tar or a pattern of several, train-{000..012}.tar; a .npy or .npz.
-        skip_bad: use what is complete of a damaged shard, and list it in `bad`.
-    """
-    if path.is_dir():
-        return _in_folder(path, skip_bad=skip_bad)
-    if not path.exists() and "{" not in str(path):
-        raise RetrofitError(f"there is no folder or file {path}")
-    if path.suffix == ".tar":
-        return ShardPictures([path] if path.exists() else expand(path), skip_bad=skip_bad)
-    if path.suffix not in (".npy", ".npz"):
-        raise RetrofitError(
-            f"{path} is neither a folder of pictures nor a .npy, .npz or (uncompressed) .tar file"
-        )
-    return ArrayPictures(path)
-
-
-def _in_folder(folder: Path, *, skip_bad: bool) -> Pictures:
-    files = [
-        Path(root, name)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".")
-    ]
-    pictures = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
-    shards = sorted(file for file in files if file.suffix == ".tar")
-    if pictures and shards:
-        raise RetrofitError(
-            f"{folder} has both pictures ({pictures[0]}, ...) and tar shards ({shards[0]}, ...): "
-            "name a folder that has one kind, or the shards by a pattern (train-{000..012}.tar)"
-        )
-    if shards:
-        return ShardPictures(shards, skip_bad=skip_bad)
-    if not pictures:
-        extensions = " ".join(sorted(EXTENSIONS))
-        raise RetrofitError(f"{folder} has no pictures in it (looked for {extensions}, and .tar)")
-    return FilePictures(pictures)
 
 
 def preprocessing(

@@ -442,7 +442,7 @@ def test_a_network_with_nothing_to_insert_needs_no_data():
 
 
 class TwoSizes(nn.Module):
-    """Its convolutions run on several sizes, strided, dilated, grouped, and padded by reflection."""
+    """Convolutions of many kinds, run on several sizes."""
 
     def __init__(self):
         super().__init__()

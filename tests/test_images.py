@@ -23,7 +23,8 @@ from torchvision import models, transforms
 from torchvision.transforms import v2
 
 from retrofit import RetrofitError
-from retrofit.images import PictureBatches, open_pictures, preprocessing, shuffled
+from retrofit.images import PictureBatches, preprocessing, shuffled
+from retrofit.sources import open_pictures
 
 OPEN_FILES = Path("/proc/self/fd")  # on Linux
 Resize, CenterCrop, ToTensor = transforms.Resize, transforms.CenterCrop, transforms.ToTensor

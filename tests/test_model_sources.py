@@ -13,7 +13,8 @@ from PIL import Image
 from timm.utils import reparameterize_model
 
 from retrofit import RetrofitError, zoo
-from retrofit.images import ArrayPictures, PictureBatches, preprocessing
+from retrofit.images import PictureBatches, preprocessing
+from retrofit.sources import ArrayPictures
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 

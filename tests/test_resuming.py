@@ -207,14 +207,14 @@ def convert(folder, *options):
     return main(
         [
             *("convert", "retrofit.demo:trained_vgg", "--data", f"{folder}/pictures.npy"),
-            *("--crop", "32", "--workers", "0", "--images", "1200", "--batch-size", "4"),
+            *("--crop", "32", "--workers", "0", "--images", "3000", "--batch-size", "4"),
             *("--output", f"{folder}/out.safetensors", *options),
         ]
     )
 
 
 def pictures(folder):
-    pixels = np.random.default_rng(0).integers(0, 255, (1300, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (3100, 32, 32, 3), dtype=np.uint8)
     np.save(Path(folder) / "pictures.npy", pixels)
 
 

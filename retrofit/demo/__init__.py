@@ -14,10 +14,11 @@ from retrofit.checkpoint import load, save
 from retrofit.conversion import convert, insert, prepare
 from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
 from retrofit.folding import fold
-from retrofit.images import PictureBatches, open_pictures, preprocessing, shuffled
+from retrofit.images import PictureBatches, preprocessing, shuffled
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.parity import verify
 from retrofit.planning import plan
+from retrofit.sources import open_pictures
 from retrofit.tables import table
 from retrofit.weights import load_weights, read
 
