@@ -1,246 +1,65 @@
-"""What a calibration pass costs, beside the plain forward pass and other ways to do it.
+"""What retrofit costs: calibration, preparation, scaling, and inference, beside the plain network.
 
-    python scripts/benchmark.py --model vgg16
+    python scripts/benchmark.py --json benchmarks.json --markdown docs/benchmarks.md
 
-All contenders see the same images in the same process, one after another in each repetition, so
+What is compared sees the same images in the same process, one after another in each repetition, so
 that ratios hold on a machine whose speed drifts. Peak memory is that of a process of its own.
+`benchmark_passes.py` has what is compared, `benchmark_tables.py` the measurements.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
 import platform
-import resource
-import statistics
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from benchmark_tables import PRECISIONS, SECTIONS, Cell, Options, Row, Spread, Table, measured
 
 import retrofit
-from retrofit.zoo import build
+from retrofit.errors import RetrofitError
 
-Pass = Callable[[], None]
-PLAIN, FLOOR, OURS = "plain forward, NCHW", "plain forward, channels_last", "retrofit.calibrate"
+BATCHES = {"cpu": (8, 2), "cuda": (64, 4)}  # images in a batch, enough to fill the device; batches
 
+INTRODUCTION = """# Benchmarks
 
-def forward(model: nn.Module, images: list[Tensor]) -> Pass:
-    def run() -> None:
-        with torch.no_grad():
-            for x in images:
-                model(x)
+What this command wrote:
 
-    return run
+    {command}
 
+- {date}
+- {machine}
+- {versions}
 
-def channels_last_forward(model: nn.Module, images: list[Tensor]) -> Pass:
-    def run() -> None:
-        with torch.no_grad():
-            for x in images:
-                model(x.contiguous(memory_format=torch.channels_last))
-
-    return run
+Weights and images are random. The passes of a table were made in one process, in an order drawn
+anew for each repetition. Ratios are those of times in the same repetition: the median (min - max)
+of {repeat} repetitions, after one that does not count.
+"""
 
 
-def ours(model: nn.Module, images: list[Tensor]) -> Pass:
-    prepared = retrofit.prepare(model)
-    return lambda: void(retrofit.calibrate(prepared, images, progress=False))
-
-
-def void(_: object) -> None: ...
-
-
-def hooked(
-    model: nn.Module, images: list[Tensor], observe: Callable[[retrofit.Site, Tensor], None]
-) -> Pass:
-    """A pass with a forward hook on every convolution."""
-    sites = retrofit.plan(model).inserted
-
-    def run() -> None:
-        with ExitStack() as stack:
-            for site in sites:
-
-                def hook(_m: nn.Module, _i: Any, y: Tensor, site: retrofit.Site = site) -> None:
-                    observe(site, y)
-
-                conv = model.get_submodule(site.path)
-                stack.callback(conv.register_forward_hook(hook).remove)
-            forward(model, images)()
-
-    return run
-
-
-def var_mean_hooks(model: nn.Module, images: list[Tensor]) -> Pass:
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def observe(site: retrofit.Site, y: Tensor) -> None:
-        seen.setdefault(site.path, []).append(torch.var_mean(y, (0, 2, 3)))
-
-    return hooked(model, images, observe)
-
-
-def repvgg_style(model: nn.Module, images: list[Tensor]) -> Pass:
-    """As RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
-    running: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def observe(site: retrofit.Site, y: Tensor) -> None:
-        mean = y.mean((0, 2, 3))
-        var = (y - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-        old_mean, old_var = running.get(site.path, (mean, var))
-        running[site.path] = (0.9 * old_mean + 0.1 * mean, 0.9 * old_var + 0.1 * var)
-
-    return hooked(model, images, observe)
-
-
-def swa_update_bn(model: nn.Module, images: list[Tensor]) -> Pass:
-    inserted = retrofit.insert(model)
-    return lambda: torch.optim.swa_utils.update_bn(images, inserted)
-
-
-def fvcore_update_bn_stats(model: nn.Module, images: list[Tensor]) -> Pass:
-    from fvcore.nn import update_bn_stats  # noqa: PLC0415
-
-    inserted = retrofit.insert(model).train()
-
-    def run() -> None:
-        with torch.no_grad():
-            update_bn_stats(inserted, images, len(images))
-
-    return run
-
-
-CONTENDERS: dict[str, Callable[[nn.Module, list[Tensor]], Pass]] = {
-    PLAIN: forward,
-    FLOOR: channels_last_forward,
-    OURS: ours,
-    "hooks with var_mean": var_mean_hooks,
-    "RepVGG-style moving average": repvgg_style,
-    "torch.optim.swa_utils.update_bn": swa_update_bn,
-    "fvcore update_bn_stats": fvcore_update_bn_stats,
-}
-
-
-def inputs(arguments: argparse.Namespace) -> tuple[nn.Module, list[Tensor]]:
-    torch.manual_seed(0)
-    model = build(arguments.model).eval()
-    shape = (arguments.batches, arguments.batch_size, 3, arguments.size, arguments.size)
-    return model, list(torch.randn(shape))
-
-
-def measure(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of each contender in each repetition, after one that does not count."""
-    model, images = inputs(arguments)
-    passes = {name: CONTENDERS[name](model, images) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(arguments.repeat + 1):
-        for name, run in passes.items():
-            start = time.perf_counter()
-            run()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(arguments: argparse.Namespace, name: str) -> float:
-    """Peak resident memory, in MiB, of a process that does nothing else."""
-    options = ["--model", arguments.model, "--only", name]
-    for option in ("size", "batch_size", "batches", "threads"):
-        options += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, __file__, *options], check=True, capture_output=True, text=True
-    )
-    return float(done.stdout)
-
-
-def own_peak() -> float:
-    """Peak resident memory of this process in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the parent's memory at the fork
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
-
-
-def import_seconds(repeat: int) -> tuple[float, float]:
-    """Median time to import torch and torchvision, and what importing retrofit adds to it."""
-    code = (
-        "import time; a = time.perf_counter(); import torch, torchvision; b = time.perf_counter();"
-        "import retrofit; print(b - a, time.perf_counter() - b)"
-    )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)  # noqa: S603
-        for _ in range(repeat)
-    ]
-    pairs = [tuple(map(float, run.stdout.split())) for run in runs]
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vgg16", help="as for `retrofit plan`")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    if arguments.only:
-        model, images = inputs(arguments)
-        CONTENDERS[arguments.only](model, images)()
-        print(own_peak())
-        return
-
-    names = [name for name in CONTENDERS if "fvcore" not in name or has("fvcore")]
-    seconds = measure(arguments, names)
-    memory = {name: peak_memory(arguments, name) for name in names}
-    base, added = import_seconds(5)
-    print(
-        f"{arguments.model}, {arguments.batches} batches of {arguments.batch_size} x 3 x "
-        f"{arguments.size} x {arguments.size}, float32, {arguments.threads} threads, "
-        f"{arguments.repeat} repetitions\n"
-        f"{processor()}, torch {torch.__version__}, torchvision {torchvision.__version__}\n"
-    )
-    print(
-        "| pass over the same images | time / plain | min - max | seconds | peak memory / plain |"
-    )
-    print("| --- | --- | --- | --- | --- |")
-    rows = {}
-    for name in names:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[PLAIN], strict=True)]
-        rows[name] = {
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-            "seconds": statistics.median(seconds[name]),
-            "peak_MiB": memory[name],
-        }
-        print(
-            f"| {name} | **{rows[name]['ratio']:.3f}** | {min(ratios):.3f} - {max(ratios):.3f} | "
-            f"{rows[name]['seconds']:.2f} | {memory[name] / memory[PLAIN]:.3f} |"
-        )
-    floor = [a / b for a, b in zip(seconds[OURS], seconds[FLOOR], strict=True)]
-    print(f"\nretrofit.calibrate / channels_last forward: {statistics.median(floor):.3f}")
-    print(f"import torch, torchvision: {base:.2f} s; import retrofit adds {added:.2f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"import_seconds": added, "passes": rows}, indent=2))
-
-
-def has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def about(options: Options) -> dict[str, str]:
+    """What the figures depend on."""
+    machine = [f"{processor()}, {os.cpu_count()} cores, {options.threads} threads"]
+    machine += [platform.system(), f"load average {os.getloadavg()[0]:.1f} at the start"]
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions += [f"torchvision {torchvision.__version__}", f"retrofit {retrofit.__version__}"]
+    if options.device == "cuda":
+        machine.insert(0, torch.cuda.get_device_name())
+        versions += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": ", ".join(machine),
+        "versions": ", ".join(versions),
+    }
 
 
 def processor() -> str:
@@ -251,5 +70,107 @@ def processor() -> str:
     return next(found, platform.processor() or platform.machine())
 
 
+# --- the document ------------------------------------------------------------------------------
+
+
+def rendered(table: Table) -> str:
+    """As Markdown."""
+    facts = "".join(f"- {name}: **{text_of(value)}**\n" for name, value in table.summary.items())
+    parts = (f"## {table.title}\n", f"{table.text}\n", markdown(table.rows), facts)
+    return "\n".join(filter(None, parts))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table that is aligned in a terminal too, numbers flush right."""
+    columns = []
+    for name, first in rows[0].items():
+        cells = [name, *(text_of(row[name]) for row in rows)]
+        width = max(map(len, cells))
+        if isinstance(first, str):
+            columns.append(["-" * width, *(cell.ljust(width) for cell in cells)])
+        else:
+            columns.append(["-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)])
+    rule, header, *lines = zip(*columns, strict=True)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+
+
+def text_of(value: Cell) -> str:
+    if isinstance(value, Spread):
+        return f"{text_of(value.median)} ({text_of(value.min)} - {text_of(value.max)})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:{',.0f' if value >= 100 else '.3f' if value >= 0.01 else '.2g'}}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def run(options: Options, sections: Sequence[str], figures: Path | None, page: Path | None) -> None:
+    facts = about(options)
+    texts = [INTRODUCTION.format(**facts, repeat=options.repeat)]
+    print(texts[0])
+    tables: dict[str, list[Table]] = {section: [] for section in sections}
+    for section in sections:
+        for table in measured(section, options):
+            tables[section].append(table)
+            texts.append(rendered(table))
+            print(texts[-1], flush=True)
+    if figures:
+        plain = {section: [asdict(table) for table in found] for section, found in tables.items()}
+        everything = {**facts, "options": asdict(options), "sections": plain}
+        figures.write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
+    if page:
+        page.write_text("\n".join(texts))
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="vgg16", help="as for `retrofit plan`")
+    add("--device", default="cpu", choices=sorted(PRECISIONS))
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
+    add("--size", type=positive, default=224, help="pixels a side of the images to calibrate on")
+    add("--batch-size", type=positive, help="8; on a GPU 64")
+    add("--batches", type=positive, help="2; on a GPU 4")
+    add("--repeat", type=positive, default=5, help="repetitions")
+    add("--forwards", type=positive, default=20, help="of inference, in a repetition")
+    sizes = "pixels a side, for scaling with resolution; all but calibration takes the first"
+    add("--sizes", type=positive, nargs="+", default=[128, 224, 320], help=sizes)
+    convs = "convolutions of the chains to prepare"
+    add("--convs", type=positive, nargs="+", default=[250, 500, 1000, 2000], help=convs)
+    add("--threads", type=positive, default=torch.get_num_threads())
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--markdown", type=Path, metavar="FILE", help="write the document there")
+    arguments = parser.parse_args()
+    batch_size, batches = BATCHES[arguments.device]
+    arguments.batch_size = arguments.batch_size or batch_size
+    arguments.batches = arguments.batches or batches
+    return arguments
+
+
+def main() -> int:
+    arguments = parsed()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("benchmark.py: there is no GPU here: leave out --device cuda", file=sys.stderr)
+        return 2
+    torch.set_num_threads(arguments.threads)
+    chosen = vars(arguments)
+    options = Options(**{f.name: chosen[f.name] for f in fields(Options) if f.name in chosen})
+    try:
+        run(options, arguments.only, arguments.json, arguments.markdown)
+    except RetrofitError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

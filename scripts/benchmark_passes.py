@@ -1,0 +1,294 @@
+"""What `benchmark.py` compares, and how a pass is measured.
+
+As a command it measures a workload alone, and takes it and answers in JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import retrofit
+from retrofit.zoo import build
+
+T = TypeVar("T")
+Pass = Callable[[], object]
+Precision = Literal["float32", "TF32", "bfloat16"]
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+warnings.filterwarnings("ignore", "the two halves")  # calibrate's, of a few random images
+
+
+# --- contenders --------------------------------------------------------------------------------
+
+
+def forward(model: nn.Module, images: list[Tensor]) -> Pass:
+    def run() -> None:
+        with torch.no_grad():
+            for x in images:
+                model(x)
+
+    return run
+
+
+def channels_last_forward(model: nn.Module, images: list[Tensor]) -> Pass:
+    def run() -> None:
+        with torch.no_grad():
+            for x in images:
+                model(x.contiguous(memory_format=torch.channels_last))
+
+    return run
+
+
+def bfloat16_forward(model: nn.Module, images: list[Tensor]) -> Pass:
+    return in_precision("bfloat16", "cpu", channels_last_forward(model, images))
+
+
+def ours(model: nn.Module, images: list[Tensor]) -> Pass:
+    prepared = retrofit.prepare(model)
+    return lambda: retrofit.calibrate(prepared, images, progress=False)
+
+
+def hooked(
+    model: nn.Module, images: list[Tensor], observe: Callable[[retrofit.Site, Tensor], None]
+) -> Pass:
+    """A pass with a forward hook on every convolution."""
+    sites = retrofit.plan(model).inserted
+
+    def run() -> None:
+        with ExitStack() as stack:
+            for site in sites:
+
+                def hook(_m: nn.Module, _i: Any, y: Tensor, site: retrofit.Site = site) -> None:
+                    observe(site, y)
+
+                conv = model.get_submodule(site.path)
+                stack.callback(conv.register_forward_hook(hook).remove)
+            forward(model, images)()
+
+    return run
+
+
+def var_mean_hooks(model: nn.Module, images: list[Tensor]) -> Pass:
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observe(site: retrofit.Site, y: Tensor) -> None:
+        seen[site.path] = torch.var_mean(y, (0, 2, 3))
+
+    return hooked(model, images, observe)
+
+
+def repvgg_style(model: nn.Module, images: list[Tensor]) -> Pass:
+    """As RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
+    running: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observe(site: retrofit.Site, y: Tensor) -> None:
+        mean = y.mean((0, 2, 3))
+        var = (y - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
+        old_mean, old_var = running.get(site.path, (mean, var))
+        running[site.path] = (0.9 * old_mean + 0.1 * mean, 0.9 * old_var + 0.1 * var)
+
+    return hooked(model, images, observe)
+
+
+def swa_update_bn(model: nn.Module, images: list[Tensor]) -> Pass:
+    inserted = retrofit.insert(model)
+    return lambda: torch.optim.swa_utils.update_bn(images, inserted)
+
+
+def fvcore_update_bn_stats(model: nn.Module, images: list[Tensor]) -> Pass:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it uses torch.jit.script
+        from fvcore.nn import update_bn_stats  # noqa: PLC0415
+
+    inserted = retrofit.insert(model).train()
+
+    def run() -> None:
+        with torch.no_grad():
+            update_bn_stats(inserted, images, len(images))
+
+    return run
+
+
+PLAIN, FLOOR = "plain forward, NCHW", "plain forward, channels_last"
+BFLOAT16, OURS = "plain forward, channels_last, bfloat16 autocast", "retrofit.calibrate"
+FVCORE = "fvcore update_bn_stats"
+PEERS: dict[str, Callable[[nn.Module, list[Tensor]], Pass]] = {
+    "hooks with var_mean": var_mean_hooks,
+    "RepVGG-style moving average": repvgg_style,
+    "torch.optim.swa_utils.update_bn": swa_update_bn,
+    FVCORE: fvcore_update_bn_stats,
+}
+CONTENDERS = {
+    PLAIN: forward,
+    FLOOR: channels_last_forward,
+    BFLOAT16: bfloat16_forward,
+    OURS: ours,
+    **PEERS,
+}
+
+
+def has_fvcore() -> bool:
+    return importlib.util.find_spec("fvcore") is not None
+
+
+# --- workloads ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One contender's pass over some images."""
+
+    contender: str
+    model: str
+    device: str
+    precision: Precision
+    images: int
+    batch_size: int
+    size: int
+    threads: int
+
+    def ready(self) -> Pass:
+        """The pass. On a GPU all but the NCHW forward are given model and images in channels_last;
+        on a CPU calibrate has to see to it by itself."""
+        nchw = self.device == "cpu" or self.contender == PLAIN
+        memory_format = "NCHW" if nchw else "channels_last"
+        run = CONTENDERS[self.contender](
+            network(self.model, self.device, memory_format),
+            pictures(self.device, self.images, self.batch_size, self.size, memory_format),
+        )
+        return in_precision(self.precision, self.device, run)
+
+
+@functools.lru_cache(maxsize=2)
+def network(model: str, device: str, memory_format: str = "NCHW") -> nn.Module:
+    """With random weights, always the same. It is shared: do not change it."""
+    torch.manual_seed(0)
+    built = build(model).eval().to(device)
+    return built.to(memory_format=FORMATS[memory_format])
+
+
+def pictures(
+    device: str, count: int, batch_size: int, size: int, memory_format: str = "NCHW"
+) -> list[Tensor]:
+    """Batches of random ones, always the same."""
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = images.to(device, memory_format=FORMATS[memory_format])
+    return list(images.split(batch_size))
+
+
+def in_precision(precision: Precision, device: str, run: Callable[[], T]) -> Callable[[], T]:
+    """The same in this precision; bfloat16 is that of autocast."""
+
+    def precisely() -> T:
+        torch.backends.cudnn.allow_tf32 = precision == "TF32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            return run()
+
+    return precisely
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """The time when the device has done all it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(passes: Mapping[str, Pass], repeat: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each pass in each repetition, after one that does not count.
+
+    The order is drawn anew in each, so that what a pass leaves behind favours no other.
+    """
+    shuffler = random.Random(0)  # noqa: S311
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for run in passes.values():
+        run()
+    for _ in range(repeat):
+        for name in shuffler.sample(list(passes), len(passes)):
+            start = now(device)
+            passes[name]()
+            seconds[name].append(now(device) - start)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What is measured in a process that does nothing else.
+
+    Attributes:
+        peak: memory in MiB; what torch allocated on a GPU, or what was resident.
+        besides_convolution: the share of a pass's time in which torch.profiler sees none.
+    """
+
+    peak: float
+    besides_convolution: float
+
+
+def alone(workload: Workload) -> Alone:
+    command = [sys.executable, __file__, json.dumps(asdict(workload))]
+    quiet = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler tells of its every start
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=quiet)  # noqa: S603
+    return Alone(**json.loads(done.stdout))
+
+
+def main() -> None:
+    workload = Workload(**json.loads(sys.argv[1]))
+    torch.set_num_threads(workload.threads)
+    run = workload.ready()
+    run()
+    peak = own_peak(workload.device)
+    print(json.dumps(asdict(Alone(peak, besides_convolution(run, workload.device)))))
+
+
+def own_peak(device: str) -> float:
+    """Peak memory of this process in MiB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / (1 << 20)
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count the parent's memory at the fork
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def besides_convolution(run: Pass, device: str) -> float:
+    """The share of a pass's time in which torch.profiler sees no convolution."""
+    cuda = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        start = now(device)
+        run()
+        whole = now(device) - start
+    convolutions = [  # the operators, not the kernels that they launch
+        float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+        if event.device_type.name == "CPU" and "conv" in event.key
+    ]
+    return 1 - sum(convolutions) / 1e6 / whole
+
+
+if __name__ == "__main__":
+    main()
