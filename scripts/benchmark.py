@@ -108,6 +108,8 @@ def text_of(value: Cell) -> str:
 
 
 def run(options: Options, sections: Sequence[str], figures: Path | None, page: Path | None) -> None:
+    for file in filter(None, (figures, page)):  # before the minutes that it takes
+        file.parent.mkdir(parents=True, exist_ok=True)
     facts = about(options)
     texts = [INTRODUCTION.format(**facts, repeat=options.repeat)]
     print(texts[0])
