@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retrofit import planning
 from retrofit.batches import ForwardFn, refuse_single_tensor
 from retrofit.calibration import calibrate
+from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import exact_identity
@@ -30,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 GRAPH_TOLERANCE = 1e-3  # of the root mean square: more than a GPU's rounding, less than a branch
 
 
+@uncollected()
 def prepare(model: M, plan: Plan | None = None) -> M:
     """A copy of `model` with a `MomentObserver` wherever a BatchNorm will be, in eval mode.
 
@@ -61,6 +63,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     return prepared
 
 
+@uncollected()
 def convert(
     prepared: M,
     *,
@@ -93,7 +96,8 @@ def convert(
             "that loads these weights computes something else",
             stacklevel=2,
         )
-    model, plan = shared_copy(prepared), record.plan
+    learned = [t for m in prepared.modules() if isinstance(m, MomentObserver) for t in m.buffers()]
+    model, plan = shared_copy(prepared, keep=learned), record.plan
     training = set(record.training)
     for path, module in model.named_modules():
         module.training = path in training

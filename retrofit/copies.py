@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -21,8 +23,8 @@ WRAPPERS = {
 }
 
 
-def shared_copy(model: M) -> M:
-    """The same modules over the same parameter storage.
+def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
+    """The same modules over the same parameter storage; those in `keep` are not even copied.
 
     Parameters are new objects, or moving the copy would move the original; ties stay ties.
     Buffers are copied, since forward may write to them. Gradients are left behind.
@@ -31,15 +33,18 @@ def shared_copy(model: M) -> M:
     is, or holds, a wrapper (DataParallel, torch.compile's) that hides the modules inside.
     """
     _refuse_wrappers(model)
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(thing): thing for thing in keep}
     for module in model.modules():
         for parameter in module._parameters.values():
             if type(parameter) is nn.Parameter:
                 shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
                 memo.setdefault(id(parameter), shared)
-        for value in vars(module).values():  # such as the weight that weight_norm computed
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # weight_norm's weight, say
                 memo.setdefault(id(value), value.detach())
+            elif type(value) in (OrderedDict, dict, set) and not value:
+                # A dozen tables of hooks for each module: most of the time that deepcopy takes.
+                memo.setdefault(id(value), type(value)())
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:

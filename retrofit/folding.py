@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retrofit.calls import Call
+from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
@@ -58,6 +59,7 @@ def fold_weights(
     return folded.to(weight.dtype), new_bias
 
 
+@uncollected()
 def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M:
     """A copy of `model` with BatchNorms absorbed into the layers before them.
 

@@ -14,6 +14,7 @@ from torchvision.models import VGG
 from retrofit import graph
 from retrofit.batches import ForwardFn, arguments_of
 from retrofit.calls import Call, Trace
+from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.layout import Layout
@@ -26,6 +27,7 @@ from retrofit.watch import watch
 Patterns = str | Sequence[str] | None
 
 
+@uncollected()
 def plan(
     model: nn.Module,
     *,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import nn
 
@@ -96,6 +97,22 @@ class _Rules:
     traced: Trace
     options: Options
 
+    @cached_property
+    def _to_output(self) -> _Ways:
+        return _Ways("output")
+
+    @cached_property
+    def _to_unknown(self) -> _Ways:
+        return _Ways("unknown")
+
+    @cached_property
+    def _calls_of(self) -> dict[nn.Module, list[Call]]:
+        made: dict[nn.Module, list[Call]] = {}
+        for call in self.traced.calls:
+            if call.module is not None:
+                made.setdefault(call.module, []).append(call)
+        return made
+
     def site(self, path: str, calls: list[Call]) -> Site:
         layer = calls[0].module if calls else self.model.get_submodule(path)
         skip = self._reason_to_skip(path, layer, calls)
@@ -150,9 +167,9 @@ class _Rules:
             return "no activation follows it directly"
         if options.layout == "native" and (obstacle := self._obstacle(hosts)):
             return obstacle
-        if not included and any(_reaches(call, "output") for call in calls):
+        if not included and any(map(self._to_output.lead, calls)):
             return "output head"
-        if not included and any(_reaches(call, "unknown") for call in calls):
+        if not included and any(map(self._to_unknown.lead, calls)):
             return "its values go where torch.fx cannot follow: pass example_inputs"
         if not included and any(map(_is_lost, calls)):
             return "its values go where they cannot be followed"
@@ -169,7 +186,7 @@ class _Rules:
         if not path:
             return "the model itself is this layer: wrap it in nn.Sequential"
         if any(call.module is not module for call in hosts) or any(
-            call.module is module and call not in hosts for call in self.traced.calls
+            call not in hosts for call in self._calls_of[module]
         ):
             return f"its activation {path} serves other layers too: only layout='graph' has a place"
         if not all(call.alone for call in hosts):
@@ -245,32 +262,54 @@ def _norm_after(call: Call) -> str | None:
     return None
 
 
-def _reaches(call: Call, end: str) -> bool:
-    """Some path to `end` meets no weighted layer, and no nonlinearity (softmax and its like do not
-    count); or all paths end there without one, and this is pooled and then flattened. To "output",
-    the call is an output head."""
-    # A walk over (call, met a nonlinearity, pooled, flattened after pooling).
-    seen = set()
-    read_by_layers = flattened = False
-    stack = [(user, False, False, False) for user in call.users]
-    while stack:
-        state = stack.pop()
-        if state in seen:
-            continue
-        seen.add(state)
+# A call, and whether the values met a nonlinearity, were pooled, and were flattened after that.
+State = tuple[Call, bool, bool, bool]
+_READ, _STRAIGHT, _FLATTENED = 1, 2, 4
+
+
+class _Ways:
+    """The ways to an end, "output" or "unknown". What is known of a call serves all before it."""
+
+    def __init__(self, end: str) -> None:
+        self.end = end
+        self.known: dict[State, int] = {}
+
+    def lead(self, call: Call) -> bool:
+        """Some path from `call` to the end meets no weighted layer, and no nonlinearity (softmax
+        and its like do not count); or all paths end there without a weighted layer, and this is
+        pooled and then flattened. To "output", the call is an output head."""
+        found = 0
+        for user in call.users:
+            found |= self._from((user, False, False, False))
+        return bool(found & _STRAIGHT) or found & (_FLATTENED | _READ) == _FLATTENED
+
+    def _from(self, start: State) -> int:
+        """What the paths from here on meet. A stack, since networks are deeper than recursion."""
+        stack, opened = [start], set()
+        while stack:
+            state = stack[-1]
+            found, following = self._step(state)
+            ahead = [s for s in following if s not in self.known and s not in opened]
+            if ahead and state not in opened:
+                opened.add(state)
+                stack += ahead
+                continue
+            for one in following:
+                found |= self.known.get(one, 0)
+            self.known[state] = found
+            stack.pop()
+        return self.known[start]
+
+    def _step(self, state: State) -> tuple[int, list[State]]:
+        """What a call itself is, and what follows it."""
         user, nonlinear, pooled, flat = state
-        if user.name == end:
-            if not nonlinear:
-                return True
-            flattened |= flat
-            continue
+        if user.name == self.end:
+            return (_FLATTENED * flat if nonlinear else _STRAIGHT), []
         if user.name in WEIGHTED_FUNCTIONS if user.module is None else is_weighted(user.module):
-            read_by_layers = True
-            continue
+            return _READ, []
         nonlinear |= user.name in ACTIVATIONS
         flat |= pooled and user.name in FLATTENINGS
         if user.name in ("mean", "amax"):
             pooled, flat = True, flat or not user.keepdim
         pooled |= "pool" in user.name
-        stack += [(after, nonlinear, pooled, flat) for after in user.users]
-    return flattened and not read_by_layers
+        return 0, [(after, nonlinear, pooled, flat) for after in user.users]
