@@ -129,7 +129,7 @@ def calibrate(
                 f"calibration got {fed.images} of the at least 2 images that a variance needs "
                 "(some hundred make a good one)"
             )
-    report = _report(observers, fed, time.perf_counter() - start)
+        report = _report(observers, fed, time.perf_counter() - start)
     _warn(report, tolerance)
     return report
 

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from retrofit.errors import RetrofitError
 from retrofit.moments import Moments, Spread, merge, pooled, spread, stretches, together
-from retrofit.reductions import Samples, finite
+from retrofit.reductions import Samples, finite, reduced
 
 State = Mapping[str, Tensor]
 
@@ -36,6 +36,7 @@ class MomentObserver(nn.Module):
     """
 
     STRETCHES = 16
+    checks = True  # look for NaN at once; else it is up to the caller
     count: Tensor
     mean: Tensor
     M2: Tensor
@@ -158,7 +159,7 @@ class MomentObserver(nn.Module):
         # The first batch counts as two stretches, so that even a single one has two halves.
         first = 0
         for part in [x] if self.batches else x.chunk(2):
-            samples = finite(part, self.site, first)
+            samples = finite(part, self.site, first) if self.checks else reduced(part)
             self._append(together(samples))
             self._compare(samples)
             first += len(part)

@@ -13,6 +13,7 @@ from retrofit.observer import MomentObserver
 from retrofit.tables import table
 
 PERCENTILE = 0.99
+CONSTANT = 1e-6  # sigma / mean
 TOLERANCES = (0.01, 0.02, 0.05)
 
 
@@ -40,7 +41,7 @@ class SiteSample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration did, and whether its sample was enough.
+    """What one call of `calibrate` did, and whether its sample was enough.
 
     Attributes:
         images, batches, seconds: how many, and how long it took.
@@ -71,8 +72,9 @@ class Calibration:
         By the law that it falls with the square root of the number of images, which holds for
         images in random order. Infinity where the standard error is not known.
         """
-        needed = self.images * (self.standard_error / tolerance) ** 2
-        return math.ceil(needed) if math.isfinite(needed) else needed
+        if math.isinf(self.standard_error):
+            return math.inf
+        return math.ceil(self.images * (self.standard_error / tolerance) ** 2)
 
     def __str__(self) -> str:
         names = ("mean_error", "std_error", "mean", "mean_worst", "std", "std_worst")
@@ -109,8 +111,7 @@ def site_sample(observer: MomentObserver, images: int) -> SiteSample | None:
     if halves is None or errors is None:
         return None
     first, second = halves
-    sigma = observer.moments().var.sqrt()
-    live = sigma > 0
+    sigma, live = _sigma(observer)
     if not bool(live.any()):
         return SiteSample(observer.site, *[0.0] * 6)
     mean = (first.mean - second.mean)[live].abs() / sigma[live]
@@ -129,9 +130,16 @@ def _errors(observer: MomentObserver, images: int) -> tuple[Tensor, Tensor] | No
     # Several samples of one image (windows, or calls) are no independent ones. At worst they are
     # copies of each other.
     scale = math.sqrt(max(1.0, int(observer.images) / max(images, 1)))
-    sigma = observer.moments().var.sqrt()
-    mean, std = (torch.where(sigma > 0, e * scale / sigma, 0.0).cpu() for e in errors)
+    sigma, live = _sigma(observer)
+    mean, std = (torch.where(live, e * scale / sigma, 0.0).cpu() for e in errors)
     return mean, std
+
+
+def _sigma(observer: MomentObserver) -> tuple[Tensor, Tensor]:
+    """Standard deviations, and which channels vary, by more than float32 rounds a constant."""
+    moments = observer.moments()
+    sigma = moments.var.sqrt()
+    return sigma, sigma > CONSTANT * moments.mean.abs()
 
 
 def _percentile(values: Tensor) -> float:
