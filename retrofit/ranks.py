@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -97,4 +98,7 @@ def launched() -> Iterator[Ranks]:
         yield ranks
     finally:
         signal.signal(signal.SIGTERM, before)
+        # gloo's thread wants the interpreter's lock to let go of the tensors of the last exchange;
+        # to destroy the group is to wait for that thread with the lock in hand, for ever.
+        time.sleep(0.2)
         dist.destroy_process_group()

@@ -181,7 +181,9 @@ def preparation(options: Options) -> Iterator[Table]:
     """plan, prepare and convert, without the data pass between them."""
     device = options.device
     networks = {options.model: (network(options.model, device), options.sizes[0])}
-    networks |= {f"{n:,} convolutions": (chain(n).to(device), 8) for n in options.convs}
+    for n in options.convs:
+        networks[f"{n:,} convolutions"] = (chain(n).to(device), 8)
+        networks[f"{n:,} in one residual trunk"] = (Trunk(n).eval().to(device), 8)
     sites = {name: len(retrofit.plan(model).inserted) for name, (model, _) in networks.items()}
     steps: dict[str, list[tuple[float, float, float]]] = {name: [] for name in networks}
     for repetition in range(options.repeat + 1):
@@ -208,7 +210,8 @@ def preparation(options: Options) -> Iterator[Table]:
     yield Table(
         "Preparation",
         "`plan`, `prepare` and `convert(copy=False)`, without the data pass between them, of the "
-        "model and of plain chains of convolution and ReLU, nested in blocks.",
+        "model, of plain chains of convolution and ReLU, nested in blocks, and of trunks to which "
+        "each convolution adds.",
         rows,
         {"import torch, torchvision, in s": base, "import retrofit adds, in s": added},
     )
@@ -236,6 +239,23 @@ def chain(convs: int) -> nn.Module:
     blocks = [nn.Sequential(*layers[i : i + 5]) for i in range(0, convs, 5)]
     stages = [nn.Sequential(*blocks[i : i + 10]) for i in range(0, len(blocks), 10)]
     return nn.Sequential(*stages).eval()
+
+
+class Trunk(nn.Module):
+    """Every convolution adds to what all that follow read."""
+
+    def __init__(self, convs: int) -> None:
+        super().__init__()
+        sizes = [3] + [8] * (convs - 1)
+        self.convs = nn.ModuleList(nn.Conv2d(size, 8, 3, padding=1) for size in sizes)
+        self.head = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = torch.relu(self.convs[0](x))
+        for conv in self.convs[1:]:
+            trunk = trunk + torch.relu(conv(trunk))
+        y: Tensor = self.head(trunk)
+        return y
 
 
 def import_seconds(repeat: int) -> tuple[float, float]:
