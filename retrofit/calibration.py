@@ -98,8 +98,9 @@ def calibrate(
             raise RetrofitError(f"tolerance must lie between 0 and 1 (0.02: 2 %), not {tolerance}")
         described: dict[str, Any] = {}
         if state is not None or ranks.size > 1:
-            described = fingerprint(prepared, plan) | {"max_images": max_images}
-            ranks.agree(described | {"tolerance": tolerance, "state": bool(state)})
+            options = {"max_images": max_images, "tolerance": tolerance}
+            described = fingerprint(prepared, plan) | options
+            ranks.agree(described | {"state": bool(state)})
         rounds = Rounds(
             ranks,
             observers,

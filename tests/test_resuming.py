@@ -172,6 +172,13 @@ def test_another_plan_is_refused_with_the_layer(tmp_path):
         retrofit.calibrate(fewer, [X], state=tmp_path / "state", progress=False)
 
 
+def test_another_tolerance_is_refused_rather_than_taken_for_reached(tmp_path):
+    options = {"state": tmp_path / "state", "progress": False}
+    retrofit.calibrate(prepared(), X.split(8), tolerance=0.5, **options)
+    with pytest.raises(retrofit.RetrofitError, match=r"a different tolerance \(0.1, not 0.5\)"):
+        retrofit.calibrate(prepared(), X.split(8), tolerance=0.1, **options)
+
+
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04", None])
 def test_what_is_no_state_file_is_named_and_left_alone(tmp_path, content):
     state = tmp_path / "state"
