@@ -67,7 +67,7 @@ def test_bfloat16_is_left_out_of_calibration_for_a_gap_that_was_measured(done):
 
 def test_the_other_sections_have_a_row_for_each_size_that_was_asked_for(done):
     _, figures, _ = done
-    assert [row["BatchNorms"] for row in rows(figures, "preparation")] == [2, 2, 7]
+    assert [row["BatchNorms"] for row in rows(figures, "preparation")] == [2, 2, 2, 7, 7]
     assert [row["images"] for row in rows(figures, "scaling", 0)] == [4, 8, 16, 32]
     assert [row["pixels a side"] for row in rows(figures, "scaling", 1)] == [8, 16]
     assert [row["batch size"] for row in rows(figures, "scaling", 2)] == [1, 2, 4, 8]
