@@ -14,12 +14,18 @@ class NonFiniteError(RetrofitError):
         site: module path of the layer where it was seen.
         item: index of the first offending sample within what the layer got.
         image: index of the image in the data; None if the layer does not get one sample for each.
+        samples: how many the layer got; 0 where that is not told.
     """
 
     def __init__(
-        self, site: str, item: int, image: int | None = None, name: str | None = None
+        self,
+        site: str,
+        item: int,
+        image: int | None = None,
+        name: str | None = None,
+        samples: int = 0,
     ) -> None:
-        self.site, self.item, self.image = site, item, image
+        self.site, self.item, self.image, self.samples = site, item, image, samples
         known = f"image {image} of the data" if image is not None else f"item {item} of the batch"
         super().__init__(
             f"there is a NaN or Inf at {site} for {name or known}: check the weights and that "

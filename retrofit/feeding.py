@@ -92,7 +92,7 @@ def feed(
                     count = arguments.images
                     call(arguments.to(target, copy=True))
             except NonFiniteError as error:
-                if got.get(error.site) != (count or next(iter(got.values()), 0)):
+                if error.samples != (count or next(iter(got.values()), 0)):
                     raise
                 raise NonFiniteError(error.site, error.item, fed.images + error.item) from None
             count = count or next(iter(got.values()), 0)

@@ -159,7 +159,7 @@ class MomentObserver(nn.Module):
         # The first batch counts as two stretches, so that even a single one has two halves.
         first = 0
         for part in [x] if self.batches else x.chunk(2):
-            samples = finite(part, self.site, first) if self.checks else reduced(part)
+            samples = finite(part, self.site, first, len(x)) if self.checks else reduced(part)
             self._append(together(samples))
             self._compare(samples)
             first += len(part)

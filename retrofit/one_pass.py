@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from retrofit.batches import Arguments
+from retrofit.errors import NonFiniteError
 from retrofit.feeding import leaving_after
 from retrofit.observer import MomentObserver
 from retrofit.plans import Plan
@@ -32,7 +33,7 @@ class OnePass:
         images, first = arguments.images, 0
         while True:
             end = images if self.most is None else min(first + self.most, images)
-            if not self._fits(arguments.part(first, end)):
+            if not self._fits(arguments.part(first, end), first, images):
                 self.most = (end - first) // 2
                 warnings.warn(
                     f"out of memory with {end - first} images at once: going on with {self.most}",
@@ -44,8 +45,8 @@ class OnePass:
             else:
                 first = end
 
-    def _fits(self, arguments: Arguments) -> bool:
-        """Run it. False, with nothing learned, if the memory is too small for several images."""
+    def _fits(self, arguments: Arguments, first: int, of: int) -> bool:
+        """Run a part. False, with nothing learned, if the memory is too small for its images."""
         before = [observer.state() for observer in self.observers]
         try:
             self._part(arguments)
@@ -54,6 +55,10 @@ class OnePass:
                 raise
             self._restore(before)
             return False
+        except NonFiniteError as error:
+            if error.samples != arguments.images:  # not one for each image
+                raise
+            raise NonFiniteError(error.site, first + error.item, samples=of) from None
         return True
 
     def _part(self, arguments: Arguments) -> None:

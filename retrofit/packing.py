@@ -73,13 +73,15 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """A batch of float32 that no cast awaits."""
+    """A batch of float32 in channels_last, as the result will be, that no cast awaits."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.dtype == torch.float32
         and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )

@@ -48,15 +48,16 @@ def reduced(x: Tensor) -> Samples:
     return _two_passes(x.flatten(2), axis=2)
 
 
-def finite(x: Tensor, site: str, first: int = 0) -> Samples:
-    """The same, or NonFiniteError with the site and the sample; x[0] is sample number `first`."""
+def finite(x: Tensor, site: str, first: int = 0, of: int | None = None) -> Samples:
+    """The same, or NonFiniteError with the site and the sample; x[0] is number `first` `of` all."""
     samples = reduced(x)
     # The sum shows in one read whether any of them is not finite.
     if bool((samples.mean.abs() + samples.M2).sum().isfinite()):
         return samples
     sound = x.isfinite().flatten(1).all(1)
     if not bool(sound.all()):
-        raise NonFiniteError(site, first + int((~sound).nonzero()[0]))
+        number = first + int((~sound).nonzero()[0])
+        raise NonFiniteError(site, number, samples=len(x) if of is None else of)
     return reduced(x.double())  # the squares overflowed float32
 
 
@@ -69,7 +70,7 @@ def _in_one_call(x: Tensor) -> Samples:
 def _rows(x: Tensor) -> Samples:
     """Of (N, L, C), channels adjacent in memory."""
     _, length, channels = x.shape
-    if length * channels < LARGE:
+    if length <= STRETCH or length * channels < LARGE:
         return _two_passes(x, axis=1)
     block = max(STRETCH, CACHED // channels // STRETCH * STRETCH)
     counts: list[int] = []
