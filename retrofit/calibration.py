@@ -111,12 +111,13 @@ def calibrate(
         )
         fed = rounds.resumed()
         if not rounds.ended:
-            with evaluating(prepared), packed(prepared):
+            one_pass = OnePass(prepared, plan, observers)
+            with evaluating(prepared), packed(prepared), one_pass:
                 fed = feed(
                     prepared,
                     rounds.data,
                     {observer.site: observer for observer in observers},
-                    call=OnePass(prepared, plan, observers),
+                    call=one_pass,
                     device=device,
                     max_images=max_images,
                     forward_fn=forward_fn,

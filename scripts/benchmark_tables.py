@@ -253,7 +253,7 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         trunk = torch.relu(self.convs[0](x))
         for conv in self.convs[1:]:
-            trunk = trunk + torch.relu(conv(trunk))
+            trunk = trunk + 0.01 * torch.relu(conv(trunk))
         y: Tensor = self.head(trunk)
         return y
 
