@@ -27,7 +27,7 @@ from benchmark_tables import PRECISIONS, SECTIONS, Cell, Options, Row, Spread, T
 import retrofit
 from retrofit.errors import RetrofitError
 
-BATCHES = {"cpu": (8, 2), "cuda": (64, 4)}  # images in a batch, enough to fill the device; batches
+BATCHES = {"cpu": (8, 4), "cuda": (64, 4)}  # images in a batch, enough to fill the device; batches
 
 INTRODUCTION = """# Benchmarks
 
