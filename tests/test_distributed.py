@@ -240,6 +240,30 @@ def test_a_process_that_is_told_to_stop_says_so(pictures):
             process.communicate()
 
 
+def test_killed_together_they_go_on_together(pictures):
+    options = ("--images", "3000", "--batch-size", "4")
+    output, state = pictures.parent / "out.safetensors", pictures.parent / "state"
+    assert main(command(pictures, *options)[2:]) == 0
+    expected = load_file(output)
+    output.unlink()
+    code = command(pictures, *options, "--state", str(state))
+    processes = started(code, code)
+    while not state.exists():
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert main(code[2:]) == 2  # alone, it is the state of others
+    for process in started(code, code):
+        text = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, text
+    assert not state.exists()
+    found = load_file(output)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
 def test_torchrun_writes_the_file_that_one_process_writes(pictures):
     images = ("--images", "40", "--batch-size", "4")
     run = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
