@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import distributed, nn
 from retrofit.batches import ForwardFn, refuse_single_tensor
 from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed
-from retrofit.fingerprint import fingerprint
+from retrofit.fingerprint import digest, fingerprint
 from retrofit.modes import evaluating
 from retrofit.observer import MomentObserver
 from retrofit.one_pass import OnePass
@@ -67,7 +66,7 @@ def calibrate(
             the moments that it would have had. The data has to come again in the same batches;
             data with `state_dict` and `load_state_dict`, such as torchdata's StatefulDataLoader, is
             set to its place, other data is passed over up to there. With several processes the
-            first writes it for all.
+            first writes it for all. One file for one call.
         process_group: calibrate with these processes together, each on data of its own (without
             duplicates: no DistributedSampler that pads; none at all is fine), for instance
             `torch.distributed.group.WORLD`. Every process ends with the same moments, those of all
@@ -87,11 +86,12 @@ def calibrate(
         NonFiniteError: NaN or Inf at a site, with the site and the image.
         PeerError: another process failed or died, or has another model or other options.
     """
-    start, ranks = time.perf_counter(), Ranks(process_group)
+    ranks = Ranks(process_group)
     plan = required_record(prepared, "prepare").plan
     observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
     if not observers:
-        return Calibration(0, 0, time.perf_counter() - start, 0.0, math.inf, ())
+        return Calibration(0, 0, 0.0, 0.0, math.inf, ())
+    earlier = {o.site: digest(o.mean) for o in observers} if ranks.size > 1 else {}
     with _all_or_nothing(observers, ranks):
         refuse_single_tensor(data)
         if tolerance is not None and not 0 < tolerance < 1:
@@ -100,7 +100,7 @@ def calibrate(
         if state is not None or ranks.size > 1:
             options = {"max_images": max_images, "tolerance": tolerance}
             described = fingerprint(prepared, plan) | options
-            ranks.agree(described | {"state": bool(state)})
+            ranks.agree(described | {"state": bool(state), "earlier data": earlier})
         rounds = Rounds(
             ranks,
             observers,
@@ -131,8 +131,9 @@ def calibrate(
                 f"calibration got {fed.images} of the at least 2 images that a variance needs "
                 "(some hundred make a good one)"
             )
-        report = _report(observers, fed, time.perf_counter() - start)
-    _warn(report, tolerance)
+        report = _report(observers, fed, rounds.seconds)
+    if ranks.rank == 0:
+        _warn(report, tolerance)
     return report
 
 
@@ -180,7 +181,7 @@ def _warn(report: Calibration, tolerance: float | None) -> None:
         )
     if tolerance is not None and report.standard_error > tolerance:
         warnings.warn(
-            f"the data ended after {report.images} images at a standard error of "
+            f"the calibration ended after {report.images} images at a standard error of "
             f"{report.standard_error:.2%}: a tolerance of {tolerance:.2%} needs about "
             f"{report.images_needed(tolerance):,}",
             stacklevel=3,

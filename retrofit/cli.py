@@ -119,6 +119,8 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """All processes calibrate, each on its share of the pictures; the first one does the rest."""
     if ranks.rank == 0:
         check_output(arguments.output, overwrite=arguments.overwrite)
+    if arguments.state and arguments.state.resolve() == arguments.output.resolve():
+        raise RetrofitError(f"--state and --output are both {arguments.output}")
     pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
     options = vars(arguments).items()
     same = {f"--{key.replace('_', '-')}": str(v) for key, v in options if key not in OF_A_PROCESS}
@@ -158,8 +160,11 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
             state=arguments.state,
             process_group=ranks.group,
         )
+    bad = [name for names in ranks.gather(batches.bad) for name in names]
     if ranks.rank > 0:
         return 0
+    if arguments.tolerance:  # the rest of the last round may have been used too
+        others = chosen[calibration.images + arguments.batch_size * (ranks.size - 1) :][:16]
     converted = convert(prepared, copy=False, skip_unused=arguments.skip_unused)
     held_out = others if len(others) == 16 else chosen[:16]
     tests = _batches(arguments, model, pictures, held_out, to_input)
@@ -180,7 +185,7 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
     print(_summary(converted))
-    _list_bad(pictures, batches, tests)
+    _list_bad(pictures, [*bad, *tests.bad])
     print(_facts(arguments, calibration, parity, other=len(others) == 16))
     return 0
 
@@ -213,7 +218,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     batches = _batches(arguments, original, pictures, chosen, to_input)
     report = verify(original, converted, batches)
     print(report)
-    _list_bad(pictures, batches)
+    _list_bad(pictures, batches.bad)
     passed = report.exact if arguments.tolerance == 0 else report.passed(arguments.tolerance)
     return 0 if passed else _fail(_failure(report, arguments.tolerance), 1)
 
@@ -342,14 +347,16 @@ def _own_device(device: torch.device | None) -> torch.device | None:
     """Of the GPUs of a machine, each of its processes has one."""
     local = os.environ.get("LOCAL_RANK")
     shared = device is not None and device.type == "cuda" and device.index is None
-    return torch.device("cuda", int(local)) if shared and local else device
+    if not (shared and local and torch.cuda.is_available()):
+        return device
+    torch.cuda.set_device(int(local))  # where memory is pinned, and what nccl uses
+    return torch.device("cuda", int(local))
 
 
-def _list_bad(pictures: Pictures, *sources: PictureBatches) -> None:
+def _list_bad(pictures: Pictures, names: Sequence[str]) -> None:
     for shard in pictures.bad:
         print(f"used in part or not at all: {shard}", file=sys.stderr)
-    bad = list(dict.fromkeys(name for source in sources for name in source.bad))
-    if bad:
+    if bad := list(dict.fromkeys(names)):
         print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
 
 

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# mallopt's numbers of two thresholds, and the values that glibc moves them to by itself as soon as
-# a program has freed a block of 32 MiB or more.
+# mallopt's numbers of two thresholds, and the most that glibc moves them to by itself.
 _TRIM, _MMAP = -1, -3
 _USUAL = {_MMAP: 32 << 20, _TRIM: 64 << 20}
 _KEEP = {_MMAP: 1 << 30, _TRIM: (1 << 31) - 1}
@@ -21,14 +20,13 @@ def kept_memory() -> Iterator[None]:
 
     By default glibc returns a block of more than 32 MiB to the system as soon as it is freed, and
     the next layer's output comes as empty pages that the system fills one by one: a fifth of
-    VGG16's forward pass. See mallopt(3). Whoever has chosen thresholds in the environment keeps
-    those.
+    VGG16's forward pass. See mallopt(3). Afterwards the thresholds are the largest that glibc would
+    have chosen. Whoever has chosen some in the environment keeps those.
     """
     libc = _glibc()
-    if libc is None:
+    if libc is None or not _set(libc, _KEEP):
         yield
         return
-    _set(libc, _KEEP)
     try:
         yield
     finally:
@@ -44,6 +42,6 @@ def _glibc() -> ctypes.CDLL | None:
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version") else None
 
 
-def _set(libc: ctypes.CDLL, thresholds: dict[int, int]) -> None:
-    for number, value in thresholds.items():
-        libc.mallopt(number, value)
+def _set(libc: ctypes.CDLL, thresholds: dict[int, int]) -> bool:
+    """Some versions of glibc refuse the first, a mapping threshold above 32 MiB."""
+    return all(libc.mallopt(number, value) for number, value in thresholds.items())

@@ -28,7 +28,7 @@ class OnePass:
         self.model, self.observers = model, observers
         # None if it is not known which call is the last.
         self.last = next((site for site in plan.inserted if site.path == plan.last), None)
-        self.channels_last: bool | None = None  # not known before the first batch
+        self.channels_last = True  # until the model fails in it
         self.most: int | None = None  # images at once
         self.held = ExitStack()
         self.first = True
@@ -78,23 +78,16 @@ class OnePass:
         return True
 
     def _part(self, arguments: Arguments) -> None:
-        if self.channels_last is False:
-            return self._forward(arguments)
-        fast: Arguments = tree_map_only(Tensor, _in_channels_last, arguments)
         if self.channels_last:
-            return self._forward(fast)
-        before = [observer.state() for observer in self.observers]
-        try:
-            self._forward(fast)
-        except RuntimeError as error:
-            # A model that calls .view() on an activation cannot run in this memory format.
-            if "view size is not compatible" not in str(error):
-                raise
-        else:
-            self.channels_last = True
-            return None
-        self.channels_last = False
-        self._restore(before)
+            before = [observer.state() for observer in self.observers]
+            try:
+                return self._forward(tree_map_only(Tensor, _in_channels_last, arguments))
+            except RuntimeError as error:
+                # A model that calls .view() on an activation cannot run in this memory format.
+                if "view size is not compatible" not in str(error):
+                    raise
+            self.channels_last = False
+            self._restore(before)
         return self._forward(arguments)
 
     def _restore(self, states: list[dict[str, Tensor]]) -> None:

@@ -33,16 +33,17 @@ class _Packed:
 
     def __init__(self, conv: nn.Conv2d) -> None:
         self.conv = conv
-        self.source: tuple[Tensor, int] | None = None  # the weight that was packed, its version
+        self.source: object = None  # the weight that was packed
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - as Conv2d has it
         conv, weight = self.conv, self.conv.weight
         if not _is_plain(input) or input.shape[1] != conv.in_channels:
             return type(conv).forward(conv, input)
         where = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        if not self.source or self.source[0] is not weight or self.source[1] != weight._version:
+        source = (id(weight), weight.data_ptr(), weight._version)
+        if source != self.source:
             # The order depends on the size of the pictures too; with others it is only slower.
-            self.source = weight, weight._version
+            self.source, self.original = source, weight  # which lives, so that its id stays its own
             reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
             self.weight = reorder(weight.detach().to_mkldnn(), *where, list(input.shape))  # type: ignore[arg-type, call-arg]
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(

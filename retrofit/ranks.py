@@ -17,7 +17,7 @@ from retrofit.errors import PeerError, RetrofitError
 from retrofit.fingerprint import difference
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=5)  # for one that hangs; one that has died is missed at once
+TIMEOUT = timedelta(minutes=30)  # for one that hangs; one that has died is missed at once
 
 
 class Ranks:
@@ -34,6 +34,8 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        if self.rank < 0:
+            raise RetrofitError("this process is not in the process_group that it was given")
 
     def gather(self, value: T) -> list[T]:
         """What every process gave, in rank order, for every process."""

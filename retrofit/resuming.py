@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -56,6 +56,11 @@ class Replayed:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         batches = iter(self.data)
         head = list(islice(batches, 1))
+        if not state_dict.keys() >= {"used", "first"}:
+            raise RetrofitError(
+                "the state file is of data with a place of its own (load_state_dict), and this is "
+                f"a {type(self.data).__name__}"
+            )
         if state_dict["used"] and [state_dict["first"]] != [digest(first_tensor(b)) for b in head]:
             raise RetrofitError(
                 "the data begins with another batch than that of the state file: it needs the same "
@@ -83,6 +88,8 @@ class StateFile:
     def write(self, described: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
         began = time.monotonic()
         content = {"format": FORMAT, "described": dict(described), "ranks": ranks}
+        if not self.cost:
+            _refuse_unreadable([rank["data"] for rank in ranks])
         try:
             write_whole(self.path, lambda file: torch.save(content, file))
         except (OSError, RuntimeError) as error:
@@ -96,15 +103,15 @@ class StateFile:
             return None
         try:
             content = torch.load(self.path, weights_only=True)
-            known, ranks = content["described"], content["ranks"]
-            readable = content["format"] == FORMAT
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as e:
+            version, ranks = content["format"], list(content["ranks"])
+            problem = difference(dict(content["described"]), described)
+        except Exception as error:  # what another file makes torch or the lines above raise
             raise RetrofitError(
                 f"{self.path} is no state file of a calibration: give another name, or remove it"
-            ) from e
-        if not readable:
+            ) from error
+        if version != FORMAT:
             raise RetrofitError(f"{self.path} was written by another version: remove it")
-        if problem := difference(known, described):
+        if problem:
             raise RetrofitError(
                 f"{self.path} is the state of another calibration: this one has {problem}; remove "
                 "it, or give another name"
@@ -114,5 +121,18 @@ class StateFile:
                 f"{self.path} is the state of {len(ranks)} processes, and these are {processes}: "
                 "start as many as there were, or remove it to begin anew"
             )
-        found: list[dict[str, Any]] = ranks
-        return found
+        return ranks
+
+
+def _refuse_unreadable(places: list[Any]) -> None:
+    """Before the first write: what could not be read again is no use."""
+    file = io.BytesIO()
+    try:
+        torch.save(places, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        raise RetrofitError(
+            "the data's state_dict() holds more than numbers, strings and tensors, which a state "
+            "file cannot keep: give data without one, or a simpler one"
+        ) from error

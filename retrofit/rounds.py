@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,11 @@ class Rounds:
         self.tolerance, self.file, self.described = tolerance, file, described
         self.looked = 0  # images of all when the standard errors were looked at last
         self.ended = False  # all data is used, or enough
+        self.begun, self.earlier = time.perf_counter(), 0.0  # seconds of the runs resumed
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.begun
 
     def resumed(self) -> Fed:
         """What this process was fed according to the state file, which is restored."""
@@ -55,7 +61,8 @@ class Rounds:
         self.data.load_state_dict(mine["data"])
         self.looked = mine["looked"]
         self.ended = mine["ended"]
-        return Fed(mine["images"], mine["batches"])
+        self.earlier = mine["seconds"]
+        return Fed(mine["images"], mine["batches"], mine["waited"])
 
     def until(self, fed: Fed) -> bool:
         """After a batch: True if it was the last, since all together have enough."""
@@ -118,6 +125,8 @@ class Rounds:
         return {
             "images": fed.images,
             "batches": fed.batches,
+            "waited": fed.waited,
+            "seconds": self.seconds,
             "looked": self.looked,
             "ended": self.ended,
             "data": self.data.state_dict(),

@@ -8,14 +8,11 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary file beside `path`, which is then synced and renamed.
-
-    The temporary file always has the same name, so that killed processes leave no more than one.
-    """
-    part = path.with_name(f".{path.name}.part")
+    """`write` to a temporary file beside `path`, which is then synced and renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
-        with part.open("rb") as file:
+        with part.open("r+b") as file:
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException:

@@ -459,6 +459,47 @@ class TwoSizes(nn.Module):
         return x
 
 
+def test_a_weight_that_forward_sets_is_used_and_not_the_one_before():
+    class Setting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+            self.scale = 1.0
+
+        def forward(self, x):
+            self.scale *= 2
+            first = next(self.parameters())
+            first.data = torch.full_like(first, self.scale)
+            return F.relu(self.last(F.relu(self.conv(x))))
+
+    plain = Setting().eval()
+    plan = retrofit.plan(plain, example_inputs=X[:2])
+    model, by_hand = retrofit.prepare(plain, plan), retrofit.prepare(copy.deepcopy(plain), plan)
+    retrofit.calibrate(model, X.split(16), progress=False)
+    with torch.no_grad():
+        for x in X.split(16):
+            by_hand(x)
+    ours, theirs = site(model, "conv.bn"), site(by_hand, "conv.bn")
+    torch.testing.assert_close(ours.var, theirs.var, rtol=1e-5, atol=0)
+
+
+def test_a_later_batch_may_show_that_the_model_cannot_run_in_channels_last():
+    class ViewingBatches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 5, 3)
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            return F.relu(self.second(x.view(x.shape[0] * 4, 1, *x.shape[2:])))
+
+    plain = ViewingBatches()
+    model = retrofit.prepare(plain, retrofit.plan(plain, example_inputs=X[:2]))
+    data = [X[:1], X[1:]]
+    assert retrofit.calibrate(model, data, progress=False).images == 40
+    assert site(model, "second.bn").count == 40 * 4 * 64
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("size", [(16, 12), (9, 31)])
 def test_convolutions_of_every_kind_are_measured_as_in_a_loop_of_ones_own(size):

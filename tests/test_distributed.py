@@ -78,6 +78,10 @@ def one_process(rank, folder):
     result["no data"] = refused(prepared(), [])
     result["other weights"] = refused(prepared(seed=rank), mine)
     result["other options"] = refused(prepared(), mine, max_images=[20, 30][rank])
+    model = prepared()
+    if rank == 1:
+        retrofit.calibrate(model, mine, progress=False)
+    result["other data before"] = refused(model, mine)
     broken = [x.clone() for x in mine]
     if rank == 1:
         broken[2][1] = float("nan")
@@ -151,6 +155,7 @@ def test_all_stop_together_when_they_have_enough(results):
         ("other weights", 0, "PeerError", "process 1 of 2 has different weights at 0.conv.weight"),
         ("other weights", 1, "PeerError", "process 1 of 2 has different weights at 0.conv.weight"),
         ("other options", 0, "PeerError", "a different max_images (30, not 20) than process 0"),
+        ("other data before", 1, "PeerError", "process 1 of 2 has different earlier data at 0"),
         ("a NaN", 0, "PeerError", "process 1 of 2 failed: there is a NaN or Inf at 0"),
         ("a NaN", 1, "NonFiniteError", "at 0 for image 17 of the data"),
         ("not an iterable", 0, "PeerError", "process 1 of 2 failed: data is one tensor"),

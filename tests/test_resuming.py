@@ -179,17 +179,37 @@ def test_another_tolerance_is_refused_rather_than_taken_for_reached(tmp_path):
         retrofit.calibrate(prepared(), X.split(8), tolerance=0.1, **options)
 
 
-@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04", None])
+ALMOST = {"format": 1, "described": {}, "ranks": [{}]}
+FOREIGN = [{"weight": torch.ones(3)}, torch.ones(3), ALMOST | {"described": 3}]
+FOREIGN += [ALMOST | {"ranks": None}]
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04", b"\x80\xc8", *FOREIGN])
 def test_what_is_no_state_file_is_named_and_left_alone(tmp_path, content):
     state = tmp_path / "state"
-    if content is None:
-        torch.save({"weight": torch.ones(3)}, state)
-    else:
+    if isinstance(content, bytes):
         state.write_bytes(content)
+    else:
+        torch.save(content, state)
     before = state.read_bytes()
     with pytest.raises(retrofit.RetrofitError, match="state is no state file of a calibration"):
         retrofit.calibrate(prepared(), [X], state=state, progress=False)
     assert state.read_bytes() == before
+
+
+def test_data_whose_place_could_not_be_read_again_is_refused_before_anything_is_written(tmp_path):
+    data = Placed(X.split(8))
+    data.state_dict = lambda: {"place": object()}
+    with pytest.raises(retrofit.RetrofitError, match=r"state_dict\(\) holds more than"):
+        retrofit.calibrate(prepared(), data, state=tmp_path / "state", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_of_data_that_knows_its_place_is_not_for_other_data(tmp_path):
+    options = {"state": tmp_path / "state", "progress": False}
+    retrofit.calibrate(prepared(), Placed(X.split(8)), **options)
+    with pytest.raises(retrofit.RetrofitError, match="and this is a tuple"):
+        retrofit.calibrate(prepared(), X.split(8), **options)
 
 
 def test_a_state_file_that_cannot_be_written_is_named(tmp_path):
@@ -248,7 +268,12 @@ def test_killed_at_twenty_random_moments_it_writes_the_same_file(tmp_path):
     assert output.exists() or convert(tmp_path, "--state", str(state)) == 0
     found = load_file(output)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not list(tmp_path.glob(".out*"))
+
+
+def test_one_file_cannot_be_the_state_and_the_output(tmp_path, capsys):
+    pictures(tmp_path)
+    assert convert(tmp_path, "--state", f"{tmp_path}/out.safetensors", "--overwrite") == 2
+    assert "--state and --output are both" in capsys.readouterr().err
 
 
 def test_the_command_removes_the_state_at_the_end_and_refuses_that_of_other_data(tmp_path, capsys):

@@ -198,9 +198,11 @@ def test_with_a_tolerance_the_data_is_used_until_it_is_enough():
 
 def test_too_little_data_is_all_used_and_the_warning_says_how_much_would_do():
     x = grey(3000)
-    with pytest.warns(UserWarning, match=r"data ended after 200 images at .* 5\.00%") as caught:
+    with pytest.warns(
+        UserWarning, match=r"calibration ended after 200 images at .* 5\.00%"
+    ) as caught:
         report = calibrated(x[:200].split(16), tolerance=0.05)
-    message = next(str(w.message) for w in caught if "data ended" in str(w.message))
+    message = next(str(w.message) for w in caught if "calibration ended" in str(w.message))
     needed = int(re.search(r"needs about ([\d,]+)$", message)[1].replace(",", ""))
     assert needed == report.images_needed(0.05) > 200
     assert f"at a standard error of {report.standard_error:.2%}" in message
