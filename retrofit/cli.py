@@ -133,7 +133,7 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     to_input = _to_input(arguments, transforms(arguments.model, model, arguments.weights))
     order = shuffled(len(pictures), arguments.seed)
     images = arguments.images or (len(order) if arguments.tolerance else DEFAULT_IMAGES)
-    chosen, others = order[:images], order[images:][:16]
+    chosen = order[:images]
     if len(chosen) < ranks.size:
         raise RetrofitError(
             f"{ranks.size} processes cannot share {len(chosen)} pictures: start fewer, or use more "
@@ -163,8 +163,11 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     bad = [name for names in ranks.gather(batches.bad) for name in names]
     if ranks.rank > 0:
         return 0
-    if arguments.tolerance:  # the rest of the last round may have been used too
-        others = chosen[calibration.images + arguments.batch_size * (ranks.size - 1) :][:16]
+    used = len(chosen)
+    if arguments.tolerance:  # perhaps fewer, but with the rest of what the last round may have had
+        read = calibration.images + len(bad)
+        used = min(used, read + arguments.batch_size * (ranks.size - 1))
+    others = order[used:][:16]
     converted = convert(prepared, copy=False, skip_unused=arguments.skip_unused)
     held_out = others if len(others) == 16 else chosen[:16]
     tests = _batches(arguments, model, pictures, held_out, to_input)

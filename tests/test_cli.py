@@ -520,3 +520,18 @@ def test_a_model_with_a_named_input_alone(run, folder, tmp_path):
     code, out, err = run("convert", "named.py:make", *arguments)
     assert (code, err) == (0, [])
     assert "equal bit for bit" in out
+
+
+def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_path):
+    data = pictures(tmp_path / "many", 120)
+    for name, options, count in (
+        ("early", ["--tolerance", "0.9"], "32 pictures in"),  # enough at the first look
+        ("late", ["--tolerance", "0.001", "--images", "100"], "100 pictures in"),
+    ):
+        code, out, _ = run(
+            "convert", "retrofit.demo:trained_vgg", "--data", data, "--output",
+            f"{name}.safetensors", "--crop", "32", "--workers", "0", *options,
+        )  # fmt: skip
+        assert code == 0
+        assert count in out
+        assert "verified on         16 other pictures" in out
