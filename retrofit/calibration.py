@@ -24,7 +24,7 @@ from retrofit.ranks import Ranks
 from retrofit.record import required_record
 from retrofit.resuming import StateFile, stateful
 from retrofit.rounds import Rounds
-from retrofit.sampling import Calibration, site_sample, standard_error
+from retrofit.sampling import Calibration, channel_errors, site_sample, standard_error
 
 # On the demo's network the halves of well-mixed samples of 256 pictures and more differ by less
 # than 0.2, those of samples sorted by class by 0.6 to 1.4.
@@ -160,13 +160,14 @@ def _all_or_nothing(observers: list[MomentObserver], ranks: Ranks) -> Iterator[N
 
 
 def _report(observers: list[MomentObserver], fed: Fed, seconds: float) -> Calibration:
-    samples = [site_sample(observer, fed.images) for observer in observers]
+    errors = [channel_errors(observer, fed.images) for observer in observers]
+    samples = map(site_sample, observers, errors)
     return Calibration(
         images=fed.images,
         batches=fed.batches,
         seconds=seconds,
         waited=fed.waited,
-        standard_error=standard_error(observers, fed.images),
+        standard_error=standard_error(errors),
         sites=tuple(sample for sample in samples if sample is not None),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,14 +74,15 @@ def feed(
     bar = tqdm(
         total=_total(data, max_images), initial=start.images, unit="img", disable=not progress
     )
-    with bar, _moved(model, device) as target, torch.no_grad(), eager(), _lengths(layers) as got:
+    lengths = _first_length(layers)
+    with bar, _moved(model, device) as target, torch.no_grad(), eager(), lengths as length:
         while max_images is None or fed.images < max_images:
             began = time.perf_counter()
             batch = next(batches, _END)
             fed = replace(fed, waited=fed.waited + time.perf_counter() - began)
             if batch is _END:
                 break
-            got.clear()
+            length.clear()
             try:
                 if forward_fn is not None:
                     count = images_in(model, batch, forward_fn)
@@ -92,10 +93,10 @@ def feed(
                     count = arguments.images
                     call(arguments.to(target, copy=True))
             except NonFiniteError as error:
-                if error.samples != (count or next(iter(got.values()), 0)):
+                if error.samples != (count or sum(length)):
                     raise
                 raise NonFiniteError(error.site, error.item, fed.images + error.item) from None
-            count = count or next(iter(got.values()), 0)
+            count = count or sum(length)
             fed = Fed(fed.images + count, fed.batches + 1, fed.waited)
             share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - first)
             bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
@@ -130,22 +131,20 @@ def leaving_after(layer: nn.Module, calls: int) -> Iterator[None]:
 
 
 @contextmanager
-def _lengths(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """How many samples each layer got at its latest call, in the order of their first calls."""
-    lengths: dict[str, int] = {}
-    handles = []
-    try:
-        for path, layer in layers.items():
+def _first_length(layers: Mapping[str, nn.Module]) -> Iterator[list[int]]:
+    """How many samples the first layer to be called got; empty before that, and when cleared."""
+    found: list[int] = []
 
-            def note(_layer: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                lengths[path] = _length(first_tensor((args, kwargs)))
+    def note(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if not found:
+            found.append(_length(first_tensor((args, kwargs))))
 
+    with ExitStack() as hooks:
+        for layer in layers.values():
             # Before a hook that measures, which may raise.
-            handles.append(layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
-        yield lengths
-    finally:
-        for handle in handles:
-            handle.remove()
+            handle = layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield found
 
 
 def _length(x: Tensor | None) -> int:

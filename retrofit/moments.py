@@ -82,6 +82,8 @@ class Spread:
 
     def moved(self, centre: Tensor) -> Spread:
         """The same about another centre."""
+        if centre is self.centre:
+            return self
         d = centre - self.centre
         a, b, aa, ab, bb = self.table
         moved = (a - d, b - 2 * d * a + d * d, aa, ab - 2 * d * aa, bb - 4 * d * (ab - d * aa))

@@ -17,6 +17,8 @@ from retrofit.heap import kept_memory
 from retrofit.observer import MomentObserver
 from retrofit.plans import Plan
 
+States = list[dict[str, Tensor]]  # of each observer
+
 
 class OnePass:
     """Runs a prepared model up to its last site; a context, in which freed memory is reused.
@@ -65,7 +67,7 @@ class OnePass:
         """Run a part. False, with nothing learned, if the memory is too small for its images."""
         before = [observer.state() for observer in self.observers]
         try:
-            self._part(arguments)
+            self._part(arguments, before)
         except torch.OutOfMemoryError:
             if arguments.images < 2:
                 raise
@@ -77,29 +79,23 @@ class OnePass:
             raise NonFiniteError(error.site, first + error.item, samples=of) from None
         return True
 
-    def _part(self, arguments: Arguments) -> None:
+    def _part(self, arguments: Arguments, before: States) -> None:
         if self.channels_last:
-            before = [observer.state() for observer in self.observers]
             try:
-                return self._forward(tree_map_only(Tensor, _in_channels_last, arguments))
+                return self._forward(arguments, before)
             except RuntimeError as error:
                 # A model that calls .view() on an activation cannot run in this memory format.
                 if "view size is not compatible" not in str(error):
                     raise
             self.channels_last = False
             self._restore(before)
-        return self._forward(arguments)
+        return self._forward(arguments, before)
 
-    def _restore(self, states: list[dict[str, Tensor]]) -> None:
-        for observer, state in zip(self.observers, states, strict=True):
-            observer.restore(state)
-
-    def _forward(self, arguments: Arguments) -> None:
+    def _forward(self, arguments: Arguments, before: States) -> None:
         """Look for NaN only at the end: on a GPU, to look at each site's result is to wait for it.
 
         What is found then is repeated with a look at each.
         """
-        before = [observer.state() for observer in self.observers]
         try:
             self._run(arguments, checks=False)
         except Exception:
@@ -111,15 +107,27 @@ class OnePass:
         self._restore(before)
         self._run(arguments, checks=True)
 
+    def _restore(self, before: States) -> None:
+        for observer, state in zip(self.observers, before, strict=True):
+            observer.restore(state)
+
     def _run(self, arguments: Arguments, *, checks: bool) -> None:
+        # A copy for each run: the model may write to it, and another run may follow.
+        copied: Arguments = tree_map_only(Tensor, self._copy, arguments)
         for observer in self.observers:
             observer.checks = checks
         try:
             with self._leaving():
-                self.model(*arguments.args, **arguments.kwargs)
+                self.model(*copied.args, **copied.kwargs)
         finally:
             for observer in self.observers:
                 observer.checks = True
+
+    def _copy(self, x: Tensor) -> Tensor:
+        """In the memory format that is the faster one on a CPU, where x has pictures."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        fast = self.channels_last and x.device.type == "cpu" and x.dim() in formats
+        return x.clone(memory_format=formats[x.dim()]) if fast else x.clone()
 
     def _is_sound(self) -> bool:
         sums = [(observer.mean.abs() + observer.M2).sum() for observer in self.observers]
@@ -130,9 +138,3 @@ class OnePass:
             return nullcontext()
         observer = next(o for o in self.observers if o.site == self.last.path)
         return leaving_after(observer, self.last.calls)
-
-
-def _in_channels_last(x: Tensor) -> Tensor:
-    """A copy in the memory format that is the faster one on a CPU, where x has pictures."""
-    fast = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return x if fast is None or x.device.type != "cpu" else x.clone(memory_format=fast)

@@ -12,7 +12,7 @@ from retrofit.feeding import Fed
 from retrofit.observer import MomentObserver
 from retrofit.ranks import Ranks
 from retrofit.resuming import StateFile
-from retrofit.sampling import standard_error
+from retrofit.sampling import channel_errors, standard_error
 
 # Images before the standard errors are looked at first, and the growth from one look to the next.
 FIRST_LOOK, GROWTH = 32, 1.25
@@ -103,16 +103,19 @@ class Rounds:
 
     def _is_enough(self, images: int, tolerance: float) -> bool:
         if self.ranks.size == 1:
-            return standard_error(self.observers, images) <= tolerance
+            return self._standard_error(images) <= tolerance
         own = [observer.state() for observer in self.observers]
         states = self.ranks.gather(self._learned())
         enough = False
         if self.ranks.rank == 0:
             self._take_together(states)
-            enough = standard_error(self.observers, images) <= tolerance
+            enough = self._standard_error(images) <= tolerance
             for observer, known in zip(self.observers, own, strict=True):
                 observer.restore(known)
         return self.ranks.from_first(enough)
+
+    def _standard_error(self, images: int) -> float:
+        return standard_error(channel_errors(observer, images) for observer in self.observers)
 
     def _learned(self) -> Learned:
         return [{k: v.cpu() for k, v in o.state().items()} for o in self.observers]

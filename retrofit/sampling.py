@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,47 +100,55 @@ class Calibration:
         )
 
 
-def standard_error(observers: Sequence[MomentObserver], images: int) -> float:
-    """The 99th percentile, over all channels of all observers, as in `Calibration`."""
-    errors = [torch.maximum(*e) for o in observers if (e := _errors(o, images)) is not None]
-    return _percentile(torch.cat(errors)) if errors else math.inf
+class ChannelErrors(NamedTuple):
+    """Of one site, (C,) each, on the CPU.
+
+    `sigma` is the standard deviation, `live` tells the channels that vary, by more than float32
+    rounds a constant. `mean` and `std` are the standard errors of these, in sigma; 0 elsewhere.
+    """
+
+    sigma: Tensor
+    live: Tensor
+    mean: Tensor
+    std: Tensor
 
 
-def site_sample(observer: MomentObserver, images: int) -> SiteSample | None:
+def channel_errors(observer: MomentObserver, images: int) -> ChannelErrors | None:
     """None for a site that saw less than two samples."""
-    halves, errors = observer.halves(), _errors(observer, images)
-    if halves is None or errors is None:
-        return None
-    first, second = halves
-    sigma, live = _sigma(observer)
-    if not bool(live.any()):
-        return SiteSample(observer.site, *[0.0] * 6)
-    mean = (first.mean - second.mean)[live].abs() / sigma[live]
-    std = (first.var.sqrt() - second.var.sqrt())[live].abs() / sigma[live]
-    figures = [_percentile(e) for e in errors]
-    for difference in (mean, std):
-        figures += [_percentile(difference), float(difference.max())]
-    return SiteSample(observer.site, *figures)
-
-
-def _errors(observer: MomentObserver, images: int) -> tuple[Tensor, Tensor] | None:
-    """Standard errors of mean and std in sigma, one for each channel; 0 for a constant one."""
     errors = observer.standard_errors()
     if errors is None:
         return None
+    moments = observer.moments()
+    sigma = moments.var.sqrt()
+    live = sigma > CONSTANT * moments.mean.abs()
     # Several samples of one image (windows, or calls) are no independent ones. At worst they are
     # copies of each other.
     scale = math.sqrt(max(1.0, int(observer.images) / max(images, 1)))
-    sigma, live = _sigma(observer)
-    mean, std = (torch.where(live, e * scale / sigma, 0.0).cpu() for e in errors)
-    return mean, std
+    mean, std = (torch.where(live, error * scale / sigma, 0.0) for error in errors)
+    return ChannelErrors(sigma.cpu(), live.cpu(), mean.cpu(), std.cpu())
 
 
-def _sigma(observer: MomentObserver) -> tuple[Tensor, Tensor]:
-    """Standard deviations, and which channels vary, by more than float32 rounds a constant."""
-    moments = observer.moments()
-    sigma = moments.var.sqrt()
-    return sigma, sigma > CONSTANT * moments.mean.abs()
+def standard_error(sites: Iterable[ChannelErrors | None]) -> float:
+    """The 99th percentile, over all channels of all sites, as in `Calibration`."""
+    errors = [torch.maximum(site.mean, site.std) for site in sites if site is not None]
+    return _percentile(torch.cat(errors)) if errors else math.inf
+
+
+def site_sample(observer: MomentObserver, errors: ChannelErrors | None) -> SiteSample | None:
+    """None for a site that saw less than two samples."""
+    halves = observer.halves()
+    if halves is None or errors is None:
+        return None
+    if not bool(errors.live.any()):
+        return SiteSample(observer.site, *[0.0] * 6)
+    first, second = halves
+    sigma = errors.sigma[errors.live]
+    mean = (first.mean - second.mean).cpu()[errors.live].abs() / sigma
+    std = (first.var.sqrt() - second.var.sqrt()).cpu()[errors.live].abs() / sigma
+    figures = [_percentile(errors.mean), _percentile(errors.std)]
+    for difference in (mean, std):
+        figures += [_percentile(difference), float(difference.max())]
+    return SiteSample(observer.site, *figures)
 
 
 def _percentile(values: Tensor) -> float:

@@ -483,6 +483,29 @@ def test_a_weight_that_forward_sets_is_used_and_not_the_one_before():
     torch.testing.assert_close(ours.var, theirs.var, rtol=1e-5, atol=0)
 
 
+def test_a_pass_that_is_repeated_begins_with_the_same_input():
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return F.relu(self.two(F.relu(self.one(x.mul_(1e5)))))
+
+    torch.manual_seed(0)
+    model, by_hand = (retrofit.prepare(Scaling()) for _ in range(2))
+    by_hand.load_state_dict(model.state_dict())
+    large = X * 1e17  # their squares leave float32, and are measured again in float64
+    retrofit.calibrate(model, large.split(16), progress=False)
+    with torch.no_grad():
+        for x in large.split(16):
+            by_hand(x.clone())
+    for path in ("one.bn", "two.bn"):
+        torch.testing.assert_close(
+            site(model, path).var, site(by_hand, path).var, rtol=1e-5, atol=0
+        )
+
+
 def test_a_later_batch_may_show_that_the_model_cannot_run_in_channels_last():
     class ViewingBatches(nn.Module):
         def __init__(self):
