@@ -90,9 +90,11 @@ def launched() -> Iterator[Ranks]:
     ranks = Ranks(dist.group.WORLD)
 
     def stop(*_: object) -> None:
-        raise PeerError(
-            f"process {ranks.rank} of {ranks.size} was told to stop, as torchrun does when another "
-            "one has failed: see what that one printed"
+        # It may come anywhere, also where an Exception would be taken for a bad picture. A text
+        # is printed, and the process exits with 1.
+        raise SystemExit(
+            f"retrofit: process {ranks.rank} of {ranks.size} was told to stop, as torchrun does "
+            "when another one has failed: see what that one printed"
         )
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -522,6 +522,7 @@ def test_a_model_with_a_named_input_alone(run, folder, tmp_path):
     assert "equal bit for bit" in out
 
 
+@pytest.mark.filterwarnings("ignore:the calibration ended")
 def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_path):
     data = pictures(tmp_path / "many", 120)
     for name, options, count in (
