@@ -60,7 +60,8 @@ def calibrate(
         max_images: stop after this many (of each process); by default at the end of the data.
         tolerance: stop as soon as 99 % of all channels have standard errors, of their mean and of
             their standard deviation, below this many of their standard deviations: 0.02 for 2 %.
-            Needs data in random order. A warning tells if the data ended before.
+            It promises two standard errors: moments within 4 % of those of all the data. Needs
+            data in random order. A warning tells if the data ended before.
         state: a file to which the observers and the place in the data are written now and then,
             and always at the end; if it is there, the calibration goes on from it, and ends with
             the moments that it would have had. The data has to come again in the same batches;
