@@ -20,47 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from pictures import accuracy, augment, normalise, read
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
-
-
-def read(folder: Path) -> tuple[Tensor, Tensor]:
-    """All pictures as uint8 (N, 3, 32, 32), and their labels (N,)."""
-    data = ImageFolder(str(folder))
-    if tuple(data.classes) != CLASSES:
-        raise SystemExit(f"{folder}: expected the class folders {', '.join(CLASSES)}")
-    pictures = [pil_to_tensor(picture) for picture, _ in tqdm(data, desc=f"read {folder.name}")]
-    return torch.stack(pictures), torch.tensor(data.targets)
-
-
-def normalise(pictures: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
-    x = (pictures - mean) / std
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def augment(pictures: Tensor) -> Tensor:
-    """Shift each picture by up to 4 pixels (zero padding), mirror half of them."""
-    n = len(pictures)
-    padded = F.pad(pictures, (4, 4, 4, 4))
-    top, left = torch.randint(9, (2, n, 1, 1, 1))
-    rows = top + torch.arange(32).view(1, 1, 32, 1)
-    columns = torch.arange(32).view(1, 1, 1, 32)
-    columns = left + torch.where(torch.rand(n, 1, 1, 1) < 0.5, columns, columns.flip(-1))
-    return padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(3).view(1, 3, 1, 1), rows, columns]
-
-
-def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        batches = zip(pictures.split(500), labels.split(500), strict=True)
-        right = sum(int((model(normalise(x)).argmax(1) == y).sum()) for x, y in batches)
-    return right / len(labels)
+from retrofit.demo.network import CLASSES, vgg_cifar10
 
 
 def train(model: nn.Module, pictures: Tensor, labels: Tensor, epochs: int, lr: float) -> None:
