@@ -90,8 +90,19 @@ class MomentObserver(nn.Module):
                 "slice, it seems): a BatchNorm after it would not be exact; exclude this layer"
             )
         if x.numel():
-            self._learn(x.detach().movedim(-1, 1) if self.last_axis else x.detach())
+            self.learn(x.detach().movedim(-1, 1) if self.last_axis else x.detach())
         return x
+
+    def learn(self, x: Tensor) -> None:
+        """Add samples of shape (N, C, ...), of at least one element, to what is known."""
+        # The first batch counts as two stretches, so that even a single one has two halves.
+        first = 0
+        for part in [x] if self.batches else x.chunk(2):
+            samples = finite(part, self.site, first, len(x)) if self.checks else reduced(part)
+            self._append(together(samples))
+            self._compare(samples)
+            first += len(part)
+        self.batches = self.batches + 1
 
     # Buffers are replaced, never written to, so that `state()` is a snapshot that costs nothing.
 
@@ -154,16 +165,6 @@ class MomentObserver(nn.Module):
         if self.images < 2:
             return None
         return _spread_of(self.state()).standard_errors(self.moments())
-
-    def _learn(self, x: Tensor) -> None:
-        # The first batch counts as two stretches, so that even a single one has two halves.
-        first = 0
-        for part in [x] if self.batches else x.chunk(2):
-            samples = finite(part, self.site, first, len(x)) if self.checks else reduced(part)
-            self._append(together(samples))
-            self._compare(samples)
-            first += len(part)
-        self.batches = self.batches + 1
 
     def _append(self, new: Moments) -> None:
         """Add to the last stretch while that is shorter than the first, else begin another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,11 +22,14 @@ from retrofit.batches import Arguments, ForwardFn, first_tensor
 from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed, leaving_after
 from retrofit.modes import batch_statistics, evaluating
-from retrofit.moments import Moments, pooled, together
-from retrofit.reductions import finite
+from retrofit.observer import MomentObserver
+from retrofit.sampling import channel_errors, standard_error
+
+UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
 Norms = Mapping[str, _BatchNorm]
 Statistics = dict[str, Tensor]
+Observers = dict[str, MomentObserver]
 
 
 class Recalibration:
@@ -36,11 +40,19 @@ class Recalibration:
     Attributes:
         images, batches: how many the new statistics are of.
         layers: paths of the BatchNorms that have them, in the order of their first calls.
+        standard_error: of the new means and standard deviations, as in `Calibration`; with `prior`
+            that of the blend, which has a share of it only.
     """
 
-    def __init__(self, fed: Fed, old: Mapping[str, tuple[_BatchNorm, Statistics]]) -> None:
+    def __init__(
+        self,
+        fed: Fed,
+        old: Mapping[str, tuple[_BatchNorm, Statistics]],
+        standard_error: float,
+    ) -> None:
         self.images, self.batches = fed.images, fed.batches
         self.layers = tuple(old)
+        self.standard_error = standard_error
         self._old = list(old.values())
 
     def remove(self) -> None:
@@ -67,6 +79,7 @@ def recalibrate(
     data: Iterable[Any],
     *,
     layerwise: bool = False,
+    prior: float = 0,
     device: torch.device | str | None = None,
     max_images: int | None = None,
     forward_fn: ForwardFn | None = None,
@@ -74,10 +87,11 @@ def recalibrate(
 ) -> Recalibration:
     """Re-estimate running_mean and running_var of the BatchNorms in `model`, in place.
 
-    For statistics that have fallen behind: after fine-tuning, after averaging weights, on data of
-    another domain. weight and bias are kept, and all but the BatchNorms is in eval mode. BatchNorms
-    under `freeze_statistics` are recalibrated too, and stay frozen. (Those of `add_batchnorm` are
-    the identity for the statistics that they came with; new ones move the outputs.)
+    For statistics that have fallen behind: after fine-tuning, after averaging weights, on pictures
+    of another domain, for which no labels are needed (test-time adaptation). weight and bias are
+    kept, and all but the BatchNorms is in eval mode. BatchNorms under `freeze_statistics` are
+    recalibrated too, and stay frozen. (Those of `add_batchnorm` are the identity for the statistics
+    that they came with; new ones move the outputs.)
 
     What a BatchNorm gets depends on those before it, so there are two answers:
 
@@ -97,16 +111,21 @@ def recalibrate(
         data: batches, as for `calibrate`. With `layerwise` it is gone through many times, and has
             to give the same batches each time: a list or a DataLoader, not a generator.
         layerwise: see above.
+        prior: the old statistics count as this many images: with N and n new ones, mean and
+            variance become N / (N + n) of the old plus n / (N + n) of the new (Schneider et al.,
+            2020, "Improving robustness against common corruptions by covariate shift adaptation").
+            For a handful of images. By default the old statistics count nothing.
         device, max_images, forward_fn, progress: as for `calibrate`.
 
     Returns:
         A handle: `handle.remove()`, or the end of `with recalibrate(...):`, restores the statistics
         that were there before. A warning names BatchNorms that the data never reached; they keep
-        their statistics.
+        their statistics. Another says how uncertain the new statistics are, when 1 % of the
+        channels have a standard error of more than a quarter of a standard deviation.
 
     Raises:
-        RetrofitError: no data, no BatchNorm, none with running statistics, or a batch with a single
-            value for each channel. The model is then as it was.
+        RetrofitError: no data, no BatchNorm, none with running statistics, a batch with a single
+            value for each channel, or a negative prior. The model is then as it was.
         NonFiniteError: NaN or Inf at a BatchNorm, with its path and the image.
 
     Example:
@@ -117,46 +136,53 @@ def recalibrate(
     norms = _tracking(model)
     if layerwise:
         _refuse_iterator(data)
+    if not 0 <= prior < math.inf:
+        raise RetrofitError(f"prior must be a number of images from 0 up, not {prior}")
     run = partial(feed, model, data, device=device, max_images=max_images, forward_fn=forward_fn)
     old = {path: (norm, _statistics(norm)) for path, norm in norms.items()}
     try:
         estimate = _layer_by_layer if layerwise else _at_once
-        fed, layers = estimate(model, norms, run, progress)
-        if unreached := [path for path in norms if path not in layers]:
-            warnings.warn(
-                f"the data never reached {', '.join(unreached)}: "
-                "these BatchNorms keep the statistics they had",
-                stacklevel=2,
-            )
+        fed, observers = estimate(model, norms, run, prior, progress)
     except BaseException:
         for norm, statistics in old.values():
             _restore(norm, statistics)
         raise
-    return Recalibration(fed, {path: old[path] for path in layers})
+    if unreached := [path for path in norms if path not in observers]:
+        warnings.warn(
+            f"the data never reached {', '.join(unreached)}: these BatchNorms keep the statistics "
+            "they had",
+            stacklevel=2,
+        )
+    error = _share(fed, prior) * standard_error(
+        channel_errors(observer, fed.images) for observer in observers.values()
+    )
+    if error > UNCERTAIN:
+        warnings.warn(_uncertain(fed, error), stacklevel=2)
+    return Recalibration(fed, {path: old[path] for path in observers}, error)
 
 
 def _at_once(
-    model: nn.Module, norms: Norms, run: Callable[..., Fed], progress: bool
-) -> tuple[Fed, list[str]]:
-    with batch_statistics(model, frozen=True), _measured(norms) as moments:
+    model: nn.Module, norms: Norms, run: Callable[..., Fed], prior: float, progress: bool
+) -> tuple[Fed, Observers]:
+    with batch_statistics(model, frozen=True), _measured(norms) as observers:
         fed = run(norms, progress=progress)
     _refuse_nothing(fed)
-    for path, found in moments.items():
-        _settle(path, norms[path], found, fed)
-    return fed, list(moments)
+    for path, observer in observers.items():
+        _settle(norms[path], observer, fed, prior)
+    return fed, observers
 
 
 def _layer_by_layer(
-    model: nn.Module, norms: Norms, run: Callable[..., Fed], progress: bool
-) -> tuple[Fed, list[str]]:
+    model: nn.Module, norms: Norms, run: Callable[..., Fed], prior: float, progress: bool
+) -> tuple[Fed, Observers]:
     with evaluating(model):
         order = _Order(model, norms)
         with order.noted():
             fed = run(norms, call=order, progress=False)
         _refuse_nothing(fed)
-        settled = []
+        settled: Observers = {}
         for path in tqdm(list(order.calls), unit="layer", disable=not progress):
-            with _measured({path: norms[path]}) as moments:
+            with _measured({path: norms[path]}) as observers:
                 again = run(norms, call=partial(order.up_to, path), progress=False)
             if again != fed:
                 raise RetrofitError(
@@ -164,9 +190,9 @@ def _layer_by_layer(
                     f"{again.images} in {again.batches} then: layerwise=True needs the same each "
                     "time"
                 )
-            for found in moments.values():
-                _settle(path, norms[path], found, fed)
-                settled.append(path)
+            for observer in observers.values():
+                _settle(norms[path], observer, fed, prior)
+            settled |= observers
     return fed, settled
 
 
@@ -198,9 +224,9 @@ class _Order:
 
 
 @contextmanager
-def _measured(norms: Norms) -> Iterator[dict[str, Moments]]:
-    """The moments of what is fed to each BatchNorm, pooled over its calls."""
-    moments: dict[str, Moments] = {}
+def _measured(norms: Norms) -> Iterator[Observers]:
+    """Observers of what is fed to each BatchNorm that is called, over all its calls."""
+    observers: Observers = {}
 
     def measure(path: str, norm: _BatchNorm, x: Tensor) -> None:
         if not x.numel():
@@ -210,11 +236,12 @@ def _measured(norms: Norms) -> Iterator[dict[str, Moments]]:
                 f"{path} got a single value for each channel, and one value has no variance: make "
                 "all batches larger (drop_last=True), or pass layerwise=True"
             )
-        new = together(finite(x.detach(), path))
-        moments[path] = pooled(moments[path], new) if path in moments else new
+        if path not in observers:
+            observers[path] = MomentObserver(path, norm.num_features, x.dim() - 2, x.device)
+        observers[path].learn(x.detach())
 
     with _hooked(norms, measure):
-        yield moments
+        yield observers
 
 
 @contextmanager
@@ -274,23 +301,41 @@ def _restore(norm: _BatchNorm, statistics: Statistics) -> None:
         norm.get_buffer(name).copy_(value)
 
 
-def _settle(path: str, norm: _BatchNorm, moments: Moments, fed: Fed) -> None:
+def _settle(norm: _BatchNorm, observer: MomentObserver, fed: Fed, prior: float) -> None:
     """Give a BatchNorm its new statistics."""
+    path, moments = observer.site, observer.moments()
     if moments.count < 2:
         raise RetrofitError(
             f"{path} got a single value for each channel in all the data: a variance needs at "
             "least 2 images"
         )
-    new = {"running_mean": moments.mean, "running_var": moments.var}
-    for name, value in new.items():
-        buffer = norm.get_buffer(name).copy_(value)
+    for name, new in {"running_mean": moments.mean, "running_var": moments.var}.items():
+        buffer = norm.get_buffer(name)
+        if prior:
+            new = buffer.to(new).lerp(new, _share(fed, prior))  # noqa: PLW2901
+        buffer.copy_(new)
         if not bool(buffer.isfinite().all()):
             raise RetrofitError(
-                f"the {name} of {path} reaches {float(value.abs().max()):.3g}, more than "
+                f"the {name} of {path} reaches {float(new.abs().max()):.3g}, more than "
                 f"{buffer.dtype} holds: keep the BatchNorms in float32"
             )
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.fill_(fed.batches)
+
+
+def _share(fed: Fed, prior: float) -> float:
+    """How much the new statistics count beside the old ones."""
+    return fed.images / (fed.images + prior)
+
+
+def _uncertain(fed: Fed, error: float) -> str:
+    if math.isinf(error):
+        return "the statistics are those of one image, and nothing tells how uncertain they are"
+    return (
+        f"the statistics of {fed.images} images are uncertain: 1 % of the channels have a standard "
+        f"error of more than {error:.2f} of their standard deviation; use more images, or let the "
+        "old statistics count as some (prior=16; --prior 16)"
+    )
 
 
 def _refuse_nothing(fed: Fed) -> None:

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import retrofit
 from retrofit import NonFiniteError, RetrofitError
 
+pytestmark = pytest.mark.filterwarnings("ignore:the statistics (of|are)")  # of so few images
+
 
 class Net(nn.Module):
     """Three BatchNorms, with stale statistics, and dropout between them."""
@@ -145,6 +147,60 @@ def test_layer_by_layer_data_sorted_by_class_does_as_well_as_shuffled():
     assert furthest_apart(statistics(by_class), statistics(shuffled)) < 1e-5
     update_bn(X.split(7), averaged)
     assert furthest_apart(statistics(averaged), statistics(shuffled)) > 0.1
+
+
+def test_with_a_prior_old_statistics_count_as_that_many_images():
+    model, data = Net(), X.split(14)
+    old = statistics(model)
+    recalibrate(model, data)
+    new = statistics(model)
+    with torch.no_grad():
+        for path, (mean, var) in old.items():
+            norms(model)[path].running_mean.copy_(mean)
+            norms(model)[path].running_var.copy_(var)
+    recalibrate(model, data, prior=14)
+    for path, blended in statistics(model).items():
+        for was, has, is_ in zip(old[path], new[path], blended, strict=True):
+            torch.testing.assert_close(is_, 14 / 56 * was + 42 / 56 * has)
+
+
+def test_layer_by_layer_each_layer_is_measured_behind_the_blended_ones():
+    model, data = Net(), [X]
+    old = statistics(model)
+    recalibrate(model, data, layerwise=True, prior=42)
+    inputs = inputs_of_norms(model.eval(), data)  # of the network as it is now
+    for path, (mean, var) in statistics(model).items():
+        x = inputs[path]
+        torch.testing.assert_close(mean.double(), (old[path][0] + x.mean(1)) / 2)
+        torch.testing.assert_close(var.double(), (old[path][1] + x.var(1)) / 2)
+
+
+def test_a_prior_of_more_and_more_images_keeps_the_old_statistics():
+    model = Net()
+    old = statistics(model)
+    recalibrate(model, [X], prior=1e12)
+    for path, (mean, var) in statistics(model).items():
+        torch.testing.assert_close(mean, old[path][0])
+        torch.testing.assert_close(var, old[path][1])
+
+
+def test_the_standard_error_is_that_of_the_means_of_images():
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    x = nets.images(30, 3, 8, 8) + 3 * nets.images(30, 3, 1, 1)  # pixels of an image are alike
+    of_images = x.double().mean((2, 3))
+    expected = (of_images.std(0) / 30**0.5 / x.double().movedim(1, 0).flatten(1).std(1)).max()
+    for prior, share in ((0, 1), (30, 1 / 2), (90, 1 / 4)):
+        with recalibrate(model, x.split(10), prior=prior) as found:
+            assert found.standard_error == pytest.approx(float(expected) * share, rel=0.02)
+
+
+@pytest.mark.filterwarnings("default:the statistics (of|are)")
+def test_too_few_images_are_told_with_how_uncertain_they_are():
+    model = Net()
+    with pytest.warns(UserWarning, match=r"of 7 images are uncertain.*error of more than 0\.\d\d"):
+        recalibrate(model, [X[::6]])
+    with pytest.warns(UserWarning, match="those of one image, and nothing tells how uncertain"):
+        recalibrate(nn.Sequential(nn.BatchNorm2d(3)), [X[:1]])
 
 
 def test_by_default_the_order_of_the_batches_does_not_matter():
@@ -390,6 +446,7 @@ class OnceOnly:
         (Net(), X.split(41), {}, r"third got a single value for each channel.*drop_last"),
         (Net(), [X[:1]], {"layerwise": True}, "third got a single value .* in all the data"),
         (Net().half(), [X.half() * 1e4], {"layerwise": True}, r"of first reaches .* torch.float16"),
+        (Net(), [X], {"prior": -1}, "prior must be a number of images from 0 up, not -1"),
         (Net(), [X], {"max_images": 0}, "max_images must be positive"),
         (Net(), [X], {"device": "meta"}, "device meta cannot be used here"),
     ],
