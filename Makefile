@@ -1,8 +1,8 @@
-# make demo, make test: all a user needs. Both make .venv first where there is none.
+# make demo, make test: all a user needs. Every target makes .venv first where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check notebooks clean
 
 demo: .venv/installed
 	$(BIN)/retrofit demo
@@ -15,8 +15,11 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+notebooks: .venv/installed-notebooks
+	$(BIN)/python scripts/run_notebooks.py
+
 clean:
-	rm -rf .venv retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -27,4 +30,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-notebooks: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
 	touch $@

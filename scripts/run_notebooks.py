@@ -1,0 +1,92 @@
+"""Run the notebooks from top to bottom.
+
+    python scripts/run_notebooks.py                                      # all, in quick mode
+    python scripts/run_notebooks.py --full --in-place notebooks/1-retrofit.ipynb
+
+What was run is written to build/notebooks/ or, with --in-place, takes the place of the notebook:
+that is how the outputs in the repository are made. They hold no timestamps, paths or progress bars,
+so that a second run differs only in what it found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+try:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is missing: run pip install '.[notebooks]'") from None
+
+ROOT = Path(__file__).resolve().parent.parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+CELL_SECONDS = 900
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", type=Path, nargs="*", help="default: all of notebooks/")
+    parser.add_argument("--full", action="store_true", help="all pictures and steps (minutes)")
+    parser.add_argument("--in-place", action="store_true", help="store the outputs in the notebook")
+    arguments = parser.parse_args()
+    # Passed on to the kernels. Progress bars are for people who watch.
+    os.environ |= {"QUICK": "" if arguments.full else "1", "TQDM_DISABLE": "1"}
+    build = ROOT / "build" / "notebooks"
+    build.mkdir(parents=True, exist_ok=True)
+    for path in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+        start = time.perf_counter()
+        run(path, path if arguments.in_place else build / path.name)
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+def run(path: Path, output: Path) -> None:
+    """Execute the notebook in its own folder and write it to `output`.
+
+    Raises:
+        SystemExit: a cell failed. What ran up to there is in build/notebooks/; `output`, if it is
+            another file, is as it was.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, nbformat.reader.NotJSONError) as error:
+        raise SystemExit(f"{path} cannot be read as a notebook: {error}") from None
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+        coalesce_streams=True,
+    )
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        nbformat.write(notebook, ROOT / "build" / "notebooks" / path.name)
+        raise SystemExit(f"{path}, {_failure(notebook, error)}") from None
+    notebook.metadata = nbformat.from_dict(METADATA)
+    nbformat.write(notebook, output)
+
+
+def _failure(notebook: nbformat.NotebookNode, error: Exception) -> str:
+    """Which cell, counted among those with code as Jupyter does, and what it says, in one line."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    number = max((i for i, cell in enumerate(cells, 1) if cell.execution_count), default=1)
+    first = cells[number - 1].source.strip().splitlines()[0]
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, CellExecutionError):
+        said = [f"{error.ename}: {' '.join(error.evalue.split())}"]
+    return f"cell {number} ({first}): {said[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
