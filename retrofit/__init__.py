@@ -17,7 +17,7 @@ from retrofit.drifting import DriftReport, drift
 from retrofit.errors import NonFiniteError, PeerError, RetrofitError
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.folding import fold
-from retrofit.observer import MomentObserver
+from retrofit.observer import ChannelMoments, MomentObserver, channel_moments
 from retrofit.parity import ParityReport, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site
@@ -27,6 +27,7 @@ from retrofit.version import __version__
 
 __all__ = [
     "Calibration",
+    "ChannelMoments",
     "DriftReport",
     "MomentObserver",
     "NonFiniteError",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "add_batchnorm",
     "calibrate",
+    "channel_moments",
     "convert",
     "drift",
     "fold",

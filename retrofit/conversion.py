@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ from retrofit.calibration import calibrate
 from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
-from retrofit.identity import exact_identity
+from retrofit.identity import Identity, exact_identity
 from retrofit.layers import LastAxisBatchNorm, batchnorm_class
 from retrofit.observer import MomentObserver
 from retrofit.parity import verify
@@ -69,6 +69,7 @@ def convert(
     *,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    match: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     copy: bool = True,
     skip_unused: bool = False,
 ) -> M:
@@ -83,11 +84,19 @@ def convert(
         prepared: made by `prepare`, after calibration; not changed.
         eps, momentum: of the BatchNorms. eps is not part of a state dict: any other than 1e-5
             has to be set again wherever the weights are loaded.
+        match: mean and variance, (C,) each, that the channels shall have instead of their own, by
+            path of the convolution; others keep theirs. weight is sqrt(var + eps) and bias is mean
+            of these, while running_mean and running_var stay those of the calibration. With its own
+            `channel_moments(prepared)` the network is as it was; with those of others of its
+            architecture this is REPAIR (Jordan et al., 2022), once
+            `recalibrate(converted, data, layerwise=True)` has measured each layer anew behind those
+            that are changed.
         copy: False shares the parameters' storage with the original instead of copying it.
         skip_unused: leave out the sites that saw no data, rather than refuse.
 
     Raises:
-        RetrofitError: a site saw no data, or its moments are not finite or leave float32's range.
+        RetrofitError: a site saw no data, its moments are not finite or leave float32's range, or
+            `match` does not fit the sites.
     """
     record = required_record(prepared, "prepare")
     if eps != 1e-5:
@@ -98,6 +107,8 @@ def convert(
         )
     learned = [t for m in prepared.modules() if isinstance(m, MomentObserver) for t in m.buffers()]
     model, plan = shared_copy(prepared, keep=learned), record.plan
+    match = {} if match is None else match
+    _refuse_misfit(plan, match)
     training = set(record.training)
     for path, module in model.named_modules():
         module.training = path in training
@@ -116,8 +127,9 @@ def convert(
         if not isinstance(observer, MomentObserver):
             raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
         moments = observer.moments()
+        own = (moments.mean, moments.var)
         batchnorm = _batchnorm(
-            site, layer, model, moments.mean, moments.var, observer.batches, eps, momentum
+            site, layer, model, own, match.get(site.path, own), observer.batches, eps, momentum
         )
         batchnorms[observer] = batchnorm.train(observer.training)
         images = images or int(observer.images) // max(site.calls, 1)
@@ -146,7 +158,8 @@ def insert(
     def standard(site: Site, layer: nn.Module | None) -> nn.Module:
         zero = torch.zeros(site.channels, dtype=torch.float64)
         none = torch.zeros((), dtype=torch.int64)
-        return _batchnorm(site, layer, copied, zero, zero + 1, none, eps, momentum)
+        own = (zero, zero + 1)
+        return _batchnorm(site, layer, copied, own, own, none, eps, momentum)
 
     result = cast("M", put_after_sites(copied, plan, standard))
     attach(result, Record(plan, eps, momentum) if plan.inserted else record)
@@ -286,17 +299,38 @@ def _saw_nothing(model: nn.Module, site: Site) -> bool:
     return isinstance(observer, MomentObserver) and not observer.count.any()
 
 
+def _refuse_misfit(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """RetrofitError for moments of another architecture."""
+    channels = {site.path: site.channels for site in plan.inserted}
+    wrong = []
+    for path, (mean, var) in match.items():
+        expected = channels.get(path)
+        if expected is None:
+            wrong.append(f"{path} gets no BatchNorm")
+        elif mean.shape != (expected,) or var.shape != (expected,):
+            shapes = f"{tuple(mean.shape)} and {tuple(var.shape)}"
+            wrong.append(f"{path} has {expected} channels, its mean and variance {shapes}")
+        elif bool((var < 0).any()):
+            wrong.append(f"{path} has a negative variance")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RetrofitError(f"match does not fit this network: {'; '.join(wrong[:3])}{more}")
+
+
 def _batchnorm(
     site: Site,
     layer: nn.Module | None,
     model: nn.Module,
-    mean: Tensor,
-    var: Tensor,
+    own: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
     batches: Tensor,
     eps: float,
     momentum: float | None,
 ) -> nn.Module:
-    """The BatchNorm that is the identity for channels of these moments, of so many batches."""
+    """The BatchNorm that gives channels of these moments, of so many batches, the target's.
+
+    The identity, bit for bit, where the two are the same.
+    """
     weight = _weight(layer, model)
     # float32 whatever the network's precision: 16 bits cannot hold the exact identity.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -306,18 +340,28 @@ def _batchnorm(
     numbers = np.float64 if dtype == torch.float64 else np.float32
     try:
         with np.errstate(over="ignore"):
-            identity = exact_identity(
-                mean.cpu().numpy().astype(numbers), var.cpu().numpy().astype(numbers), eps
-            )
+            normal = _identity(own, numbers, eps)
+            back = normal if target is own else _identity(target, numbers, eps)
     except RetrofitError as error:
         raise RetrofitError(f"{site.path}: {error}") from error
-    arrays = zip(("running_mean", "running_var", "weight", "bias"), identity, strict=True)
+    arrays = {
+        "running_mean": normal.mean,
+        "running_var": normal.var,
+        "weight": back.weight,
+        "bias": back.bias,
+    }
     batchnorm.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in arrays} | {"num_batches_tracked": batches}
+        {name: torch.from_numpy(array) for name, array in arrays.items()}
+        | {"num_batches_tracked": batches}
     )
     weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
     batchnorm.requires_grad_(any(p.requires_grad for p in weights))
     return LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm
+
+
+def _identity(moments: tuple[Tensor, Tensor], dtype: type[np.floating], eps: float) -> Identity:
+    mean, var = (tensor.detach().cpu().numpy().astype(dtype) for tensor in moments)
+    return exact_identity(mean, var, eps)
 
 
 def _weight(layer: nn.Module | None, model: nn.Module) -> Tensor:

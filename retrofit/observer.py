@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,24 @@ from retrofit.moments import Moments, Spread, merge, pooled, spread, stretches, 
 from retrofit.reductions import Samples, finite, reduced
 
 State = Mapping[str, Tensor]
+
+
+class ChannelMoments(NamedTuple):
+    """Of one site: mean and unbiased variance of each channel, float64 of shape (C,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def channel_moments(prepared: nn.Module) -> dict[str, ChannelMoments]:
+    """What the observers of a prepared model have learned, by path of the observed layer.
+
+    Raises:
+        RetrofitError: a site saw no data.
+    """
+    observers = [m for m in prepared.modules() if isinstance(m, MomentObserver)]
+    found = {observer.site: observer.moments() for observer in observers}
+    return {site: ChannelMoments(moments.mean, moments.var) for site, moments in found.items()}
 
 
 class MomentObserver(nn.Module):

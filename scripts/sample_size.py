@@ -27,7 +27,7 @@ from retrofit.zoo import build, transforms
 
 def moments(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of all channels of all sites."""
-    found = [m.moments() for m in model.modules() if isinstance(m, retrofit.MomentObserver)]
+    found = retrofit.channel_moments(model).values()
     return torch.cat([m.mean for m in found]), torch.cat([m.var.sqrt() for m in found])
 
 
