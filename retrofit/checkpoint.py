@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,25 @@ import torchvision
 from torch import Tensor, nn
 
 from retrofit.conversion import insert
+from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.parity import ParityReport
+from retrofit.plain import to_plain
 from retrofit.planning import plan
 from retrofit.plans import Plan
 from retrofit.record import Record, attach, record_of
+from retrofit.sampling import Calibration
 from retrofit.version import __version__
 from retrofit.weights import PICKLED, SUFFIXES, load_weights, read
 from retrofit.writing import write_whole
 from retrofit.zoo import torchvision_model
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """RetrofitError if `save` could not write there; for asking before the work is done."""
-    if path.suffix not in SUFFIXES:
-        raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
+def check_output(path: Path, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """RetrofitError if a file could not be written there; for asking before the work is done."""
+    if path.suffix not in suffixes:
+        allowed = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+        raise RetrofitError(f"{path} must end in {allowed}")
     if path.exists() and not overwrite:
         raise RetrofitError(f"{path} exists: choose another name, or --overwrite (overwrite=True)")
     if path.is_dir():
@@ -53,7 +57,9 @@ def save(
     *,
     name: str | None = None,
     data: str | None = None,
+    calibration: Calibration | None = None,
     parity: ParityReport | None = None,
+    drift: DriftReport | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the model's state dict, whole or not at all.
@@ -66,7 +72,8 @@ def save(
         name: what the model is, e.g. "vgg16", or "package.module:factory"; `load` rebuilds
             torchvision's models from it.
         data: what it was calibrated on, in words.
-        parity: what `verify` found.
+        calibration, parity, drift: what `calibrate`, `verify` and `drift` found; `retrofit report`
+            shows them.
         overwrite: replace an existing file.
 
     Raises:
@@ -82,8 +89,25 @@ def save(
     from safetensors.torch import save_file  # noqa: PLC0415 - keeps `import retrofit` fast
 
     tensors, aliases = _unshared(state)
+    told = provenance(
+        model, name=name, data=data, calibration=calibration, parity=parity, drift=drift
+    )
+    metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
+    write_whole(path, lambda file: save_file(tensors, file, metadata))
+
+
+def provenance(
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    calibration: Calibration | None = None,
+    parity: ParityReport | None = None,
+    drift: DriftReport | None = None,
+) -> dict[str, Any]:
+    """Where a model comes from, as plain values; the arguments are those of `save`."""
     record = record_of(model)
-    provenance = {
+    return {
         "retrofit": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -94,12 +118,17 @@ def save(
         "momentum": record.momentum if record else None,
         "images": record.images if record else None,
         "data": data,
-        "parity": parity.summary() if parity else None,
+        "calibration": to_plain(calibration),
+        "parity": parity_facts(parity) if parity else None,
+        "drift": to_plain(drift),
         "plan": json.loads(record.plan.to_json()) if record else None,
-        "aliases": aliases,
     }
-    metadata = {"format": "pt", "retrofit": json.dumps(provenance)}
-    write_whole(path, lambda file: save_file(tensors, file, metadata))
+
+
+def parity_facts(parity: ParityReport) -> dict[str, Any]:
+    """The summary, and each site and output."""
+    tensors = {"outputs": to_plain(parity.outputs), "sites": to_plain(parity.sites)}
+    return {key: to_plain(value) for key, value in parity.summary().items()} | tensors
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -1,0 +1,67 @@
+"""One self-contained HTML page about a conversion: what was done, on what, and how well."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from retrofit.checkpoint import check_output
+from retrofit.drifting import DriftReport, drift
+from retrofit.errors import RetrofitError
+from retrofit.report.facts import gather
+from retrofit.writing import write_whole
+
+
+def check_report(path: Path, *, overwrite: bool) -> None:
+    """RetrofitError if `write_report` could not do its work; for asking before other work."""
+    check_output(path, overwrite=overwrite, suffixes=(".html",))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RetrofitError("the report's figures need matplotlib: pip install 'retrofit[report]'")
+
+
+def measured_drift(
+    original: nn.Module, converted: nn.Module, data: Iterable[Any]
+) -> tuple[DriftReport | None, str]:
+    """What batch statistics change, or why that cannot be said.
+
+    The rest of the report does not depend on it, and is worth having when it fails: for pictures
+    of several sizes, a model of several inputs, or a memory too small for a batch of 128.
+    """
+    try:
+        return drift(original, converted, data), ""
+    except (RetrofitError, RuntimeError) as error:
+        return None, " ".join(str(error).split())
+
+
+def write_report(
+    path: Path,
+    source: str,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    *,
+    no_drift: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: an `.html` file.
+        source: the file that the page is about.
+        tensors, provenance: what is in it, as `weights.read` returns them.
+        no_drift: why the drift could not be measured.
+        overwrite: replace an existing file.
+
+    Raises:
+        RetrofitError: the path cannot be written; matplotlib is missing; there is no BatchNorm to
+            report on; or the file is damaged.
+    """
+    check_report(path, overwrite=overwrite)
+    facts = gather(source, tensors, provenance, no_drift)
+    from retrofit.report.page import render  # noqa: PLC0415 - jinja2 and matplotlib, for this alone
+
+    page = render(facts)
+    write_whole(path.resolve(), lambda file: file.write_text(page, encoding="utf-8"))

@@ -1,0 +1,193 @@
+"""Facts to a page of HTML: a Jinja2 template, with every text escaped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jinja2
+from markupsafe import Markup
+
+from retrofit.report import figures
+from retrofit.report.facts import Facts, Layer
+from retrofit.sampling import TOLERANCES
+from retrofit.version import __version__
+
+NOT_KNOWN = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Attributes:
+    question: its heading.
+    svg: the picture.
+    caption: what to see.
+    """
+
+    question: str
+    svg: Markup
+    caption: str
+
+
+def render(facts: Facts) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("retrofit.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, percent=percent, span=span, count=count, count_of=count_of
+    )
+    layers = [layer for layer in facts.layers if layer.channels]
+    channels = [layer.channels for layer in layers if layer.channels]
+    return environment.get_template("page.html").render(
+        facts=facts,
+        name=facts.texts.get("model") or facts.source,
+        inserted=len(layers),
+        left=len(facts.layers) - len(layers),
+        channels=sum(map(len, channels)),
+        constant=sum(int(c.constant.sum()) for c in channels),
+        near=sum(int(c.near.sum()) for c in channels),
+        identity=sum(c.identity for c in channels),
+        needed=_needed(facts),
+        channel_figures=_of_channels(facts),
+        sample_figures=_of_sample(facts, layers),
+        drift_figure=_of_drift(facts),
+        sites_equal=sum(d.exact for d in facts.parity.sites) if facts.parity else 0,
+        provenance=_provenance(facts),
+        version=__version__,
+    )
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, with a true minus sign."""
+    if value is None:
+        return NOT_KNOWN
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}").replace("inf", "∞")
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """The space does not break."""
+    if value is None:
+        return NOT_KNOWN
+    return "∞" if math.isinf(value) else f"{value * 100:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def span(values: object) -> str:
+    low, high = (number(float(x)) for x in (values.min(), values.max()))  # type: ignore[attr-defined]
+    return f"{low} to {high}"
+
+
+def count(value: float | None) -> str:
+    if value is None:
+        return NOT_KNOWN
+    return "∞" if math.isinf(value) else f"{value:,}"
+
+
+def count_of(value: int) -> str:
+    """The beginning of a sentence: None of 960 channels is."""
+    return "None" if value == 0 else f"{value:,}"
+
+
+def _needed(facts: Facts) -> list[str]:
+    """The easiest first."""
+    calibration = facts.calibration
+    if calibration is None:
+        return []
+    easy_first = sorted(TOLERANCES, reverse=True)
+    return [f"{count(calibration.images_needed(t))} for {percent(t, 0)}" for t in easy_first]
+
+
+def _of_channels(facts: Facts) -> list[Figure]:
+    layers = facts.inserted
+    made = [
+        Figure(
+            "Where do the channels lie?",
+            Markup(figures.means(layers)),  # noqa: S704 - our own SVG, of numbers alone
+            "Each dot is the mean of one channel over the calibration pictures, each bar the "
+            "median of its layer: the further from zero, the more BatchNorm has to centre.",
+        ),
+        Figure(
+            "How widely do they vary?",
+            Markup(figures.deviations(layers)),  # noqa: S704
+            "Standard deviations on a logarithmic scale: dots below the dotted mark of their "
+            "layer, 1 % of its median, are near-constant and contribute little.",
+        ),
+    ]
+    if any(c.constant.any() or c.near.any() for _, c in layers):
+        made.append(
+            Figure(
+                "Which layers have dead channels?",
+                Markup(figures.quiet_channels(layers)),  # noqa: S704
+                "The share of channels that were constant, or nearly so, on every calibration "
+                "picture: the higher a bar, the more of its layer does nothing for such pictures.",
+            )
+        )
+    return made
+
+
+def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
+    calibration = facts.calibration
+    if calibration is None:
+        return []
+    made = []
+    if 0 < calibration.standard_error < math.inf:
+        made.append(
+            Figure(
+                "How many pictures were enough?",
+                Markup(figures.by_images(calibration)),  # noqa: S704
+                f"The dot is what {calibration.images:,} pictures reached; the line extends it by "
+                "the square-root law (four times the pictures, half the error), with the pictures "
+                "that 5 %, 2 % and 1 % would take.",
+            )
+        )
+    numbers = {layer.path: layer.number for layer in layers}
+    if calibration.sites and all(sample.site in numbers for sample in calibration.sites):
+        of_sites = [numbers[sample.site] for sample in calibration.sites]
+        made.append(
+            Figure(
+                "Which layer is the least certain?",
+                Markup(figures.by_layer(calibration, of_sites)),  # noqa: S704
+                "Standard errors that 99 % of a layer's channels stay below: the highest point "
+                "is the layer that decides how many pictures are needed.",
+            )
+        )
+    return made
+
+
+def _of_drift(facts: Facts) -> Figure | None:
+    if facts.drift is None or not facts.drift.rows:
+        return None
+    return Figure(
+        "How far do batch statistics move the outputs?",
+        Markup(figures.by_batch_size(facts.drift)),  # noqa: S704
+        "In training, BatchNorm uses the statistics of its batch: the curve falls as batches "
+        "grow, and where it is low, fine-tuning starts close to the original network.",
+    )
+
+
+def _provenance(facts: Facts) -> list[tuple[str, str]]:
+    """What is known, in order; what the file does not say is a dash."""
+    plan, texts = facts.plan, facts.texts
+    layout = f"{plan.layout}, {plan.placement.replace('_', '-')}" if plan else None
+    rows = {
+        "file": facts.source,
+        "model": texts.get("model"),
+        "class": texts.get("class"),
+        "calibrated on": texts.get("data"),
+        "pictures": None if facts.images is None else f"{facts.images:,}",
+        "measured anew on": texts.get("measured"),
+        "plan": layout,
+        "eps": None if facts.eps is None else f"{facts.eps:g}",
+        "momentum": None if facts.momentum is None else f"{facts.momentum:g}",
+        "written": texts.get("date"),
+        "retrofit": texts.get("retrofit"),
+        "torch": texts.get("torch"),
+        "torchvision": texts.get("torchvision"),
+    }
+    if rows["measured anew on"] is None:
+        del rows["measured anew on"]
+    return [(what, fact or NOT_KNOWN) for what, fact in rows.items()]
