@@ -1,0 +1,357 @@
+"""What BatchNorm changes in fine-tuning: accuracy over learning rates, and what else matters.
+
+    python scripts/finetune.py --data CIFAR10 --output docs/results
+    python scripts/finetune.py --data CIFAR10 --output docs/results --study settings
+
+CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. The network of `retrofit demo`
+is fine-tuned on some of the training pictures, inverted, and tested on the inverted test pictures.
+The seed chooses the pictures and their order; a learning rate and a seed are the same task for
+every variant. A study is written to OUTPUT/finetune-STUDY.csv run by run, so that one that was
+interrupted goes on where it was, and at last as a table (.md) and a figure (.svg).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from finetune_tables import draw, summary
+from pictures import accuracy, augment, normalise, read
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import retrofit
+from retrofit.zoo import build
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a study compares: the BatchNorm that the network gets, and how it is trained.
+
+    frozen: share of the steps, from the first, under frozen statistics.
+    decay_all: weight decay on BatchNorm and biases too.
+    recalibrated: after the last step, on the pictures of the training.
+    """
+
+    batchnorm: Literal["none", "uncalibrated", "calibrated"] = "calibrated"
+    source: bool = False  # calibrated on upright pictures, such as the network was trained on
+    momentum: float = 0.1
+    frozen: float = 0.0
+    weight_decay: float = 5e-4
+    decay_all: bool = False
+    recalibrated: bool = False
+
+
+STUDIES: Mapping[str, Mapping[str, Variant]] = {
+    "rates": {
+        "plain": Variant("none"),
+        "naive": Variant("uncalibrated"),
+        "retrofitted": Variant(),
+        "frozen first": Variant(frozen=0.25),
+    },
+    "settings": {
+        "default": Variant(),
+        "calibrated on upright pictures": Variant(source=True),
+        "momentum 0.01": Variant(momentum=0.01),
+        "momentum 0.01, recalibrated": Variant(momentum=0.01, recalibrated=True),
+        "momentum 0.5": Variant(momentum=0.5),
+        "frozen for a quarter": Variant(frozen=0.25),
+        "frozen throughout": Variant(frozen=1.0),
+        "no decay": Variant(weight_decay=0.0),
+        "decay 5e-4 on everything": Variant(decay_all=True),
+        "decay 5e-3": Variant(weight_decay=5e-3),
+        "decay 5e-3 on everything": Variant(weight_decay=5e-3, decay_all=True),
+    },
+}
+RATES = {
+    "rates": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+    "settings": [0.01, 0.1],
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all runs of a study have in common."""
+
+    model: str
+    images: int  # to train on
+    test_images: int
+    steps: int
+    batch_size: int
+    warmup: float = 0.1  # share of the steps in which the learning rate rises; then a cosine
+
+
+@dataclass(frozen=True)
+class Run(Protocol):
+    """One line of the CSV: accuracy on the test pictures, mean loss of the last 20 steps."""
+
+    variant: str = ""
+    learning_rate: float = 0.0
+    seed: int = 0
+    accuracy: float = 0.0
+    loss: float = 0.0
+    diverged: bool = False
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.variant, self.learning_rate, self.seed
+
+
+COLUMNS = [field.name for field in fields(Run)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pictures to train on and to test on, inverted."""
+
+    pictures: Tensor
+    labels: Tensor
+    test_pictures: Tensor
+    test_labels: Tensor
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module:
+    """The trained network with the variant's BatchNorm, calibrated on these pictures."""
+    model = build(protocol.model).eval()
+    if variant.batchnorm == "uncalibrated":
+        return retrofit.insert(model, momentum=variant.momentum)
+    if variant.batchnorm == "calibrated":
+        batches = normalise(255 - pictures if variant.source else pictures).split(128)
+        return retrofit.add_batchnorm(model, batches, momentum=variant.momentum, progress=False)
+    return model
+
+
+def train(
+    model: nn.Module,
+    variant: Variant,
+    protocol: Protocol,
+    learning_rate: float,
+    pictures: Tensor,
+    labels: Tensor,
+    device: str,
+) -> list[float]:
+    """SGD with momentum, warm-up and a cosine; returns the losses, up to one not finite."""
+    groups = retrofit.param_groups(model, variant.weight_decay)
+    if variant.decay_all:
+        groups = [group | {"weight_decay": variant.weight_decay} for group in groups]
+    optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+    warmup = round(protocol.warmup * protocol.steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / (protocol.steps - warmup))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    thaw = round(variant.frozen * protocol.steps)
+    if thaw:
+        retrofit.freeze_statistics(model)
+    losses: list[float] = []
+    batches = shuffled_batches(len(pictures), protocol.batch_size)
+    model.train()
+    for step, index in enumerate(itertools.islice(batches, protocol.steps)):
+        if step == thaw:
+            retrofit.unfreeze_statistics(model)
+        x = normalise(augment(pictures[index])).to(device)
+        loss = F.cross_entropy(model(x), labels[index].to(device))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return losses
+
+
+def shuffled_batches(count: int, size: int) -> Iterator[Tensor]:
+    """Indices of whole batches, in a new order for each epoch, without end."""
+    while True:
+        yield from torch.randperm(count)[: count // size * size].view(-1, size)
+
+
+def chosen(task: Task, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
+    """The pictures of a seed, and their labels; whatever is random afterwards follows the seed."""
+    torch.manual_seed(seed)
+    index = torch.randperm(len(task.pictures))[: protocol.images]
+    return task.pictures[index], task.labels[index]
+
+
+def run(
+    task: Task,
+    protocol: Protocol,
+    name: str,
+    variant: Variant,
+    learning_rate: float,
+    seed: int,
+    device: str = "cpu",
+) -> Run:
+    """One fine-tuning from the trained network, tested at its end."""
+    start = time.perf_counter()
+    pictures, labels = chosen(task, protocol, seed)
+    model = network(variant, protocol, pictures).to(device).to(memory_format=torch.channels_last)
+    losses = train(model, variant, protocol, learning_rate, pictures, labels, device)
+    model.cpu()
+    if variant.recalibrated:
+        retrofit.recalibrate(model, normalise(pictures).split(128))
+    return Run(
+        **asdict(protocol),
+        variant=name,
+        learning_rate=learning_rate,
+        seed=seed,
+        accuracy=accuracy(model, task.test_pictures, task.test_labels),
+        loss=sum(losses[-20:]) / len(losses[-20:]),
+        diverged=not math.isfinite(losses[-1]),
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+# --- a study -----------------------------------------------------------------------------------
+
+
+def recorded(file: Path, protocol: Protocol) -> list[Run]:
+    """The runs in a study's CSV; those of another protocol are refused."""
+    if not file.exists():
+        return []
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a process killed while it wrote leaves half a line
+    if whole != text:
+        file.write_text(whole)
+    lines = csv.DictReader(whole.splitlines())
+    if lines.fieldnames and list(lines.fieldnames) != COLUMNS:
+        raise SystemExit(f"{file} has other columns than a study of today: give another --output")
+    runs = [parsed_run(line) for line in lines]
+    for found in runs:
+        for setting, value in asdict(protocol).items():
+            if getattr(found, setting) != value:
+                raise SystemExit(
+                    f"{file} has runs with {setting} = {getattr(found, setting)}, this study has "
+                    f"{value}: give the same settings to go on, or another --output"
+                )
+    return runs
+
+
+def parsed_run(line: Mapping[str, str]) -> Run:
+    kinds = {"int": int, "float": float, "str": str, "bool": "True".__eq__}
+    return Run(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Run)})  # type: ignore[operator]
+
+
+def study(
+    task: Task,
+    protocol: Protocol,
+    variants: Mapping[str, Variant],
+    rates: list[float],
+    seeds: int,
+    file: Path,
+    device: str = "cpu",
+) -> list[Run]:
+    """All runs, seed by seed; those that stand in `file` already are not made again."""
+    runs = recorded(file, protocol)
+    done = {found.key for found in runs}
+    wanted = [(name, lr, seed) for seed in range(seeds) for lr in rates for name in variants]
+    new = [key for key in wanted if key not in done]
+    with file.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        if lines.tell() == 0:
+            writer.writeheader()
+        for name, lr, seed in (bar := tqdm(new, desc="runs")):
+            bar.set_postfix_str(f"{name}, learning rate {lr:g}, seed {seed}")
+            runs.append(run(task, protocol, name, variants[name], lr, seed, device))
+            writer.writerow(asdict(runs[-1]))
+            lines.flush()
+    return sorted(
+        (found for found in runs if found.key in wanted), key=lambda r: wanted.index(r.key)
+    )
+
+
+def drifts(task: Task, protocol: Protocol) -> str:
+    """A Markdown table: how far batch statistics move the outputs on the test pictures."""
+    variants = {
+        "uncalibrated BatchNorm": Variant("uncalibrated"),
+        "calibrated on upright pictures": Variant(source=True),
+        "calibrated on the pictures of the task": Variant(),
+    }
+    plain = build(protocol.model).eval()
+    pictures, _ = chosen(task, protocol, seed=0)
+    test = normalise(task.test_pictures[torch.randperm(len(task.test_pictures))]).split(128)
+    lines = ["| BatchNorm | batch size | error | same top-1 |", "| --- | ---: | ---: | ---: |"]
+    for name, variant in variants.items():
+        model = network(variant, protocol, pictures)
+        for row in retrofit.drift(plain, model, test, (4, 8, 16, 32, 64, 128)).rows:
+            same = "" if row.top1 is None else f"{row.top1:.1%}"
+            lines.append(f"| {name} | {row.batch_size} | {row.error:.3f} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def loaded(folder: Path, *, quick: bool) -> Task:
+    """The pictures of a folder; of the test pictures every fifth is enough for a quick look."""
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise SystemExit(
+                f"{folder} has no folder {part}: --data is a folder with train and test"
+            )
+    pictures, labels = read(folder / "train")
+    test_pictures, test_labels = (t[:: 5 if quick else 1] for t in read(folder / "test"))
+    return Task(255 - pictures, labels, 255 - test_pictures, test_labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
+    add("--output", type=Path, required=True, metavar="FOLDER")
+    add("--study", choices=STUDIES, default="rates", help="learning rates, or what else matters")
+    add("--quick", action="store_true", help="a few short runs: minutes on a CPU")
+    add("--learning-rates", type=float, nargs="+", metavar="RATE")
+    add("--seeds", type=int, help="3; if quick 1")
+    add("--steps", type=int, help="300; if quick 40")
+    add("--images", type=int, help="to train on; 5,000; if quick 1,000")
+    add("--batch-size", type=int, default=64)
+    add("--model", default="retrofit.demo:trained_vgg", help="as for `retrofit plan`")
+    add("--device", default="cpu")
+    arguments = parser.parse_args()
+    seeds, steps, images = (
+        given or default
+        for given, default in zip(
+            (arguments.seeds, arguments.steps, arguments.images),
+            (1, 40, 1000) if arguments.quick else (3, 300, 5000),
+            strict=True,
+        )
+    )
+    rates = arguments.learning_rates or RATES[arguments.study][:: 2 if arguments.quick else 1]
+
+    task = loaded(arguments.data, quick=arguments.quick)
+    if len(task.pictures) < max(images, arguments.batch_size):
+        raise SystemExit(
+            f"{arguments.data / 'train'} has {len(task.pictures)} pictures: too few for "
+            f"--images {images} and --batch-size {arguments.batch_size}"
+        )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / f"finetune-{arguments.study}.csv"
+    protocol = Protocol(arguments.model, images, len(task.test_labels), steps, arguments.batch_size)
+    runs = study(task, protocol, STUDIES[arguments.study], rates, seeds, file, arguments.device)
+    table = summary(runs)
+    file.with_suffix(".md").write_text(table)
+    if arguments.study == "rates":
+        draw(runs, file.with_suffix(".svg"))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
