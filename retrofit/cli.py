@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,11 +31,12 @@ from retrofit import (
     load,
     plan,
     prepare,
+    recalibrate,
     save,
     verify,
 )
 from retrofit.batches import takes_lists
-from retrofit.checkpoint import check_output
+from retrofit.checkpoint import check_output, parity_facts, provenance
 from retrofit.identity import scale_and_shift
 from retrofit.images import (
     PictureBatches,
@@ -43,9 +45,11 @@ from retrofit.images import (
     preprocessing,
     shuffled,
 )
+from retrofit.plain import to_plain
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.ranks import Ranks, launched
 from retrofit.record import record_of, required_record
+from retrofit.report import check_report, measured_drift, write_report
 from retrofit.sampling import TOLERANCES
 from retrofit.sources import Pictures, open_pictures
 from retrofit.tables import table
@@ -54,6 +58,7 @@ from retrofit.zoo import NAMES, build, trained, transforms
 
 DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
 DEFAULT_IMAGES = 1024
+DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 # Options that the processes of one conversion may have different values of.
 OF_A_PROCESS = {
     "run",
@@ -61,6 +66,7 @@ OF_A_PROCESS = {
     "data",
     "output",
     "overwrite",
+    "report",
     "weights",
     "workers",
     "device",
@@ -119,6 +125,8 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """All processes calibrate, each on its share of the pictures; the first one does the rest."""
     if ranks.rank == 0:
         check_output(arguments.output, overwrite=arguments.overwrite)
+        if arguments.report:
+            check_report(arguments.report, overwrite=arguments.overwrite)
     if arguments.state and arguments.state.resolve() == arguments.output.resolve():
         raise RetrofitError(f"--state and --output are both {arguments.output}")
     pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
@@ -177,16 +185,29 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if not parity.exact:
         print(parity)
         return _fail("the converted model is not equal to the original: nothing was written", 1)
-    save(
-        converted,
-        arguments.output,
-        name=arguments.model,
-        data=f"{calibration.images} pictures of {arguments.data}, seed {arguments.seed}",
-        parity=parity,
-        overwrite=arguments.overwrite,
-    )
+    drift, no_drift = None, ""
+    if arguments.report:
+        few = _batches(arguments, model, pictures, chosen[:DRIFT_IMAGES], to_input)
+        drift, no_drift = measured_drift(model, converted, few)
+    told: dict[str, Any] = {
+        "name": arguments.model,
+        "data": f"{calibration.images} pictures of {arguments.data}, seed {arguments.seed}",
+        "calibration": calibration,
+        "parity": parity,
+        "drift": drift,
+    }
+    save(converted, arguments.output, **told, overwrite=arguments.overwrite)
     if arguments.state is not None:
         arguments.state.unlink(missing_ok=True)
+    if arguments.report:
+        write_report(
+            arguments.report,
+            arguments.output.name,
+            converted.state_dict(),
+            provenance(converted, **told),
+            no_drift=no_drift,
+            overwrite=arguments.overwrite,
+        )
     print(_summary(converted))
     _list_bad(pictures, [*bad, *tests.bad])
     print(_facts(arguments, calibration, parity, other=len(others) == 16))
@@ -207,7 +228,7 @@ def _facts(
         ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
         ("verified on", f"{parity.images} {'other ' if other else ''}pictures"),
         ("outputs", "equal bit for bit, at every site and at the end"),
-        ("written", str(arguments.output)),
+        ("written", " and ".join(map(str, filter(None, (arguments.output, arguments.report))))),
     ]
     return "\n".join(f"{what:<20}{fact}" for what, fact in facts)
 
@@ -240,12 +261,50 @@ def _fold(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _adapt(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    model, name = _load(arguments)
+    if not any(_is_batchnorm(m) for m in model.modules()):
+        raise RetrofitError(f"{arguments.file} has no BatchNorm to adapt: convert it first")
+    to_input = _to_input(arguments, transforms(name, model))
+    pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
+    chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
+    batches = _batches(arguments, model, pictures, chosen, to_input)
+    start = time.perf_counter()
+    with _naming_pictures(batches):
+        found = recalibrate(
+            model, batches, layerwise=True, prior=arguments.prior, device=arguments.device
+        )
+    seconds = time.perf_counter() - start
+    before = read(arguments.file)[1].get("data")
+    done = f"adapted on {found.images} pictures of {arguments.data}, seed {arguments.seed}"
+    weighed = f", the old statistics counting as {arguments.prior:g}" if arguments.prior else ""
+    save(
+        model,
+        arguments.output,
+        name=name,
+        data="; ".join([*([before] if before else []), done + weighed]),
+        overwrite=arguments.overwrite,
+    )
+    _list_bad(pictures, batches.bad)
+    facts = [
+        ("adapted on", f"{found.images} pictures in {seconds:.1f} s{weighed}"),
+        ("BatchNorms", f"{len(found.layers)} of them, one after another"),
+        ("standard error", f"{found.standard_error:.2%} of sigma (99 % of all channels)"),
+        ("written", str(arguments.output)),
+    ]
+    print("\n".join(f"{what:<20}{fact}" for what, fact in facts))
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     tensors, provenance = read(arguments.file)
     facts = {key: value for key, value in provenance.items() if key not in ("plan", "aliases")}
     for key, value in facts.items():
         shown = (
-            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, list))
+            if isinstance(value, dict)
+            else value
         )
         print(f"{key:<13}{'-' if shown is None else shown}")
     eps = provenance.get("eps") or 1e-5
@@ -256,6 +315,45 @@ def _inspect(arguments: argparse.Namespace) -> int:
     elements = sum(tensor.numel() for tensor in tensors.values())
     print(f"{arguments.file}: {len(tensors)} tensors, {elements:,} numbers")
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    check_report(arguments.output, overwrite=arguments.overwrite)
+    tensors, told = read(arguments.file)
+    no_drift = ""
+    if arguments.data is not None:
+        anew, no_drift = _measured_anew(arguments)
+        told = {**told, **anew}
+    elif arguments.weights is not None:
+        raise RetrofitError("--weights needs --data: pictures to compare the networks on")
+    write_report(
+        arguments.output,
+        arguments.file.name,
+        tensors,
+        told,
+        no_drift=no_drift,
+        overwrite=arguments.overwrite,
+    )
+    print(f"written: {arguments.output}")
+    return 0
+
+
+def _measured_anew(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Drift, and with --weights parity, for the provenance; and why there is no drift."""
+    converted, name = _load(arguments)
+    original = trained(name, arguments.weights) if arguments.weights else converted
+    to_input = _to_input(arguments, transforms(name, original, arguments.weights))
+    pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
+    chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
+    batches = _batches(arguments, original, pictures, chosen, to_input)
+    # Without the original: under running statistics the file's own network computes the same.
+    drift, no_drift = measured_drift(original, converted, batches)
+    measured = f"{len(chosen)} pictures of {arguments.data}, seed {arguments.seed}"
+    anew = {"drift": to_plain(drift), "measured": measured}
+    if arguments.weights:
+        anew["parity"] = parity_facts(verify(original, converted, batches))
+    _list_bad(pictures, batches.bad)
+    return anew, no_drift
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -467,17 +565,21 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--state", type=Path, metavar="FILE", help=text)
     text = "leave out layers that no picture reaches, rather than refuse"
     one.add_argument("--skip-unused", action="store_true", help=text)
+    text = "a page about the conversion; also measures what batch statistics change"
+    one.add_argument("--report", type=Path, metavar="FILE.html", help=text)
     text = "exit with 0 where there is nothing to convert"
     one.add_argument("--allow-unchanged", action="store_true", help=text)
     _add_plan(one)
     text = f"{DEFAULT_IMAGES}; with --tolerance: all"
-    _add_weights_and_data(one, images=None, default=text)
+    _add_weights(one)
+    _add_data(one, images=None, default=text)
 
     one = command("verify", _verify, "compare a converted file with the original weights")
     one.add_argument("file", type=Path, help="what convert wrote")
     one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
-    one.add_argument("--tolerance", type=_tolerance, default=0.0, help="default: 0, bit for bit")
-    _add_weights_and_data(one, images=16, default="16")
+    one.add_argument("--tolerance", type=_number, default=0.0, help="default: 0, bit for bit")
+    _add_weights(one)
+    _add_data(one, images=16, default="16")
 
     one = command("fold", _fold, "absorb the BatchNorms of a file into its convolutions")
     one.add_argument("file", type=Path, help="what convert or a training run wrote")
@@ -485,8 +587,27 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
     one.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
+    text = "re-estimate the BatchNorm statistics of a file on unlabelled pictures of a new domain"
+    one = command("adapt", _adapt, text)
+    one.add_argument("file", type=Path, help="what convert or a training run wrote")
+    one.add_argument("--output", type=Path, required=True, help=".safetensors, .pth or .pt file")
+    one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
+    text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
+    one.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
+    one.add_argument("--device", type=_device, help="default: cpu")
+    one.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_data(one, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+
     one = command("inspect", _inspect, "show where a file comes from and what its BatchNorms hold")
     one.add_argument("file", type=Path, help=".safetensors, .pth or .pt file")
+
+    one = command("report", _report, "write a page about a file that convert wrote")
+    one.add_argument("file", type=Path, help=".safetensors, .pth or .pt file")
+    one.add_argument("--output", type=Path, required=True, help=".html file")
+    one.add_argument("--model", help=f"{NAMES}; default: what the file says, if torchvision has it")
+    one.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_weights(one)
+    _add_data(one, images=DRIFT_IMAGES, default=f"{DRIFT_IMAGES}", required=False)
 
     one = command("demo", _demo, "the whole pipeline on a small VGG and pictures of CIFAR-10")
     one.add_argument(
@@ -511,12 +632,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--linear", action="store_true", help="after Linear layers too")
 
 
-def _add_weights_and_data(
-    parser: argparse.ArgumentParser, *, images: int | None, default: str
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    text = "name (DEFAULT), or .pth, .pt, .safetensors file"
+    parser.add_argument("--weights", help=text)
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, *, images: int | None, default: str, required: bool = True
 ) -> None:
     add = parser.add_argument
-    add("--weights", help="name (DEFAULT), or .pth, .pt, .safetensors file")
-    add("--data", type=Path, required=True, help=DATA)
+    add("--data", type=Path, required=required, help=DATA)
     text = f"use at most N; default: {default}"
     add("--images", type=_positive, metavar="N", default=images, help=text)
     add("--batch-size", type=_positive, default=8, help="default: %(default)s")
@@ -553,7 +678,7 @@ def _positive(text: str) -> int:
     return _whole(text, least=1)
 
 
-def _tolerance(text: str) -> float:
+def _number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -564,7 +689,7 @@ def _tolerance(text: str) -> float:
 
 
 def _fraction(text: str) -> float:
-    number = _tolerance(text)
+    number = _number(text)
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
     return number
