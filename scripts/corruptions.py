@@ -17,7 +17,7 @@ import argparse
 import csv
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ import torch
 from cifar10c import CORRUPTIONS, SEVERITIES, Pictures, corrupt
 from corruptions_tables import (
     FEW,
+    MAIN,
+    MANY,
+    PRIOR,
     Adaptation,
     Corruption,
     draw_by_corruption,
@@ -42,7 +45,7 @@ from tqdm import tqdm
 import retrofit
 from retrofit.demo import labelled, trained_vgg, unpack
 
-COUNTS = (1, 4, 16, 64, 256, 500)  # pictures to adapt to
+COUNTS = (1, 4, FEW, 64, 256, MANY)  # pictures to adapt to
 
 
 def rounded(x: NDArray[Any]) -> Pictures:
@@ -113,14 +116,20 @@ def changed(pictures: Tensor, name: str, severity: int, rng: np.random.Generator
 def adapted_accuracy(
     model: nn.Module, target: Tensor, prior: int, test: Tensor, labels: Tensor
 ) -> float:
-    """Accuracy after adapting to `target`; the model is afterwards as it was."""
+    """Accuracy after adapting to `target`; the model is afterwards as it was.
+
+    Beside a prior, layer by layer: each layer is then measured behind statistics that are blended
+    already, as it will run behind them.
+    """
     if not len(target):
-        return accuracy(model, test, labels)
+        return accuracy(model, test, labels, batch_size=100)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the statistics of")  # are uncertain: the question here
-        handle = retrofit.recalibrate(model, [target], prior=prior, progress=False)
+        handle = retrofit.recalibrate(
+            model, [target], layerwise=prior > 0, prior=prior, progress=False
+        )
     with handle:
-        return accuracy(model, test, labels)
+        return accuracy(model, test, labels, batch_size=100)
 
 
 def demo_network() -> nn.Module:
@@ -157,7 +166,7 @@ def recorded(file: Path, task: Task) -> list[Row]:
 
 def study(
     task: Task,
-    plan: Mapping[Corruption, Sequence[Adaptation]],
+    plan: Mapping[Corruption, Iterable[Adaptation]],
     seeds: int,
     file: Path,
 ) -> list[Row]:
@@ -200,7 +209,6 @@ def parsed() -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="FOLDER", help="for CSV, tables, figures")
     add("--severities", type=int, nargs="+", choices=SEVERITIES, default=[3, 5])
     add("--seeds", type=int, default=3)
-    add("--prior", type=int, default=16, help="the old statistics count as so many pictures")
     add("--quick", action="store_true", help="severity 5, one seed, 200 test pictures: a minute")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -210,19 +218,18 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parsed()
-    counts = (FEW, 500) if arguments.quick else COUNTS
+    counts = (FEW, MANY) if arguments.quick else COUNTS
+    tested, targets = 200 if arguments.quick else 1000, MANY
     pictures, labels = read(arguments.data / "test")
-    task = Task(demo_network(), pictures, labels, 200 if arguments.quick else 1000, max(counts))
-    needed = task.test_pictures + task.target_pictures
-    if len(pictures) < needed:
+    if len(pictures) < tested + targets:
         raise SystemExit(
-            f"{arguments.data / 'test'} has {len(pictures):,} pictures, and {needed:,} are needed: "
-            f"{task.test_pictures:,} to test and {task.target_pictures} to adapt to"
+            f"{arguments.data / 'test'} has {len(pictures):,} pictures, and {tested + targets:,} "
+            f"are needed: {tested:,} to test and {targets} to adapt to"
         )
-    prior = arguments.prior
-    briefly = [(0, 0), (FEW, prior), (max(counts), 0)]
-    fully = [(0, 0), *((count, n) for count in counts for n in (0, prior))]
-    plan = {(name, 0): briefly for name in BY_HAND}
+    task = Task(demo_network(), pictures, labels, tested, targets)
+    briefly = list(MAIN.values())
+    fully = dict.fromkeys([*briefly, *((count, prior) for count in counts for prior in (0, PRIOR))])
+    plan: dict[Corruption, Iterable[Adaptation]] = {(name, 0): briefly for name in BY_HAND}
     plan |= {(name, severity): fully for severity in arguments.severities for name in CORRUPTIONS}
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "corruptions.csv"

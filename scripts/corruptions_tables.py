@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
 Corruption = tuple[str, int]  # name and severity; 0 for those by hand
 Adaptation = tuple[int, int]  # pictures and prior
-PLAIN: Adaptation = (0, 0)
 CLEAN: Corruption = ("none", 0)
-FEW = 16
+PLAIN: Adaptation = (0, 0)
+FEW, MANY = 16, 500
+PRIOR = 16
+MAIN: dict[str, Adaptation] = {  # the columns of the tables
+    "plain": PLAIN,
+    f"adapted on {MANY}": (MANY, 0),
+    f"on {FEW}, prior {PRIOR}": (FEW, PRIOR),
+    f"on {FEW}, prior {4 * PRIOR}": (FEW, 4 * PRIOR),
+}
 
 
 class Results:
@@ -28,13 +35,7 @@ class Results:
         self.severities = sorted({severity for _, severity in self.all})
         self.seeds = sorted({row.seed for row in rows})
         self.counts = sorted({row.pictures for row in rows if row.pictures})
-        self.prior = max(row.prior for row in rows)
         self.test_pictures = rows[0].test_pictures
-        self.main: dict[str, Adaptation] = {
-            "plain": PLAIN,
-            f"adapted on {self.counts[-1]}": (self.counts[-1], 0),
-            f"on {FEW} with a prior": (FEW, self.prior),
-        }
 
     def of_seed(
         self, seed: int, corruptions: Iterable[Corruption], adaptation: Adaptation
@@ -68,19 +69,19 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def by_corruption(results: Results) -> str:
-    columns = [(severity, name) for severity in results.severities for name in results.main]
+    columns = [(severity, name) for severity in results.severities for name in MAIN]
     head = ["corruption", *(f"{name}, severity {severity}" for severity, name in columns)]
     lines = []
     for corruption in dict.fromkeys(name for name, _ in results.all):
-        means = [results.mean([(corruption, s)], results.main[name]) for s, name in columns]
+        means = [results.mean([(corruption, s)], MAIN[name]) for s, name in columns]
         lines.append([corruption, *(f"{mean:.1f}" for mean in means)])
-    total = [results.spread(results.at(s), results.main[name]) for s, name in columns]
+    total = [results.spread(results.at(s), MAIN[name]) for s, name in columns]
     return table(head, [*lines, ["**mean**", *(f"**{mean}**" for mean in total)]])
 
 
 def by_pictures(results: Results) -> str:
     head = ["adapted on", *(f"{count}" for count in results.counts)]
-    names = {0: "no prior", results.prior: f"prior of {results.prior}"}
+    names = {0: "no prior", PRIOR: f"prior {PRIOR}"}
     lines = [
         [name, *(results.spread(results.all, (count, prior)) for count in results.counts)]
         for prior, name in names.items()
@@ -90,29 +91,30 @@ def by_pictures(results: Results) -> str:
 
 def by_hand(results: Results) -> str:
     lines = [
-        [corruption[0], *(results.spread([corruption], a) for a in results.main.values())]
+        [corruption[0], *(results.spread([corruption], a) for a in MAIN.values())]
         for corruption in results.by_hand
     ]
-    return table(["by hand", *results.main], lines)
+    return table(["by hand", *MAIN], lines)
 
 
 def verdict(results: Results) -> str:
     """The sentences that the tables come to."""
-    clean = results.mean([CLEAN], PLAIN)
-    plain, many, few = (results.mean(results.all, a) for a in results.main.values())
-    gains = {
-        c: results.mean([c], results.main[f"on {FEW} with a prior"]) - results.mean([c], PLAIN)
-        for c in results.all
-    }
-    (name, severity), worst = min(gains.items(), key=lambda item: item[1])
-    return (
-        f"Uncorrupted {clean:.1f} %, corrupted {plain:.1f} %. Adapted on {results.counts[-1]} "
-        f"pictures {many:.1f} %, which is {(many - plain) / (clean - plain):.0%} of what was lost; "
-        f"on {FEW} with a prior of {results.prior} {few:.1f} % "
-        f"({(few - plain) / (clean - plain):.0%}), at worst {worst:+.1f} points "
-        f"({name}, severity {severity}). Means over {len(results.seeds)} seeds of "
-        f"{results.test_pictures:,} test pictures each, ± half of the range over the seeds.\n"
+    clean, plain = results.mean([CLEAN], PLAIN), results.mean(results.all, PLAIN)
+    lines = [f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
+    for name, adaptation in list(MAIN.items())[1:]:
+        mean = results.mean(results.all, adaptation)
+        gains = {c: results.mean([c], adaptation) - results.mean([c], PLAIN) for c in results.all}
+        (worst, severity), gain = min(gains.items(), key=lambda item: item[1])
+        share = (
+            f", {(mean - plain) / (clean - plain):.0%} of what was lost" if plain < clean else ""
+        )
+        at_worst = f"at worst {gain:+.1f} points ({worst}, severity {severity})"
+        lines.append(f"- {name}: {mean:.1f} %{share}; {at_worst}")
+    lines.append(
+        f"- means over {len(results.seeds)} seeds of {results.test_pictures:,} test pictures each, "
+        "± half of the range over the seeds"
     )
+    return "\n".join(lines) + "\n"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -136,7 +138,7 @@ def draw_by_corruption(rows: Sequence[Row], file: Path) -> None:
         1, len(results.severities), sharey=True, squeeze=False, figsize=(8, 4.4)
     )
     for axes, severity in zip(panels[0], results.severities, strict=True):
-        for label, adaptation in results.main.items():
+        for label, adaptation in MAIN.items():
             means = [results.mean([(name, severity)], adaptation) for name in names]
             axes.plot(means, names, linestyle="", markersize=6, label=label)
         axes.axvline(clean, color="black", linewidth=1, label="plain, uncorrupted")
@@ -155,7 +157,7 @@ def draw_by_pictures(rows: Sequence[Row], file: Path) -> None:
     results = Results(rows)
     plt.style.use("retrofit.plots")
     figure, axes = plt.subplots()
-    for prior, label in {results.prior: f"prior of {results.prior}", 0: "no prior"}.items():
+    for prior, label in {PRIOR: f"prior {PRIOR}", 0: "no prior"}.items():
         lines = [
             [results.of_seed(seed, results.all, (count, prior)) for count in results.counts]
             for seed in results.seeds
