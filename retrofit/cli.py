@@ -348,7 +348,8 @@ def _measured_anew(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     batches = _batches(arguments, original, pictures, chosen, to_input)
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches)
-    measured = f"{len(chosen)} pictures of {arguments.data}, seed {arguments.seed}"
+    what = "drift and parity" if arguments.weights else "drift"
+    measured = f"{what}, on {len(chosen)} pictures of {arguments.data}, seed {arguments.seed}"
     anew = {"drift": to_plain(drift), "measured": measured}
     if arguments.weights:
         anew["parity"] = parity_facts(verify(original, converted, batches))

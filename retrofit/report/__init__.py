@@ -29,10 +29,12 @@ def measured_drift(
     """What batch statistics change, or why that cannot be said.
 
     The rest of the report does not depend on it, and is worth having when it fails: for pictures
-    of several sizes, a model of several inputs, or a memory too small for a batch of 128.
+    of several sizes, a model of several inputs, or a memory too small for a batch of 128. What is
+    wrong with the data itself is an error, as everywhere.
     """
+    batches = list(data)
     try:
-        return drift(original, converted, data), ""
+        return drift(original, converted, batches), ""
     except (RetrofitError, RuntimeError) as error:
         return None, " ".join(str(error).split())
 

@@ -105,9 +105,10 @@ def quiet_channels(layers: Layers) -> str:
     numbers = [n for n, _ in layers]
     with _figure("quiet", title, description) as (axes, svg):
         axes.bar(numbers, shares[:, 0], color=DARK, label="constant")
+        some = np.flatnonzero(shares[:, 1])
         axes.bar(
-            numbers, shares[:, 1], bottom=shares[:, 0], color="white", edgecolor=RED,
-            hatch="////", label="near-constant",
+            np.array(numbers)[some], shares[some, 1], bottom=shares[some, 0], color="white",
+            edgecolor=RED, hatch="////", label="near-constant",
         )  # fmt: skip
         axes.set_ylabel("share of channels (%)")
         axes.set_ylim(bottom=0)
@@ -134,7 +135,7 @@ def by_images(calibration: Calibration) -> str:
         for tolerance, count in needed.items():
             axes.plot(count, tolerance * 100, "|", color=BLUE, markersize=11, mew=1.4)
             axes.annotate(
-                f"{tolerance:.0%}: {count:,}", (count, tolerance * 100), (7, 3),
+                f"{tolerance * 100:.0f} %: {count:,}", (count, tolerance * 100), (7, 3),
                 textcoords="offset points", fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
         axes.margins(x=0.12)
@@ -179,7 +180,7 @@ def by_batch_size(drift: DriftReport) -> str:
         axes.set_xscale("log", base=2)
         axes.plot(sizes, errors, "o-", color=BLUE, markersize=6)
         for row in rows:
-            text = "" if row.top1 is None else f"{row.top1:.1%} same top-1"
+            text = "" if row.top1 is None else f"{row.top1 * 100:.1f} % same top-1"
             axes.annotate(
                 text, (row.batch_size, row.error), (7, 4), textcoords="offset points",
                 fontsize=8.5,
@@ -209,9 +210,10 @@ def _dots(
     """A column of dots for each layer, spread a little to the sides so that they do not hide."""
     x = np.concatenate([n + _spread(len(values)) for n, values in columns])
     y = np.concatenate([values for _, values in columns])
-    axes.scatter(
-        x, y, s=6 if faint else 16, color=colour, marker=marker, alpha=0.45 if faint else 1,
-        linewidths=0 if faint else 1, rasterized=len(x) > MANY, label=label or None,
+    axes.plot(
+        x, y, marker, color=colour, markersize=2.6 if faint else 4, alpha=0.45 if faint else 1,
+        markeredgewidth=0 if faint else 1, markerfacecolor="none" if marker == "D" else colour,
+        rasterized=len(x) > MANY, label=label or None,
     )  # fmt: skip
 
 

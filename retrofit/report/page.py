@@ -46,6 +46,7 @@ def render(facts: Facts) -> str:
     return environment.get_template("page.html").render(
         facts=facts,
         name=facts.texts.get("model") or facts.source,
+        by_code=":" in facts.texts.get("model", ":"),
         inserted=len(layers),
         left=len(facts.layers) - len(layers),
         channels=sum(map(len, channels)),
@@ -107,14 +108,14 @@ def _of_channels(facts: Facts) -> list[Figure]:
         Figure(
             "Where do the channels lie?",
             Markup(figures.means(layers)),  # noqa: S704 - our own SVG, of numbers alone
-            "Each dot is the mean of one channel over the calibration pictures, each bar the "
-            "median of its layer: the further from zero, the more BatchNorm has to centre.",
+            "Each dot is the running mean of one channel, each bar the median of its layer: the "
+            "further from zero, the more BatchNorm has to centre.",
         ),
         Figure(
             "How widely do they vary?",
             Markup(figures.deviations(layers)),  # noqa: S704
-            "Standard deviations on a logarithmic scale: dots below the dotted mark of their "
-            "layer, 1 % of its median, are near-constant and contribute little.",
+            "Running standard deviations on a logarithmic scale: channels below the dotted mark of "
+            "their layer, 1 % of its median, are near-constant and contribute little.",
         ),
     ]
     if any(c.constant.any() or c.near.any() for _, c in layers):
@@ -122,8 +123,8 @@ def _of_channels(facts: Facts) -> list[Figure]:
             Figure(
                 "Which layers have dead channels?",
                 Markup(figures.quiet_channels(layers)),  # noqa: S704
-                "The share of channels that were constant, or nearly so, on every calibration "
-                "picture: the higher a bar, the more of its layer does nothing for such pictures.",
+                "The share of channels that are constant, or nearly so: the higher a bar, the more "
+                "of its layer does nothing for pictures like these.",
             )
         )
     return made
@@ -151,8 +152,8 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
             Figure(
                 "Which layer is the least certain?",
                 Markup(figures.by_layer(calibration, of_sites)),  # noqa: S704
-                "Standard errors that 99 % of a layer's channels stay below: the highest point "
-                "is the layer that decides how many pictures are needed.",
+                "Standard errors that 99 % of the channels of a layer stay below: the highest "
+                "point is the layer that decides how many pictures are needed.",
             )
         )
     return made
@@ -164,8 +165,9 @@ def _of_drift(facts: Facts) -> Figure | None:
     return Figure(
         "How far do batch statistics move the outputs?",
         Markup(figures.by_batch_size(facts.drift)),  # noqa: S704
-        "In training, BatchNorm uses the statistics of its batch: the curve falls as batches "
-        "grow, and where it is low, fine-tuning starts close to the original network.",
+        "In training, BatchNorm uses the statistics of its batch: the lower the curve, the closer "
+        "fine-tuning starts to the original network, and the larger the batch should be where it "
+        "is high.",
     )
 
 
@@ -179,7 +181,7 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
         "class": texts.get("class"),
         "calibrated on": texts.get("data"),
         "pictures": None if facts.images is None else f"{facts.images:,}",
-        "measured anew on": texts.get("measured"),
+        "measured anew": texts.get("measured"),
         "plan": layout,
         "eps": None if facts.eps is None else f"{facts.eps:g}",
         "momentum": None if facts.momentum is None else f"{facts.momentum:g}",
@@ -188,6 +190,6 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
         "torch": texts.get("torch"),
         "torchvision": texts.get("torchvision"),
     }
-    if rows["measured anew on"] is None:
-        del rows["measured anew on"]
+    if rows["measured anew"] is None:
+        del rows["measured anew"]
     return [(what, fact or NOT_KNOWN) for what, fact in rows.items()]
