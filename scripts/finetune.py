@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from finetune_tables import draw, summary
+from finetune_tables import by_learning_rate, draw, markdown, usable
 from pictures import accuracy, augment, normalise, read
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -73,7 +73,7 @@ STUDIES: Mapping[str, Mapping[str, Variant]] = {
     },
 }
 RATES = {
-    "rates": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+    "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
     "settings": [0.01, 0.1],
 }
 
@@ -87,7 +87,6 @@ class Protocol:
     test_images: int
     steps: int
     batch_size: int
-    warmup: float = 0.1  # share of the steps in which the learning rate rises; then a cosine
 
 
 @dataclass(frozen=True)
@@ -143,19 +142,17 @@ def train(
     labels: Tensor,
     device: str,
 ) -> list[float]:
-    """SGD with momentum, warm-up and a cosine; returns the losses, up to one not finite."""
+    """SGD with momentum and torch's one-cycle schedule (30 % warm-up, then a cosine).
+
+    Returns the losses; training ends after one that is not finite.
+    """
     groups = retrofit.param_groups(model, variant.weight_decay)
     if variant.decay_all:
         groups = [group | {"weight_decay": variant.weight_decay} for group in groups]
     optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
-    warmup = round(protocol.warmup * protocol.steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return (1 + math.cos(math.pi * (step - warmup) / (protocol.steps - warmup))) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=protocol.steps, cycle_momentum=False
+    )
     thaw = round(variant.frozen * protocol.steps)
     if thaw:
         retrofit.freeze_statistics(model)
@@ -287,13 +284,13 @@ def drifts(task: Task, protocol: Protocol) -> str:
     plain = build(protocol.model).eval()
     pictures, _ = chosen(task, protocol, seed=0)
     test = normalise(task.test_pictures[torch.randperm(len(task.test_pictures))]).split(128)
-    lines = ["| BatchNorm | batch size | error | same top-1 |", "| --- | ---: | ---: | ---: |"]
+    lines = []
     for name, variant in variants.items():
         model = network(variant, protocol, pictures)
         for row in retrofit.drift(plain, model, test, (4, 8, 16, 32, 64, 128)).rows:
             same = "" if row.top1 is None else f"{row.top1:.1%}"
-            lines.append(f"| {name} | {row.batch_size} | {row.error:.3f} | {same} |")
-    return "\n".join(lines) + "\n"
+            lines.append([name, str(row.batch_size), f"{row.error:.3f}", same])
+    return markdown(["BatchNorm", "batch size", "error", "same top-1"], lines)
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -335,21 +332,28 @@ def main() -> None:
         )
     )
     rates = arguments.learning_rates or RATES[arguments.study][:: 2 if arguments.quick else 1]
+    if images < arguments.batch_size:
+        raise SystemExit(f"--images {images} is less than --batch-size {arguments.batch_size}")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here: leave out --device cuda")
 
     task = loaded(arguments.data, quick=arguments.quick)
-    if len(task.pictures) < max(images, arguments.batch_size):
+    if len(task.pictures) < images:
         raise SystemExit(
             f"{arguments.data / 'train'} has {len(task.pictures)} pictures: too few for "
-            f"--images {images} and --batch-size {arguments.batch_size}"
+            f"--images {images}"
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"finetune-{arguments.study}.csv"
     protocol = Protocol(arguments.model, images, len(task.test_labels), steps, arguments.batch_size)
     runs = study(task, protocol, STUDIES[arguments.study], rates, seeds, file, arguments.device)
-    table = summary(runs)
-    file.with_suffix(".md").write_text(table)
+    table = by_learning_rate(runs)
     if arguments.study == "rates":
-        draw(runs, file.with_suffix(".svg"))
+        table += "\n" + usable(runs)
+        draw(runs).savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    else:
+        table += "\n" + drifts(task, protocol)
+    file.with_suffix(".md").write_text(table)
     print(table)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from finetune import Run
+    from matplotlib.figure import Figure
 
 NEAR = 0.1  # a learning rate is usable whose mean accuracy is within 10 points of the best
 
@@ -33,24 +33,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1%}" + (f" ± {half * 100:.1f}" if len(values) > 1 else "")
 
 
-def summary(runs: Sequence[Run]) -> str:
-    """A Markdown table: a line for each variant, a column for each learning rate."""
-    found = accuracies(runs)
-    diverged = {(r.variant, r.learning_rate) for r in runs if r.diverged}
-    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
-    head = ["variant", *(f"{rate:g}" for rate in rates), "best", "highest rate within 10 points"]
-    lines = [head, ["---", *("---:" for _ in head[1:])]]
-    for variant, by_rate in found.items():
-        cells = [
-            spread(by_rate[rate]) + (" diverged" if (variant, rate) in diverged else "")
-            for rate in rates
-        ]
-        best = max(by_rate.values(), key=statistics.mean)
-        lines.append([variant, *cells, spread(best), f"{highest_usable(by_rate):g}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def by_learning_rate(runs: Sequence[Run]) -> str:
+    """A Markdown table of accuracies: a line for each variant, a column for each learning rate."""
+    diverged = {(run.variant, run.learning_rate) for run in runs if run.diverged}
+    rates = sorted({run.learning_rate for run in runs})
+    lines = [
+        [name, *(spread(found[r]) + " diverged" * ((name, r) in diverged) for r in rates)]
+        for name, found in accuracies(runs).items()
+    ]
+    return markdown(["variant", *(f"{rate:g}" for rate in rates)], lines)
 
 
-def draw(runs: Sequence[Run], file: Path) -> None:
+def usable(runs: Sequence[Run]) -> str:
+    """A Markdown table: what each variant reaches, and up to which learning rate it is near."""
+    lines = []
+    for name, found in accuracies(runs).items():
+        best = max(found, key=lambda rate: statistics.mean(found[rate]))
+        lines.append([name, spread(found[best]), f"{best:g}", f"{highest_usable(found):g}"])
+    head = ["variant", "best accuracy", "at rate", "highest rate within 10 points of it"]
+    return markdown(head, lines)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def draw(runs: Sequence[Run]) -> Figure:
     """Accuracy against learning rate: means as lines, and the range over the seeds as a band."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
@@ -58,17 +68,18 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     figure, axes = plt.subplots()
     for variant, by_rate in accuracies(runs).items():
         rates = sorted(by_rate)
-        (line,) = axes.plot(
-            rates, [statistics.mean(by_rate[r]) * 100 for r in rates], label=variant
-        )
-        low, high = ([pick(by_rate[r]) * 100 for r in rates] for pick in (min, max))
+        means = [statistics.mean(by_rate[rate]) * 100 for rate in rates]
+        (line,) = axes.plot(rates, means, label=variant)
+        low, high = ([pick(by_rate[rate]) * 100 for rate in rates] for pick in (min, max))
         axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    ticks = sorted({run.learning_rate for run in runs})
     axes.set(
         xscale="log",
-        xlabel="highest learning rate (warm-up, then cosine)",
+        xlabel="learning rate at the top of the schedule",
         ylabel="accuracy on test pictures (%)",
-        title="Which learning rates can fine-tuning take?",
+        title="Which learning rates does the network take?",
     )
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    return figure
