@@ -114,7 +114,8 @@ def recalibrate(
         prior: the old statistics count as this many images: with N and n new ones, mean and
             variance become N / (N + n) of the old plus n / (N + n) of the new (Schneider et al.,
             2020, "Improving robustness against common corruptions by covariate shift adaptation").
-            For a handful of images. By default the old statistics count nothing.
+            For a handful of images, and best with `layerwise`, where each BatchNorm is measured
+            behind blended ones. By default the old statistics count nothing.
         device, max_images, forward_fn, progress: as for `calibrate`.
 
     Returns:

@@ -46,23 +46,6 @@ def squeezenet(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: exit code, stdout, and stderr without the progress bar."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        lines = [line for line in err.replace("\r", "\n").splitlines() if "img" not in line]
-        return code, out, [line for line in lines if line and "warning: the two halves" not in line]
-
-    return call
-
-
 def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.vgg16(init_weights=False).eval()

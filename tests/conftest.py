@@ -1,0 +1,23 @@
+"""Fixtures of several test files."""
+
+import pytest
+
+from retrofit.cli import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder: exit code, stdout, and stderr without the progress bar."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        unwanted = ("img", "layer/s", "s/layer", "warning: the two halves")
+        lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+        return code, out, [line for line in lines if not any(word in line for word in unwanted)]
+
+    return call
