@@ -65,5 +65,5 @@ def write_report(
     facts = gather(source, tensors, provenance, no_drift)
     from retrofit.report.page import render  # noqa: PLC0415 - jinja2 and matplotlib, for this alone
 
-    page = render(facts)
-    write_whole(path.resolve(), lambda file: file.write_text(page, encoding="utf-8"))
+    page = render(facts).encode(errors="replace")  # JSON may hold halves of characters
+    write_whole(path.resolve(), lambda file: file.write_bytes(page))

@@ -201,7 +201,10 @@ def _layers(
     samples = {sample.site: sample for sample in calibration.sites} if calibration else {}
     differences = {difference.name: difference for difference in parity.sites} if parity else {}
     if plan is None:
-        norms = [key.rpartition(".")[0] for key in tensors if key.endswith(".running_var")]
+        found = [
+            key.removesuffix(".running_var") for key in tensors if key.endswith(".running_var")
+        ]
+        norms = [norm for norm in found if all(key in tensors for key in _keys(norm))]
         return tuple(
             Layer(number, norm, norm, None, _channels(tensors, norm, eps), None, None)
             for number, norm in enumerate(norms, 1)
@@ -221,11 +224,10 @@ def _layers(
 
 
 def _channels(tensors: Mapping[str, Tensor], norm: str, eps: float) -> Channels:
-    names = [f"{norm}.{name}" for name in ("running_mean", "running_var", "weight", "bias")]
-    missing = [name for name in names if name not in tensors]
+    missing = [key for key in _keys(norm) if key not in tensors]
     if missing:
         raise RetrofitError(f"it has no {missing[0]}")
-    own = [tensors[name].detach().cpu() for name in names]
+    own = [tensors[key].detach().cpu() for key in _keys(norm)]
     if own[0].dim() != 1 or not len(own[0]) or len({tensor.shape for tensor in own}) > 1:
         raise RetrofitError(f"the tensors of {norm} are not those of a BatchNorm")
     # Of a BatchNorm in half precision torch computes in float32.
@@ -240,3 +242,7 @@ def _channels(tensors: Mapping[str, Tensor], norm: str, eps: float) -> Channels:
     usual = np.median(std[~constant]) if not constant.all() else 0.0
     near = ~constant & (std < NEAR_CONSTANT * usual)
     return Channels(mean, std, constant, near, int(((alpha == 1) & (shift == 0)).sum()))
+
+
+def _keys(norm: str) -> list[str]:
+    return [f"{norm}.{name}" for name in ("running_mean", "running_var", "weight", "bias")]

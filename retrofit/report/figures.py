@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from retrofit.drifting import DriftReport
+from retrofit.drifting import BatchDrift
 from retrofit.report.facts import NEAR_CONSTANT, Channels
 from retrofit.sampling import TOLERANCES, Calibration
 
@@ -78,7 +78,7 @@ def deviations(layers: Layers) -> str:
         axes.set_yscale("log")
         live = [(n, c.std[~c.constant & ~c.near]) for n, c in layers]
         _dots(axes, live, BLUE, "o", label="channels")
-        _medians(axes, usual.items())
+        _medians(axes, list(usual.items()))
         limits = [(n, NEAR_CONSTANT * median) for n, median in usual.items()]
         _medians(axes, limits, color=RED, linestyle=(0, (1.5, 1)), label="1 % of the median")
         if near:
@@ -171,9 +171,8 @@ def by_layer(calibration: Calibration, numbers: Sequence[int]) -> str:
     return svg[0]
 
 
-def by_batch_size(drift: DriftReport) -> str:
+def by_batch_size(rows: Sequence[BatchDrift]) -> str:
     title = "Drift of the outputs under batch statistics, by batch size"
-    rows = drift.rows
     description = "; ".join(f"batches of {r.batch_size}: {r.error:.3f}" for r in rows) + "."
     with _figure("drift", title, description) as (axes, svg):
         sizes, errors = [r.batch_size for r in rows], [r.error for r in rows]
@@ -224,15 +223,14 @@ def _spread(count: int) -> NDArray[np.floating]:
 
 def _medians(
     axes: Axes,
-    marks: Iterable[tuple[int, float]],
+    marks: Sequence[tuple[int, float]],
     *,
     color: str = DARK,
     linestyle: Any = "-",
     label: str = "median of the layer",
 ) -> None:
-    numbers, values = zip(*marks, strict=True)
-    x = np.array(numbers)
-    axes.hlines(values, x - 0.4, x + 0.4, colors=color, linestyles=linestyle, lw=1.4, label=label)
+    x, y = np.array(marks).reshape(-1, 2).T
+    axes.hlines(y, x - 0.4, x + 0.4, colors=color, linestyles=linestyle, lw=1.4, label=label)
 
 
 def _legend(axes: Axes) -> None:

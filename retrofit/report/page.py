@@ -160,11 +160,12 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
 
 
 def _of_drift(facts: Facts) -> Figure | None:
-    if facts.drift is None or not facts.drift.rows:
+    rows = facts.drift.rows if facts.drift else ()
+    if not rows or not all(math.isfinite(row.error) for row in rows):
         return None
     return Figure(
         "How far do batch statistics move the outputs?",
-        Markup(figures.by_batch_size(facts.drift)),  # noqa: S704
+        Markup(figures.by_batch_size(rows)),  # noqa: S704
         "In training, BatchNorm uses the statistics of its batch: the lower the curve, the closer "
         "fine-tuning starts to the original network, and the larger the batch should be where it "
         "is high.",
