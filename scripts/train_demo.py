@@ -1,12 +1,13 @@
-"""Train the network of `retrofit demo` and pack the pictures it shows.
+r"""Train the network of `retrofit demo` and pack the pictures it shows.
 
-    python scripts/train_demo.py --data CIFAR10 --output retrofit/demo
+    python scripts/train_demo.py --data CIFAR10 --weights retrofit/demo/vgg-cifar10.safetensors \
+        --pictures retrofit/demo/cifar10-sample.tar.xz
+    python scripts/train_demo.py --data CIFAR10 --seed 1 \
+        --weights notebooks/vgg-cifar10-1.safetensors
 
-CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. Two files are written:
-
-- vgg-cifar10.safetensors: the weights in float16; the accuracy on the whole test set, of the
-  weights as stored, stands in the metadata.
-- cifar10-sample.tar.xz: pictures for calibration (from train, flat) and for the test (by class).
+CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. The weights are stored in
+float16; the accuracy of the weights as stored, on the whole test set, stands in the metadata. The
+pictures are some for calibration (from train, flat) and some for the test (by class).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def pack(data: Path, file: Path, calibration: int, test: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="file to write; default: no training")
+    parser.add_argument("--pictures", type=Path, help="file to write; default: none")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +80,10 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2000, help="pictures packed")
     args = parser.parse_args()
 
-    pack(args.data, args.output / "cifar10-sample.tar.xz", args.calibration, args.test)
+    if args.pictures:
+        pack(args.data, args.pictures, args.calibration, args.test)
+    if not args.weights:
+        return
     torch.manual_seed(args.seed)
     model = vgg_cifar10().to(memory_format=torch.channels_last)
     train(model, *read(args.data / "train"), args.epochs, args.lr)
@@ -94,7 +99,7 @@ def main() -> None:
         "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
-    save_file(stored, args.output / "vgg-cifar10.safetensors", metadata)
+    save_file(stored, args.weights, metadata)
     print(f"accuracy on 10,000 test pictures, weights in float16: {result:.2%}")
 
 
