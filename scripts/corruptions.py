@@ -124,7 +124,7 @@ def adapted_accuracy(
     if not len(target):
         return accuracy(model, test, labels, batch_size=100)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the statistics of")  # are uncertain: the question here
+        warnings.filterwarnings("ignore", "the statistics")  # are uncertain: the question here
         handle = retrofit.recalibrate(
             model, [target], layerwise=prior > 0, prior=prior, progress=False
         )
@@ -228,7 +228,8 @@ def main() -> None:
         )
     task = Task(demo_network(), pictures, labels, tested, targets)
     briefly = list(MAIN.values())
-    fully = dict.fromkeys([*briefly, *((count, prior) for count in counts for prior in (0, PRIOR))])
+    fully = {*briefly, *((count, 0) for count in counts)}
+    fully |= {(count, PRIOR) for count in counts if count <= 4 * PRIOR}  # it is for few
     plan: dict[Corruption, Iterable[Adaptation]] = {(name, 0): briefly for name in BY_HAND}
     plan |= {(name, severity): fully for severity in arguments.severities for name in CORRUPTIONS}
     arguments.output.mkdir(parents=True, exist_ok=True)

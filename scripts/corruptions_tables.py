@@ -34,8 +34,13 @@ class Results:
         self.all = [c for c in corruptions if c[1] > 0]
         self.severities = sorted({severity for _, severity in self.all})
         self.seeds = sorted({row.seed for row in rows})
-        self.counts = sorted({row.pictures for row in rows if row.pictures})
         self.test_pictures = rows[0].test_pictures
+
+    def counts(self, prior: int) -> list[int]:
+        """Of pictures, with which all corruptions were adapted to."""
+        rows = self.by_key.values()
+        found = {r.pictures for r in rows if r.severity and r.prior == prior and r.pictures}
+        return sorted(found)
 
     def of_seed(
         self, seed: int, corruptions: Iterable[Corruption], adaptation: Adaptation
@@ -80,13 +85,11 @@ def by_corruption(results: Results) -> str:
 
 
 def by_pictures(results: Results) -> str:
-    head = ["adapted on", *(f"{count}" for count in results.counts)]
-    names = {0: "no prior", PRIOR: f"prior {PRIOR}"}
-    lines = [
-        [name, *(results.spread(results.all, (count, prior)) for count in results.counts)]
-        for prior, name in names.items()
-    ]
-    return table(head, lines)
+    counts = results.counts(0)
+    lines = [["no prior", *(results.spread(results.all, (count, 0)) for count in counts)]]
+    few = [results.spread(results.all, (count, PRIOR)) for count in results.counts(PRIOR)]
+    lines.append([f"prior {PRIOR}", *few, *[""] * (len(counts) - len(few))])
+    return table(["adapted on", *map(str, counts)], lines)
 
 
 def by_hand(results: Results) -> str:
@@ -157,20 +160,21 @@ def draw_by_pictures(rows: Sequence[Row], file: Path) -> None:
     results = Results(rows)
     plt.style.use("retrofit.plots")
     figure, axes = plt.subplots()
-    for prior, label in {PRIOR: f"prior {PRIOR}", 0: "no prior"}.items():
-        lines = [
-            [results.of_seed(seed, results.all, (count, prior)) for count in results.counts]
-            for seed in results.seeds
+    for prior, label in {PRIOR: f"adapted, prior {PRIOR}", 0: "adapted, no prior"}.items():
+        counts = results.counts(prior)
+        by_count = [
+            [results.of_seed(seed, results.all, (count, prior)) for seed in results.seeds]
+            for count in counts
         ]
-        means = [statistics.mean(values) for values in zip(*lines, strict=True)]
-        (line,) = axes.plot(results.counts, means, label=f"adapted, {label}")
-        low, high = (list(map(pick, zip(*lines, strict=True))) for pick in (min, max))
-        axes.fill_between(results.counts, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        (line,) = axes.plot(counts, [statistics.mean(values) for values in by_count], label=label)
+        low, high = (list(map(pick, by_count)) for pick in (min, max))
+        axes.fill_between(counts, low, high, color=line.get_color(), alpha=0.2, lw=0)
     axes.axhline(results.mean([CLEAN], PLAIN), color="black", lw=1, label="plain, uncorrupted")
     plain = results.mean(results.all, PLAIN)
     axes.axhline(plain, color="black", lw=1, linestyle=":", label="plain, corrupted")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(results.counts, [str(count) for count in results.counts])
+    ticks = results.counts(0)
+    axes.set_xticks(ticks, [str(count) for count in ticks])
     axes.set(
         xlabel="unlabelled pictures adapted to",
         ylabel="mean accuracy (%)",
