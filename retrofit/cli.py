@@ -299,7 +299,8 @@ def _adapt(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     tensors, provenance = read(arguments.file)
-    facts = {key: value for key, value in provenance.items() if key not in ("plan", "aliases")}
+    long = ("plan", "aliases", "drift")  # `report` shows them
+    facts = {key: value for key, value in provenance.items() if key not in long}
     for key, value in facts.items():
         shown = (
             ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, list))

@@ -55,6 +55,7 @@ def run(folder: Path, *, progress: bool = True) -> str:
         file,
         name="retrofit.demo:trained_vgg",
         data="1,024 training pictures of CIFAR-10",
+        calibration=calibration,
         parity=parity,
         overwrite=True,
     )
