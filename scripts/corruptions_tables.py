@@ -66,16 +66,35 @@ class Results:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: corruption by corruption, by number of pictures, those by hand, and what of it
-    counts."""
+    """Markdown: what it comes to, and the tables of it."""
     results = Results(rows)
-    parts = by_corruption(results), by_pictures(results), by_hand(results), verdict(results)
-    return "\n".join(parts)
+    parts = conclusions, by_corruption, by_pictures, by_hand
+    return "\n".join(part(results) for part in parts)
+
+
+def conclusions(results: Results) -> str:
+    clean, plain = results.mean([CLEAN], PLAIN), results.mean(results.all, PLAIN)
+    about = (
+        f"Accuracy in per cent on {results.test_pictures:,} test pictures, means over "
+        f"{len(results.seeds)} seeds, ± half of the range over the seeds. *On {FEW}, prior "
+        f"{PRIOR}*: adapted on {FEW} pictures, beside which the old statistics count as {PRIOR}.\n"
+    )
+    lines = [about, f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
+    for name, adaptation in list(MAIN.items())[1:]:
+        mean = results.mean(results.all, adaptation)
+        gains = {c: results.mean([c], adaptation) - results.mean([c], PLAIN) for c in results.all}
+        (worst, severity), gain = min(gains.items(), key=lambda item: item[1])
+        share = ""
+        if plain < clean:
+            share = f", {100 * (mean - plain) / (clean - plain):.0f} % of what was lost"
+        at_worst = f"at worst {gain:+.1f} points ({worst}, severity {severity})"
+        lines.append(f"- {name}: {mean:.1f} %{share}; {at_worst}")
+    return "\n".join(lines) + "\n"
 
 
 def by_corruption(results: Results) -> str:
     columns = [(severity, name) for severity in results.severities for name in MAIN]
-    head = ["corruption", *(f"{name}, severity {severity}" for severity, name in columns)]
+    head = ["corruption, severity", *(f"{severity}: {name}" for severity, name in columns)]
     lines = []
     for corruption in dict.fromkeys(name for name, _ in results.all):
         means = [results.mean([(corruption, s)], MAIN[name]) for s, name in columns]
@@ -85,11 +104,12 @@ def by_corruption(results: Results) -> str:
 
 
 def by_pictures(results: Results) -> str:
+    """Means over all corruptions and severities."""
     counts = results.counts(0)
     lines = [["no prior", *(results.spread(results.all, (count, 0)) for count in counts)]]
     few = [results.spread(results.all, (count, PRIOR)) for count in results.counts(PRIOR)]
     lines.append([f"prior {PRIOR}", *few, *[""] * (len(counts) - len(few))])
-    return table(["adapted on", *map(str, counts)], lines)
+    return table(["mean of all, adapted on", *map(str, counts)], lines)
 
 
 def by_hand(results: Results) -> str:
@@ -98,26 +118,6 @@ def by_hand(results: Results) -> str:
         for corruption in results.by_hand
     ]
     return table(["by hand", *MAIN], lines)
-
-
-def verdict(results: Results) -> str:
-    """The sentences that the tables come to."""
-    clean, plain = results.mean([CLEAN], PLAIN), results.mean(results.all, PLAIN)
-    lines = [f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
-    for name, adaptation in list(MAIN.items())[1:]:
-        mean = results.mean(results.all, adaptation)
-        gains = {c: results.mean([c], adaptation) - results.mean([c], PLAIN) for c in results.all}
-        (worst, severity), gain = min(gains.items(), key=lambda item: item[1])
-        share = (
-            f", {(mean - plain) / (clean - plain):.0%} of what was lost" if plain < clean else ""
-        )
-        at_worst = f"at worst {gain:+.1f} points ({worst}, severity {severity})"
-        lines.append(f"- {name}: {mean:.1f} %{share}; {at_worst}")
-    lines.append(
-        f"- means over {len(results.seeds)} seeds of {results.test_pictures:,} test pictures each, "
-        "± half of the range over the seeds"
-    )
-    return "\n".join(lines) + "\n"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -138,16 +138,16 @@ def draw_by_corruption(rows: Sequence[Row], file: Path) -> None:
     clean = results.mean([CLEAN], PLAIN)
     plt.style.use("retrofit.plots")
     figure, panels = plt.subplots(
-        1, len(results.severities), sharey=True, squeeze=False, figsize=(8, 4.4)
+        1, len(results.severities), sharex=True, sharey=True, squeeze=False, figsize=(8, 4.4)
     )
     for axes, severity in zip(panels[0], results.severities, strict=True):
         for label, adaptation in MAIN.items():
             means = [results.mean([(name, severity)], adaptation) for name in names]
             axes.plot(means, names, linestyle="", markersize=6, label=label)
         axes.axvline(clean, color="black", linewidth=1, label="plain, uncorrupted")
-        axes.set(xlabel="accuracy (%)", title=f"severity {severity}", xlim=(0, 100))
+        axes.set(xlabel="accuracy (%)", title=f"severity {severity}")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle("What does each corruption cost, and what does adapting give back?")
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
