@@ -201,7 +201,7 @@ def elastic(x: Floats, rubber: tuple[float, ...], rng: np.random.Generator) -> F
     points = np.array([[far, far, 1], [far, near, 1], [near, near, 1]], float)
     moved = np.repeat(points[None], n, axis=0)
     moved[:, :, :2] += rng.uniform(-shift * side, shift * side, (n, 3, 2))
-    back = np.linalg.solve(moved, points)  # (N, 3, 3): from where to look to what is there
+    back = np.linalg.solve(moved, points[None])  # (N, 3, 3): from what moved to where it was
 
     fields = rng.uniform(-1, 1, (2, n, height, width))
     sigma = smoothness * side

@@ -29,7 +29,7 @@ from corruptions_tables import (
     FEW,
     MAIN,
     MANY,
-    PRIOR,
+    PRIORS,
     Adaptation,
     Corruption,
     draw_by_corruption,
@@ -229,7 +229,7 @@ def main() -> None:
     task = Task(demo_network(), pictures, labels, tested, targets)
     briefly = list(MAIN.values())
     fully = {*briefly, *((count, 0) for count in counts)}
-    fully |= {(count, PRIOR) for count in counts if count <= 4 * PRIOR}  # it is for few
+    fully |= {(count, prior) for count in counts if count <= 64 for prior in PRIORS}
     plan: dict[Corruption, Iterable[Adaptation]] = {(name, 0): briefly for name in BY_HAND}
     plan |= {(name, severity): fully for severity in arguments.severities for name in CORRUPTIONS}
     arguments.output.mkdir(parents=True, exist_ok=True)

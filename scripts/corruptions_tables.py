@@ -15,12 +15,11 @@ Adaptation = tuple[int, int]  # pictures and prior
 CLEAN: Corruption = ("none", 0)
 PLAIN: Adaptation = (0, 0)
 FEW, MANY = 16, 500
-PRIOR = 16
+PRIORS = 16, 64
 MAIN: dict[str, Adaptation] = {  # the columns of the tables
     "plain": PLAIN,
     f"adapted on {MANY}": (MANY, 0),
-    f"on {FEW}, prior {PRIOR}": (FEW, PRIOR),
-    f"on {FEW}, prior {4 * PRIOR}": (FEW, 4 * PRIOR),
+    **{f"on {FEW}, prior {prior}": (FEW, prior) for prior in PRIORS},
 }
 
 
@@ -76,8 +75,8 @@ def conclusions(results: Results) -> str:
     clean, plain = results.mean([CLEAN], PLAIN), results.mean(results.all, PLAIN)
     about = (
         f"Accuracy in per cent on {results.test_pictures:,} test pictures, means over "
-        f"{len(results.seeds)} seeds, ± half of the range over the seeds. *On {FEW}, prior "
-        f"{PRIOR}*: adapted on {FEW} pictures, beside which the old statistics count as {PRIOR}.\n"
+        f"{len(results.seeds)} seeds, ± half of the range over the seeds. *On 16, prior "
+        "64*: adapted on 16 pictures, beside which the old statistics count as 64.\n"
     )
     lines = [about, f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
     for name, adaptation in list(MAIN.items())[1:]:
@@ -106,9 +105,11 @@ def by_corruption(results: Results) -> str:
 def by_pictures(results: Results) -> str:
     """Means over all corruptions and severities."""
     counts = results.counts(0)
-    lines = [["no prior", *(results.spread(results.all, (count, 0)) for count in counts)]]
-    few = [results.spread(results.all, (count, PRIOR)) for count in results.counts(PRIOR)]
-    lines.append([f"prior {PRIOR}", *few, *[""] * (len(counts) - len(few))])
+    lines = []
+    for prior in (0, *PRIORS):
+        found = [results.spread(results.all, (count, prior)) for count in results.counts(prior)]
+        name = f"prior {prior}" if prior else "no prior"
+        lines.append([name, *found, *[""] * (len(counts) - len(found))])
     return table(["mean of all, adapted on", *map(str, counts)], lines)
 
 
@@ -160,7 +161,8 @@ def draw_by_pictures(rows: Sequence[Row], file: Path) -> None:
     results = Results(rows)
     plt.style.use("retrofit.plots")
     figure, axes = plt.subplots()
-    for prior, label in {PRIOR: f"adapted, prior {PRIOR}", 0: "adapted, no prior"}.items():
+    for prior in (*PRIORS, 0):
+        label = f"adapted, prior {prior}" if prior else "adapted, no prior"
         counts = results.counts(prior)
         by_count = [
             [results.of_seed(seed, results.all, (count, prior)) for seed in results.seeds]
