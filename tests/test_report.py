@@ -38,7 +38,9 @@ class Page(HTMLParser):
         self.tables, self.headings, self.text, self.section = {}, [], "", ""
         self.figures, self.cell, self.open = [], None, []
         self.feed(text)
-        self.text = re.sub(r"\s+", " ", self.text)
+        self.text = " ".join(self.text.split())
+        for rows in self.tables.values():
+            rows[:] = [[" ".join(cell.split()) for cell in row] for row in rows]
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -51,6 +53,8 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.tables[self.section][-1].append("")
             self.cell = tag
+        if tag != "wbr":
+            self.handle_data(" ")
         if tag == "svg":
             self.figures.append(attributes)
 
@@ -61,10 +65,9 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if self.open and self.open[-1] == "style":
             return
-        self.text += f" {text}"
+        self.text += text
         if self.cell:
-            rows = self.tables[self.section]
-            rows[-1][-1] = " ".join(f"{rows[-1][-1]} {text}".split())
+            self.tables[self.section][-1][-1] += text
 
 
 def network():

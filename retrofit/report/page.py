@@ -38,9 +38,8 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=number, percent=percent, span=span, count=count, count_of=count_of
-    )
+    filters = (number, percent, span, count, count_of, breakable)
+    environment.filters.update({function.__name__: function for function in filters})
     layers = [layer for layer in facts.layers if layer.channels]
     channels = [layer.channels for layer in layers if layer.channels]
     return environment.get_template("page.html").render(
@@ -91,6 +90,11 @@ def count(value: float | None) -> str:
 def count_of(value: int) -> str:
     """The beginning of a sentence: None of 960 channels is."""
     return "None" if value == 0 else f"{value:,}"
+
+
+def breakable(path: str) -> Markup:
+    """A long module path may be broken after its dots."""
+    return Markup(".<wbr>").join(path.split("."))
 
 
 def _needed(facts: Facts) -> list[str]:
