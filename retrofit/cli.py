@@ -187,8 +187,11 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
         return _fail("the converted model is not equal to the original: nothing was written", 1)
     drift, no_drift = None, ""
     if arguments.report:
-        few = _batches(arguments, model, pictures, chosen[:DRIFT_IMAGES], to_input)
-        drift, no_drift = measured_drift(model, converted, few)
+        beyond = order[used:][:DRIFT_IMAGES]
+        # A batch that is much of the sample has nearly its statistics, and so too little drift.
+        few = beyond if len(beyond) == DRIFT_IMAGES else chosen[: min(used // 4, DRIFT_IMAGES)]
+        measured_on = _batches(arguments, model, pictures, few, to_input)
+        drift, no_drift = measured_drift(model, converted, measured_on)
     told: dict[str, Any] = {
         "name": arguments.model,
         "data": f"{calibration.images} pictures of {arguments.data}, seed {arguments.seed}",

@@ -304,7 +304,22 @@ def test_too_few_pictures_for_the_drift_is_said_on_the_page(run, convertible, tm
     files = ("--output", "bn.safetensors", "--report", "page.html", "--images", 6)
     assert run(*convertible, *files)[0] == 0
     text = Page((tmp_path / "page.html").read_text("utf-8")).text
-    assert "could not be measured: 6 images are too few for the batch sizes [8, 32, 128]" in text
+    assert "could not be measured: 1 images are too few for the batch sizes [8, 32, 128]" in text
+
+
+def test_the_drift_is_measured_on_a_part_of_the_sample_or_beyond_it(run, convertible, tmp_path):
+    """On the sample itself a batch as large as that would have no drift at all."""
+    files = ("--output", "bn.pth", "--report", "page.html", "--overwrite")
+    assert run(*convertible, *files)[0] == 0
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert [row[:2] for row in page.tables["drift"][1:]] == [["8", "8"]]  # of a quarter of 40
+    assert "There were too few pictures for batches of 32, 128" in page.text
+    for i in range(40, 140):
+        shutil.copy(tmp_path / "pictures" / f"{i % 40:02}.png", tmp_path / "pictures" / f"{i}.png")
+    assert run(*convertible, *files, "--images", 12)[0] == 0
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    sizes = [row[:2] for row in page.tables["drift"][1:]]
+    assert sizes == [["8", "128"], ["32", "128"], ["128", "128"]]
 
 
 def test_drift_and_parity_are_measured_anew_on_request(run, convertible, report, tmp_path):
