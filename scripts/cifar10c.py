@@ -2,9 +2,8 @@
 
 After Hendrycks and Dietterich (2019, "Benchmarking neural network robustness to common corruptions
 and perturbations"), with the constants of their CIFAR version. No library serves: imagecorruptions
-(1.1.2) has the constants for ImageNet only, needs OpenCV and scikit-image, and calls functions that
-numpy, scikit-image and setuptools have dropped. Differences from the original, where pictures are
-not equal to its files anyway, as they are random:
+and its fork imagecorruptions-imaug have the constants for ImageNet alone, and need OpenCV and
+scikit-image. The original differs in two things (and its files of pictures are other random draws):
 
 - frost: the original lays photographs of ice over the picture, here it is a texture of needles;
 - elastic: the affine map and the displacements are applied in one interpolation, not in two.
