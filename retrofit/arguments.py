@@ -1,0 +1,203 @@
+"""What can be typed after `retrofit`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.version import __version__
+from retrofit.zoo import NAMES
+
+DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
+FILE = ".safetensors, .pth or .pt file"
+DEFAULT_IMAGES = 1024
+DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, as for every other bad request."""
+        self.exit(2, f"retrofit: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parses a command and its options; `command` is its name."""
+    whole = _Parser(
+        prog="retrofit",
+        description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
+    )
+    whole.add_argument("--version", action="version", version=f"retrofit {__version__}")
+    debug = "show where an error came from"
+    whole.add_argument("--debug", action="store_true", help=debug)
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--debug", action="store_true", help=debug, default=argparse.SUPPRESS)
+        return added
+
+    one = command("plan", "show what happens to every convolution, and why")
+    one.add_argument("model", help=NAMES)
+    _add_plan(one)
+    text = f"{DATA}; two of them are run, where torch.fx cannot trace the model"
+    one.add_argument("--data", type=Path, help=text)
+    _add_pictures(one)
+    one.set_defaults(batch_size=2)
+
+    one = command("convert", "insert calibrated BatchNorms, verify, save")
+    one.add_argument("model", help=NAMES)
+    _add_output(one, FILE)
+    one.add_argument("--device", type=_device, help="for the calibration; default: cpu")
+    text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
+    one.add_argument("--tolerance", type=_fraction, metavar="T", help=text)
+    text = "kept while calibrating; a killed run goes on from it"
+    one.add_argument("--state", type=Path, metavar="FILE", help=text)
+    text = "leave out layers that no picture reaches, rather than refuse"
+    one.add_argument("--skip-unused", action="store_true", help=text)
+    text = "a page about the conversion; also measures what batch statistics change"
+    one.add_argument("--report", type=Path, metavar="FILE.html", help=text)
+    text = "exit with 0 where there is nothing to convert"
+    one.add_argument("--allow-unchanged", action="store_true", help=text)
+    _add_plan(one)
+    text = f"{DEFAULT_IMAGES}; with --tolerance: all"
+    _add_weights(one)
+    _add_data(one, images=None, default=text)
+
+    one = command("verify", "compare a converted file with the original weights")
+    one.add_argument("file", type=Path, help="what convert wrote")
+    _add_model(one)
+    one.add_argument("--tolerance", type=_number, default=0.0, help="default: 0, bit for bit")
+    _add_weights(one)
+    _add_data(one, images=16, default="16")
+
+    one = command("fold", "absorb the BatchNorms of a file into its convolutions")
+    one.add_argument("file", type=Path, help="what convert or a training run wrote")
+    _add_output(one, FILE)
+    _add_model(one)
+
+    text = "re-estimate the BatchNorm statistics of a file on unlabelled pictures of a new domain"
+    one = command("adapt", text)
+    one.add_argument("file", type=Path, help="what convert or a training run wrote")
+    _add_output(one, FILE)
+    _add_model(one)
+    text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
+    one.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
+    one.add_argument("--device", type=_device, help="default: cpu")
+    _add_data(one, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+
+    one = command("inspect", "show where a file comes from and what its BatchNorms hold")
+    one.add_argument("file", type=Path, help=FILE)
+
+    one = command("report", "write a page about a file that convert wrote")
+    one.add_argument("file", type=Path, help=FILE)
+    _add_output(one, ".html file")
+    _add_model(one)
+    _add_weights(one)
+    _add_data(one, images=DRIFT_IMAGES, default=f"{DRIFT_IMAGES}", required=False)
+
+    one = command("demo", "the whole pipeline on a small VGG and pictures of CIFAR-10")
+    one.add_argument(
+        "--output", type=Path, default=Path("retrofit-demo"), help="folder; %(default)s"
+    )
+    return whole
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--output", type=Path, required=True, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    text = f"{NAMES}; default: what the file says, if torchvision has it"
+    parser.add_argument("--model", help=text)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    for name, text in (("include", "only these, heads too"), ("exclude", "not these")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="GLOB",
+            help=f"{text}; over module paths, repeatable",
+        )
+    add = parser.add_argument
+    text = "graph also has a place after functions; default: native, the model's own class"
+    add("--layout", choices=LAYOUTS, default="native", help=text)
+    text = "BatchNorm before the activation (default) or after it"
+    add("--placement", choices=PLACEMENTS, default="pre_activation", help=text)
+    add("--linear", action="store_true", help="after Linear layers too")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    text = "name (DEFAULT), or .pth, .pt, .safetensors file"
+    parser.add_argument("--weights", help=text)
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, *, images: int | None, default: str, required: bool = True
+) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=required, help=DATA)
+    text = f"use at most N; default: {default}"
+    add("--images", type=_positive, metavar="N", default=images, help=text)
+    add("--batch-size", type=_positive, default=8, help="default: %(default)s")
+    workers = min(4, os.cpu_count() or 1)
+    text = "processes that read pictures; default: %(default)s"
+    add("--workers", type=_whole, default=workers, help=text)
+    _add_pictures(parser)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
+    text = "shorter side, before the crop; default: as the model was trained, or as --crop"
+    add("--resize", type=_positive, metavar="PIXELS", help=text)
+    text = "centre crop; default: as the model was trained"
+    add("--crop", type=_positive, metavar="PIXELS", help=text)
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
+    text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
+    add("--skip-bad-images", action="store_true", help=text)
+
+
+def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from error
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+    return number
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
+    return number
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device such as cpu or cuda") from error
