@@ -102,7 +102,7 @@ def test_param_groups_keep_decay_from_batchnorm_and_biases():
 def test_a_training_step_lowers_the_loss(batch):
     model = converted().train()
     x, y = nets.images(batch, 3, 16, 16), torch.arange(batch) % 5
-    optimizer = torch.optim.SGD(retrofit.param_groups(model, 5e-4), lr=0.05)
+    optimizer = torch.optim.SGD(retrofit.param_groups(model), lr=0.05)
     losses = []
     for _ in range(20):
         loss = nn.functional.cross_entropy(model(x), y)
