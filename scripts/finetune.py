@@ -66,7 +66,6 @@ STUDIES: Mapping[str, Mapping[str, Variant]] = {
         "momentum 0.5": Variant(momentum=0.5),
         "frozen for a quarter": Variant(frozen=0.25),
         "frozen throughout": Variant(frozen=1.0),
-        "no decay": Variant(weight_decay=0.0),
         "decay 5e-4 on everything": Variant(decay_all=True),
         "decay 5e-3": Variant(weight_decay=5e-3),
         "decay 5e-3 on everything": Variant(weight_decay=5e-3, decay_all=True),
@@ -74,7 +73,7 @@ STUDIES: Mapping[str, Mapping[str, Variant]] = {
 }
 RATES = {
     "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
-    "settings": [0.01, 0.1],
+    "settings": [0.1],
 }
 
 
