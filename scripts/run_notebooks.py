@@ -28,7 +28,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-CELL_SECONDS = 900
+CELL_SECONDS = 3600
 
 
 def main() -> int:
