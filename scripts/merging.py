@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from pictures import accuracy, normalise, read
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -146,8 +147,8 @@ def curves(
     near = aligned(one, other, images)
     return {
         "averaged as they are": [test(averaged(one, other, share)) for share in shares],
-        "permuted": [test(averaged(one, near, share)) for share in shares],
-        "permuted, moments matched": [test(matched(one, near, images, share)) for share in shares],
+        "aligned": [test(averaged(one, near, share)) for share in shares],
+        "aligned, moments matched": [test(matched(one, near, images, share)) for share in shares],
     }
 
 
@@ -168,15 +169,12 @@ def table(found: dict[str, list[float]], shares: Sequence[float] = SHARES) -> st
     return "\n".join([*lines, "", f"Moment matching brings back {back:.0%} of the loss."])
 
 
-def draw(found: dict[str, list[float]], file: Path, shares: Sequence[float] = SHARES) -> None:
-    plt.style.use("retrofit.plots")
-    figure, axes = plt.subplots()
+def plot(axes: Axes, found: dict[str, list[float]], shares: Sequence[float] = SHARES) -> None:
+    """Accuracy over the share of the second network."""
     for name, values in found.items():
         axes.plot(shares, [100 * value for value in values], label=name)
     axes.set(xlabel="share of the second network", ylabel="accuracy, %", ylim=(0, 100))
     axes.legend()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
 
 
 def main() -> None:
@@ -202,7 +200,10 @@ def main() -> None:
         writer.writerows(zip(SHARES, *found.values(), strict=True))
     text = table(found)
     (arguments.output / "merging.md").write_text(text + "\n")
-    draw(found, arguments.output / "merging.svg")
+    plt.style.use("retrofit.plots")
+    figure, axes = plt.subplots()
+    plot(axes, found)
+    figure.savefig(arguments.output / "merging.svg", metadata={"Date": None})
     print(text)
 
 
