@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,13 @@ def spread(values: Sequence[float]) -> str:
 
 def by_learning_rate(runs: Sequence[Run]) -> str:
     """A Markdown table of accuracies: a line for each variant, a column for each learning rate."""
-    diverged = {(run.variant, run.learning_rate) for run in runs if run.diverged}
+    diverged = Counter((run.variant, run.learning_rate) for run in runs if run.diverged)
     rates = sorted({run.learning_rate for run in runs})
-    lines = [
-        [name, *(spread(found[r]) + " diverged" * ((name, r) in diverged) for r in rates)]
-        for name, found in accuracies(runs).items()
-    ]
+    lines = []
+    for name, found in accuracies(runs).items():
+        lost = {rate: diverged[name, rate] for rate in rates}
+        cells = [spread(found[r]) + f" ({lost[r]} diverged)" * (lost[r] > 0) for r in rates]
+        lines.append([name, *cells])
     return markdown(["variant", *(f"{rate:g}" for rate in rates)], lines)
 
 
