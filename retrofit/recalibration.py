@@ -335,7 +335,7 @@ def _uncertain(fed: Fed, error: float) -> str:
     return (
         f"the statistics of {fed.images} images are uncertain: 1 % of the channels have a standard "
         f"error of more than {error:.2f} of their standard deviation; use more images, or let the "
-        "old statistics count as some (prior=16; --prior 16)"
+        "old statistics count as some, layer by layer (layerwise=True, prior=64; --prior 64)"
     )
 
 

@@ -74,15 +74,11 @@ STUDIES: Mapping[str, Mapping[str, Variant]] = {
         "decay 5e-4 on everything": Variant(decay_all=True),
         "decay 5e-3": Variant(weight_decay=5e-3),
         "decay 5e-3 on everything": Variant(weight_decay=5e-3, decay_all=True),
-        "frozen throughout, decay 5e-3": Variant(frozen=1.0, weight_decay=5e-3),
-        "frozen throughout, decay 5e-3 on everything": Variant(
-            frozen=1.0, weight_decay=5e-3, decay_all=True
-        ),
     },
 }
 RATES = {
     "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
-    "settings": [0.03, 0.1],
+    "settings": [0.1],
 }
 
 

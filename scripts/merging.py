@@ -174,7 +174,7 @@ def plot(axes: Axes, found: dict[str, list[float]], shares: Sequence[float] = SH
     for name, values in found.items():
         axes.plot(shares, [100 * value for value in values], label=name)
     axes.set(xlabel="share of the second network", ylabel="accuracy, %", ylim=(0, 100))
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small")
 
 
 def main() -> None:
