@@ -80,7 +80,10 @@ def parser() -> argparse.ArgumentParser:
     _add_output(one, FILE)
     _add_model(one)
 
-    text = "re-estimate the BatchNorm statistics of a file on unlabelled pictures of a new domain"
+    text = (
+        "re-estimate the BatchNorm statistics of a file on unlabelled pictures of a new domain, "
+        "layer by layer (they are read once for each BatchNorm), prepared as convert had them"
+    )
     one = command("adapt", text)
     one.add_argument("file", type=Path, help="what convert or a training run wrote")
     _add_output(one, FILE)

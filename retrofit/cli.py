@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import math
 import os
 import sys
 import time
@@ -47,7 +49,7 @@ from retrofit.images import (
 )
 from retrofit.plain import to_plain
 from retrofit.ranks import Ranks, launched
-from retrofit.record import record_of, required_record
+from retrofit.record import attach, record_of, required_record
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.sampling import TOLERANCES
 from retrofit.sources import Pictures, open_pictures
@@ -221,7 +223,7 @@ def _facts(
     facts = [
         ("calibrated on", f"{calibration.images} pictures in {seconds:.1f} s"),
         ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
-        ("standard error", f"{calibration.standard_error:.2%} of sigma (99 % of all channels)"),
+        ("standard error", _error_of(calibration.standard_error)),
         ("pictures needed", ", ".join(needed)),
         ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
         ("verified on", f"{parity.images} {'other ' if other else ''}pictures"),
@@ -274,6 +276,8 @@ def _adapt(arguments: argparse.Namespace) -> int:
             model, batches, layerwise=True, prior=arguments.prior, device=arguments.device
         )
     seconds = time.perf_counter() - start
+    if (record := record_of(model)) is not None:
+        attach(model, dataclasses.replace(record, images=found.images))
     before = read(arguments.file)[1].get("data")
     done = f"adapted on {found.images} pictures of {arguments.data}, seed {arguments.seed}"
     weighed = f", the old statistics counting as {arguments.prior:g}" if arguments.prior else ""
@@ -288,11 +292,17 @@ def _adapt(arguments: argparse.Namespace) -> int:
     facts = [
         ("adapted on", f"{found.images} pictures in {seconds:.1f} s{weighed}"),
         ("BatchNorms", f"{len(found.layers)} of them, one after another"),
-        ("standard error", f"{found.standard_error:.2%} of sigma (99 % of all channels)"),
+        ("standard error", _error_of(found.standard_error)),
         ("written", str(arguments.output)),
     ]
     print("\n".join(f"{what:<20}{fact}" for what, fact in facts))
     return 0
+
+
+def _error_of(value: float) -> str:
+    if math.isinf(value):
+        return "not known, from one picture"
+    return f"{value:.2%} of sigma (99 % of all channels)"
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

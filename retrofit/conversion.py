@@ -26,6 +26,7 @@ from retrofit.planning import Patterns
 from retrofit.plans import LayoutName, Placement, Plan, Site
 from retrofit.record import Record, attach, record_of, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace, take_out
+from retrofit.sampling import CONSTANT
 
 M = TypeVar("M", bound=nn.Module)
 GRAPH_TOLERANCE = 1e-3  # of the root mean square: more than a GPU's rounding, less than a branch
@@ -85,8 +86,9 @@ def convert(
         eps, momentum: of the BatchNorms. eps is not part of a state dict: any other than 1e-5
             has to be set again wherever the weights are loaded.
         match: mean and variance, (C,) each, that the channels shall have instead of their own, by
-            path of the convolution; others keep theirs. weight is sqrt(var + eps) and bias is mean
-            of these, while running_mean and running_var stay those of the calibration. With its own
+            path of the convolution. Other sites keep theirs, and so do channels that were constant
+            on the sample, which no scale makes vary. weight is sqrt(var + eps) and bias is mean of
+            these, while running_mean and running_var stay those of the calibration. With its own
             `channel_moments(prepared)` the network is as it was; with those of others of its
             architecture this is REPAIR (Jordan et al., 2022), once
             `recalibrate(converted, data, layerwise=True)` has measured each layer anew behind those
@@ -107,8 +109,11 @@ def convert(
         )
     learned = [t for m in prepared.modules() if isinstance(m, MomentObserver) for t in m.buffers()]
     model, plan = shared_copy(prepared, keep=learned), record.plan
-    match = {} if match is None else match
-    _refuse_misfit(plan, match)
+    targets = {
+        path: (torch.as_tensor(mean).double(), torch.as_tensor(var).double())
+        for path, (mean, var) in (match or {}).items()
+    }
+    _refuse_misfit(plan, targets)
     training = set(record.training)
     for path, module in model.named_modules():
         module.training = path in training
@@ -127,10 +132,12 @@ def convert(
         if not isinstance(observer, MomentObserver):
             raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
         moments = observer.moments()
-        own = (moments.mean, moments.var)
-        batchnorm = _batchnorm(
-            site, layer, model, own, match.get(site.path, own), observer.batches, eps, momentum
-        )
+        own = target = (moments.mean, moments.var)
+        if site.path in targets:
+            constant = moments.var.sqrt() <= CONSTANT * moments.mean.abs()
+            asked = [tensor.to(constant.device) for tensor in targets[site.path]]
+            target = (own[0].where(constant, asked[0]), own[1].where(constant, asked[1]))
+        batchnorm = _batchnorm(site, layer, model, own, target, observer.batches, eps, momentum)
         batchnorms[observer] = batchnorm.train(observer.training)
         images = images or int(observer.images) // max(site.calls, 1)
     replace(model, batchnorms)

@@ -32,9 +32,9 @@ def param_groups(model: nn.Module, weight_decay: float = 5e-4) -> list[dict[str,
     """Parameter groups for an optimizer: no weight decay on BatchNorm and biases.
 
     BatchNorm's weight and bias, and every other bias, go without, as is usual. A retrofitted
-    BatchNorm's weight is the standard deviation of its channel, not 1, so that over long training
-    decay would pull the network away from what it has learned; over some hundred steps it makes
-    no difference that could be measured (docs/results.md).
+    BatchNorm's weight is the standard deviation of its channel, not 1, so that decay pulls it
+    away from what the network has learned; over some hundred steps that did no harm either
+    (docs/results.md).
 
     Args:
         model: parameters that require no gradient are left out.

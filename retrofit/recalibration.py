@@ -101,10 +101,11 @@ def recalibrate(
       eval mode: the smaller and the less mixed the batches, the further they are apart.
     - `layerwise=True` settles one BatchNorm after another in the order of execution, all in eval
       mode, each fed by those already settled. Afterwards the running statistics of each are the
-      moments of its own inputs, however the data comes in batches; to recalibrate again changes
-      nothing. It takes one whole pass to see the order, and then one for each BatchNorm that ends
-      there: with n BatchNorms of equal distances, n / 2 times what the default costs. A BatchNorm
-      called several times in a pass feeds itself: it is measured once, all calls pooled.
+      moments of its own inputs, however the data comes in batches; without a prior, to
+      recalibrate again changes nothing. It takes one whole pass to see the order, and then one for
+      each BatchNorm that ends there: with n BatchNorms of equal distances, n / 2 times what the
+      default costs. A BatchNorm called several times in a pass feeds itself: it is measured once,
+      all calls pooled.
 
     Args:
         model: any module with BatchNorms. What DataParallel and its like hold is run without them.
@@ -331,7 +332,7 @@ def _share(fed: Fed, prior: float) -> float:
 
 def _uncertain(fed: Fed, error: float) -> str:
     if math.isinf(error):
-        return "the statistics are those of one image, and nothing tells how uncertain they are"
+        return "the statistics are those of one image, which cannot tell how uncertain they are"
     return (
         f"the statistics of {fed.images} images are uncertain: 1 % of the channels have a standard "
         f"error of more than {error:.2f} of their standard deviation; use more images, or let the "

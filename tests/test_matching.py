@@ -71,6 +71,27 @@ def test_settled_channels_have_the_moments_asked_for():
         torch.testing.assert_close(found.var(1), var.double(), rtol=1e-3, atol=1e-3)
 
 
+def test_channels_that_were_constant_keep_their_moments():
+    model = plain()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    ready = prepared(model)
+    moments = retrofit.channel_moments(ready)["0"]
+    changed = retrofit.convert(ready, match={"0": (moments.mean + 1, moments.var + 1)})
+    own = retrofit.convert(ready)
+    for name in ("weight", "bias"):
+        same = getattr(changed[0].bn, name) == getattr(own[0].bn, name)
+        assert same.tolist() == [channel == 2 for channel in range(6)]
+
+
+def test_moments_may_be_lists():
+    ready = prepared(plain())
+    mean, var = retrofit.channel_moments(ready)["2"]
+    listed = retrofit.convert(ready, match={"2": (mean.tolist(), var.tolist())})
+    with torch.no_grad():
+        assert torch.equal(listed(X), ready(X))
+
+
 def test_sites_without_an_entry_stay_the_identity():
     ready = prepared(plain())
     moments = retrofit.channel_moments(ready)["2"]
