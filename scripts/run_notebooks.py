@@ -37,8 +37,10 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all pictures and steps (minutes)")
     parser.add_argument("--in-place", action="store_true", help="store the outputs in the notebook")
     arguments = parser.parse_args()
-    # Passed on to the kernels. Progress bars are for people who watch.
+    # Passed on to the kernels. Progress bars are for people who watch. Small networks gain little
+    # from a second thread, and lose much by it on a busy machine.
     os.environ |= {"QUICK": "" if arguments.full else "1", "TQDM_DISABLE": "1"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     build = ROOT / "build" / "notebooks"
     build.mkdir(parents=True, exist_ok=True)
     for path in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
