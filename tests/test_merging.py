@@ -1,16 +1,21 @@
 """scripts/merging.py: channels find their partners, and get the moments between."""
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
+import nets
 import pytest
 import torch
 
+import retrofit
 from retrofit import demo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import merging
+
+SECOND = Path(__file__).parents[1] / "notebooks" / "vgg-cifar10-1.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,24 @@ def test_matched_channels_have_the_mean_and_standard_deviation_between_the_two(i
 def test_the_table_says_how_much_of_the_loss_came_back():
     curves = {"a": [0.9, 0.2, 0.8], "b": [0.9, 0.45, 0.8], "c": [0.9, 0.75, 0.8]}
     assert "brings back 75% of the loss" in merging.table(curves, shares=(0.0, 0.5, 1.0))
+
+
+def test_the_recipes_code_makes_a_plain_network_that_knows_more_than_the_average(images):
+    (code,) = re.findall(r"```python\n(.*?)```", nets.recipe("Merge two networks"), re.DOTALL)
+    one, other = demo.trained_vgg(), merging.network(SECOND)
+    names = {
+        "retrofit": retrofit,
+        "aligned": merging.aligned,
+        "averaged": merging.averaged,
+        "pictures": images,
+        "one": one,
+        "other": other,
+    }
+    exec(code, names)  # noqa: S102
+    plain, average = names["plain"].eval(), names["average"]
+    assert plain.state_dict().keys() == one.state_dict().keys()
+    x = torch.cat(images)
+    with torch.no_grad():
+        answers = one(x).argmax(1)
+        agreed = [float((m(x).argmax(1) == answers).float().mean()) for m in (average, plain)]
+    assert agreed[0] + 0.05 < agreed[1]

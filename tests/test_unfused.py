@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import nets
 import numpy as np
@@ -17,11 +16,11 @@ from torch import nn
 import retrofit
 from retrofit.cli import main
 
-RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+RECIPE = nets.recipe("Fine-tune a network whose BatchNorm was merged away")
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", RECIPES, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
