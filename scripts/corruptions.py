@@ -39,6 +39,7 @@ from corruptions_tables import (
 from numpy.typing import NDArray
 from pictures import accuracy, normalise, read
 from scipy import ndimage
+from studies import recorded
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -143,27 +144,6 @@ def demo_network() -> nn.Module:
 # --- the study ---------------------------------------------------------------------------------
 
 
-def recorded(file: Path, task: Task) -> list[Row]:
-    """The rows in a CSV; those of other settings are refused."""
-    if not file.exists():
-        return []
-    kinds = {"int": int, "float": float, "str": str}
-    with file.open(newline="") as lines:
-        rows = [
-            Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)})  # type: ignore[arg-type]
-            for line in csv.DictReader(lines)
-        ]
-    settings = {"folder_pictures": len(task.pictures), "test_pictures": task.test_pictures}
-    for row in rows:
-        for name, value in settings.items():
-            if getattr(row, name) != value:
-                raise SystemExit(
-                    f"{file} has rows with {name} = {getattr(row, name)}, this study has {value}: "
-                    "give the same settings to go on, or another --output"
-                )
-    return rows
-
-
 def study(
     task: Task,
     plan: Mapping[Corruption, Iterable[Adaptation]],
@@ -171,7 +151,8 @@ def study(
     file: Path,
 ) -> list[Row]:
     """All accuracies, seed by seed; those that stand in `file` already are not measured again."""
-    rows = recorded(file, task)
+    settings = {"folder_pictures": len(task.pictures), "test_pictures": task.test_pictures}
+    rows = recorded(file, Row, settings)
     wanted = {
         (seed, *corruption, *adaptation)
         for seed in range(seeds)
@@ -182,7 +163,7 @@ def study(
     cells = [(seed, *corruption) for seed in range(seeds) for corruption in plan]
     with file.open("a", newline="") as lines:
         writer = csv.DictWriter(lines, [f.name for f in fields(Row)], lineterminator="\n")
-        if not rows:
+        if lines.tell() == 0:
             writer.writeheader()
         for cell in (bar := tqdm(cells, unit="corruption")):
             keys = sorted(key for key in missing if key[:3] == cell)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from studies import markdown
+
 if TYPE_CHECKING:
     from corruptions import Row
 
@@ -99,7 +101,7 @@ def by_corruption(results: Results) -> str:
         means = [results.mean([(corruption, s)], MAIN[name]) for s, name in columns]
         lines.append([corruption, *(f"{mean:.1f}" for mean in means)])
     total = [results.spread(results.at(s), MAIN[name]) for s, name in columns]
-    return table(head, [*lines, ["**mean**", *(f"**{mean}**" for mean in total)]])
+    return markdown(head, [*lines, ["**mean**", *(f"**{mean}**" for mean in total)]])
 
 
 def by_pictures(results: Results) -> str:
@@ -110,7 +112,7 @@ def by_pictures(results: Results) -> str:
         found = [results.spread(results.all, (count, prior)) for count in results.counts(prior)]
         name = f"prior {prior}" if prior else "no prior"
         lines.append([name, *found, *[""] * (len(counts) - len(found))])
-    return table(["mean of all, adapted on", *map(str, counts)], lines)
+    return markdown(["mean of all, adapted on", *map(str, counts)], lines)
 
 
 def by_hand(results: Results) -> str:
@@ -118,12 +120,7 @@ def by_hand(results: Results) -> str:
         [corruption[0], *(results.spread([corruption], a) for a in MAIN.values())]
         for corruption in results.by_hand
     ]
-    return table(["by hand", *MAIN], lines)
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+    return markdown(["by hand", *MAIN], lines)
 
 
 # --- figures -----------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from finetune_tables import by_learning_rate, draw, markdown, usable
+from finetune_tables import by_learning_rate, draw, usable
 from pictures import accuracy, augment, normalise, read
+from studies import markdown, recorded
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -108,9 +109,6 @@ class Run(Protocol):
     @property
     def key(self) -> tuple[str, float, int]:
         return self.variant, self.learning_rate, self.seed
-
-
-COLUMNS = [field.name for field in fields(Run)]
 
 
 @dataclass(frozen=True)
@@ -224,33 +222,6 @@ def run(
 # --- a study -----------------------------------------------------------------------------------
 
 
-def recorded(file: Path, protocol: Protocol) -> list[Run]:
-    """The runs in a study's CSV; those of another protocol are refused."""
-    if not file.exists():
-        return []
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]  # a process killed while it wrote leaves half a line
-    if whole != text:
-        file.write_text(whole)
-    lines = csv.DictReader(whole.splitlines())
-    if lines.fieldnames and list(lines.fieldnames) != COLUMNS:
-        raise SystemExit(f"{file} has other columns than a study of today: give another --output")
-    runs = [parsed_run(line) for line in lines]
-    for found in runs:
-        for setting, value in asdict(protocol).items():
-            if getattr(found, setting) != value:
-                raise SystemExit(
-                    f"{file} has runs with {setting} = {getattr(found, setting)}, this study has "
-                    f"{value}: give the same settings to go on, or another --output"
-                )
-    return runs
-
-
-def parsed_run(line: Mapping[str, str]) -> Run:
-    kinds = {"int": int, "float": float, "str": str, "bool": "True".__eq__}
-    return Run(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Run)})  # type: ignore[operator]
-
-
 def study(
     task: Task,
     protocol: Protocol,
@@ -261,12 +232,12 @@ def study(
     device: str = "cpu",
 ) -> list[Run]:
     """All runs, seed by seed; those that stand in `file` already are not made again."""
-    runs = recorded(file, protocol)
+    runs = recorded(file, Run, asdict(protocol))
     done = {found.key for found in runs}
     wanted = [(name, lr, seed) for seed in range(seeds) for lr in rates for name in variants]
     new = [key for key in wanted if key not in done]
     with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(lines, [f.name for f in fields(Run)], lineterminator="\n")
         if lines.tell() == 0:
             writer.writeheader()
         for name, lr, seed in (bar := tqdm(new, desc="runs")):

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from studies import markdown
+
 if TYPE_CHECKING:
     from finetune import Run
     from matplotlib.figure import Figure
@@ -54,12 +56,6 @@ def usable(runs: Sequence[Run]) -> str:
         lines.append([name, spread(found[best]), f"{best:g}", f"{highest_usable(found):g}"])
     head = ["variant", "best accuracy", "at rate", "highest rate within 10 points of it"]
     return markdown(head, lines)
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
 def draw(runs: Sequence[Run]) -> Figure:
