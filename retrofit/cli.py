@@ -234,7 +234,7 @@ def _facts(
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    converted, name = _load(arguments)
+    converted, name, _ = _load(arguments)
     original = trained(name, arguments.weights)
     to_input = _to_input(arguments, transforms(name, original, arguments.weights))
     pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
@@ -249,7 +249,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _fold(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, overwrite=arguments.overwrite)
-    model, name = _load(arguments)
+    model, name, _ = _load(arguments)
     folded = fold(model)
     before, after = (sum(_is_batchnorm(m) for m in x.modules()) for x in (model, folded))
     if before == after:
@@ -263,7 +263,7 @@ def _fold(arguments: argparse.Namespace) -> int:
 
 def _adapt(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, overwrite=arguments.overwrite)
-    model, name = _load(arguments)
+    model, name, told = _load(arguments)
     if not any(_is_batchnorm(m) for m in model.modules()):
         raise RetrofitError(f"{arguments.file} has no BatchNorm to adapt: convert it first")
     to_input = _to_input(arguments, transforms(name, model))
@@ -278,7 +278,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if (record := record_of(model)) is not None:
         attach(model, dataclasses.replace(record, images=found.images))
-    before = read(arguments.file)[1].get("data")
+    before = told.get("data")
     done = f"adapted on {found.images} pictures of {arguments.data}, seed {arguments.seed}"
     weighed = f", the old statistics counting as {arguments.prior:g}" if arguments.prior else ""
     save(
@@ -349,7 +349,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _measured_anew(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Drift, and with --weights parity, for the provenance; and why there is no drift."""
-    converted, name = _load(arguments)
+    converted, name, _ = _load(arguments)
     original = trained(name, arguments.weights) if arguments.weights else converted
     to_input = _to_input(arguments, transforms(name, original, arguments.weights))
     pictures = open_pictures(arguments.data, skip_bad=arguments.skip_bad_images)
@@ -379,14 +379,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 # --- what the commands share -------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
-    """The model of a file, and what it is called."""
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The model of a file, what it is called, and the file's provenance."""
     provenance = read(arguments.file)[1]
     name = arguments.model or provenance.get("model")
     if not isinstance(name, str):
         raise RetrofitError(f"{arguments.file} does not say what model it is: give --model")
     # Code is imported for what the user typed, never for what a file says.
-    return load(arguments.file, build(name) if arguments.model else None), name
+    return load(arguments.file, build(name) if arguments.model else None), name, provenance
 
 
 def _to_input(arguments: argparse.Namespace, made: Transforms) -> Transform:

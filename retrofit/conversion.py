@@ -26,7 +26,6 @@ from retrofit.planning import Patterns
 from retrofit.plans import LayoutName, Placement, Plan, Site
 from retrofit.record import Record, attach, record_of, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace, take_out
-from retrofit.sampling import CONSTANT
 
 M = TypeVar("M", bound=nn.Module)
 GRAPH_TOLERANCE = 1e-3  # of the root mean square: more than a GPU's rounding, less than a branch
@@ -134,9 +133,9 @@ def convert(
         moments = observer.moments()
         own = target = (moments.mean, moments.var)
         if site.path in targets:
-            constant = moments.var.sqrt() <= CONSTANT * moments.mean.abs()
-            asked = [tensor.to(constant.device) for tensor in targets[site.path]]
-            target = (own[0].where(constant, asked[0]), own[1].where(constant, asked[1]))
+            mean, var = (tensor.to(moments.mean.device) for tensor in targets[site.path])
+            constant = moments.constant
+            target = (own[0].where(constant, mean), own[1].where(constant, var))
         batchnorm = _batchnorm(site, layer, model, own, target, observer.batches, eps, momentum)
         batchnorms[observer] = batchnorm.train(observer.training)
         images = images or int(observer.images) // max(site.calls, 1)

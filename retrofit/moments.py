@@ -16,6 +16,8 @@ from torch import Tensor
 
 from retrofit.reductions import Samples
 
+CONSTANT = 1e-6  # sigma / mean
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -32,6 +34,11 @@ class Moments:
     def var(self) -> Tensor:
         """Unbiased variance, as torch's running_var has it; 0 for a single element."""
         return self.M2 / max(self.count - 1, 1)
+
+    @property
+    def constant(self) -> Tensor:
+        """(C,), which channels do not vary by more than float32 rounds a constant."""
+        return self.var.sqrt() <= CONSTANT * self.mean.abs()
 
 
 def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:

@@ -14,7 +14,6 @@ from retrofit.observer import MomentObserver
 from retrofit.tables import table
 
 PERCENTILE = 0.99
-CONSTANT = 1e-6  # sigma / mean
 TOLERANCES = (0.01, 0.02, 0.05)
 
 
@@ -120,7 +119,7 @@ def channel_errors(observer: MomentObserver, images: int) -> ChannelErrors | Non
         return None
     moments = observer.moments()
     sigma = moments.var.sqrt()
-    live = sigma > CONSTANT * moments.mean.abs()
+    live = ~moments.constant
     # Several samples of one image (windows, or calls) are no independent ones. At worst they are
     # copies of each other.
     scale = math.sqrt(max(1.0, int(observer.images) / max(images, 1)))

@@ -20,10 +20,11 @@ from retrofit.comparison import Difference
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
+from retrofit.moments import CONSTANT
 from retrofit.parity import ParityReport
 from retrofit.plain import from_plain
 from retrofit.plans import Plan, Site
-from retrofit.sampling import CONSTANT, Calibration, SiteSample
+from retrofit.sampling import Calibration, SiteSample
 
 T = TypeVar("T")
 NEAR_CONSTANT = 0.01  # of the median sigma of the layer
