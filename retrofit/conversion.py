@@ -133,7 +133,7 @@ def convert(
         moments = observer.moments()
         own = target = (moments.mean, moments.var)
         if site.path in targets:
-            mean, var = (tensor.to(moments.mean.device) for tensor in targets[site.path])
+            mean, var = (tensor.cpu() for tensor in targets[site.path])
             constant = moments.constant
             target = (own[0].where(constant, mean), own[1].where(constant, var))
         batchnorm = _batchnorm(site, layer, model, own, target, observer.batches, eps, momentum)

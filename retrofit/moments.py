@@ -47,23 +47,29 @@ def merge(counts: Tensor, means: Tensor, M2s: Tensor) -> Moments:
     Chan, Golub and LeVeque (1983), for many samples at once: the squared deviations within each
     sample, plus those of the samples' means from the common mean.
     """
-    share = (counts / counts.sum()).to(means.device).unsqueeze(1)
-    mean = (share * means).sum(0)
-    between = counts.to(means.device).unsqueeze(1) * (means - mean).square()
+    mean = ((counts / counts.sum()).unsqueeze(1) * means).sum(0)
+    between = counts.unsqueeze(1) * (means - mean).square()
     return Moments(float(counts.sum()), mean, M2s.sum(0) + between.sum(0))
+
+
+# For every batch, where its activations are. Counts stay numbers: a GPU would wait for tensors.
 
 
 def pooled(one: Moments, other: Moments) -> Moments:
     """The moments of two disjoint samples taken together, where the first are."""
-    counts = torch.tensor([one.count, other.count], dtype=torch.float64)
-    means = torch.stack([one.mean, other.mean.to(one.mean.device)])
-    return merge(counts, means, torch.stack([one.M2, other.M2.to(one.M2.device)]))
+    count = one.count + other.count
+    difference = other.mean.to(one.mean.device) - one.mean
+    mean = one.mean + difference * (other.count / count)
+    between = difference.square() * (one.count * other.count / count)
+    return Moments(count, mean, one.M2 + other.M2.to(one.M2.device) + between)
 
 
 def together(samples: Samples) -> Moments:
     """The moments of all samples of an activation."""
-    size, mean, M2 = samples
-    return merge(torch.full((len(mean),), float(size), dtype=torch.float64), mean, M2)
+    size, means, M2s = samples
+    mean = means.mean(0)
+    between = (means - mean).square().sum(0) * float(size)
+    return Moments(float(size * len(means)), mean, M2s.sum(0) + between)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ State = Mapping[str, Tensor]
 
 
 class ChannelMoments(NamedTuple):
-    """Of one site: mean and unbiased variance of each channel, float64 of shape (C,)."""
+    """Of one site: mean and unbiased variance of each channel, float64 (C,) on the CPU."""
 
     mean: Tensor
     var: Tensor
@@ -155,16 +155,16 @@ class MomentObserver(nn.Module):
         self._move(home)
 
     def moments(self) -> Moments:
-        """The moments of everything seen so far."""
+        """The moments of everything seen so far, on the CPU."""
         if not self.count.any():
             raise RetrofitError(
                 f"{self.site} saw no data: run calibration data through the prepared model; if "
                 "that was done, the model does not call this layer in eval mode, so exclude it"
             )
-        return merge(self.count, self.mean, self.M2)
+        return self._merged(slice(None))
 
     def halves(self) -> tuple[Moments, Moments] | None:
-        """The moments of the first and of the second half of the sample, as nearly as kept.
+        """The moments of the first and second half of the sample, as nearly as kept, on the CPU.
 
         None where there are no halves: of a single sample, or none.
         """
@@ -173,17 +173,18 @@ class MomentObserver(nn.Module):
             return None
         so_far = self.count[:used].cumsum(0)
         cut = 1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())
-        first, second = slice(0, cut), slice(cut, used)
-        return (
-            merge(self.count[first], self.mean[first], self.M2[first]),
-            merge(self.count[second], self.mean[second], self.M2[second]),
-        )
+        return self._merged(slice(0, cut)), self._merged(slice(cut, used))
 
     def standard_errors(self) -> tuple[Tensor, Tensor] | None:
-        """Of mean and standard deviation, (C,) each, over samples; None of less than two."""
+        """Of mean and standard deviation, (C,) each, on the CPU; None of less than two samples."""
         if self.images < 2:
             return None
-        return _spread_of(self.state()).standard_errors(self.moments())
+        known = {name: tensor.cpu() for name, tensor in self.state().items()}
+        return _spread_of(known).standard_errors(self.moments())
+
+    def _merged(self, rows: slice) -> Moments:
+        """Of some stretches, on the CPU: a GPU would take longer for each of the small steps."""
+        return merge(self.count[rows], self.mean[rows].cpu(), self.M2[rows].cpu())
 
     def _append(self, new: Moments) -> None:
         """Add to the last stretch while that is shorter than the first, else begin another."""

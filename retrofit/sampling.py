@@ -124,7 +124,7 @@ def channel_errors(observer: MomentObserver, images: int) -> ChannelErrors | Non
     # copies of each other.
     scale = math.sqrt(max(1.0, int(observer.images) / max(images, 1)))
     mean, std = (torch.where(live, error * scale / sigma, 0.0) for error in errors)
-    return ChannelErrors(sigma.cpu(), live.cpu(), mean.cpu(), std.cpu())
+    return ChannelErrors(sigma, live, mean, std)
 
 
 def standard_error(sites: Iterable[ChannelErrors | None]) -> float:
@@ -142,8 +142,8 @@ def site_sample(observer: MomentObserver, errors: ChannelErrors | None) -> SiteS
         return SiteSample(observer.site, *[0.0] * 6)
     first, second = halves
     sigma = errors.sigma[errors.live]
-    mean = (first.mean - second.mean).cpu()[errors.live].abs() / sigma
-    std = (first.var.sqrt() - second.var.sqrt()).cpu()[errors.live].abs() / sigma
+    mean = (first.mean - second.mean)[errors.live].abs() / sigma
+    std = (first.var.sqrt() - second.var.sqrt())[errors.live].abs() / sigma
     figures = [_percentile(errors.mean), _percentile(errors.std)]
     for difference in (mean, std):
         figures += [_percentile(difference), float(difference.max())]

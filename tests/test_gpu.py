@@ -1,0 +1,120 @@
+"""On a GPU: the same moments, outputs that are close, the same files. Skipped elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from nets import Residual, build, images
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+import retrofit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """Convolutions in float32, not TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def two_pass(batches):
+    """Mean and unbiased variance of each channel, in float64."""
+    x = torch.cat([batch.double().transpose(0, 1).flatten(1) for batch in batches], 1)
+    return x.mean(1), x.var(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_moments_equal_two_passes_in_float64(dtype, memory_format):
+    conv = nn.Conv2d(3, 3, 1, groups=3, bias=False).cuda().eval()
+    nn.init.ones_(conv.weight)
+    scale = torch.tensor([1.0, 3.0, 0.1]).view(3, 1, 1)
+    batches = [
+        (scale * (images(n, 3, 97, 83, seed=n) + 10)).cuda().to(dtype, memory_format=memory_format)
+        for n in (7, 1, 3)
+    ]
+    model = nn.Sequential(conv, nn.ReLU()).to(dtype)
+    prepared = retrofit.prepare(model, retrofit.plan(model))
+    retrofit.calibrate(prepared, batches, progress=False)
+    (found,) = retrofit.channel_moments(prepared).values()
+    mean, var = (moment.cpu() for moment in two_pass(batches))
+    assert ((found.mean - mean).abs() / var.sqrt()).max() < 1e-5
+    assert ((found.var - var).abs() / var).max() < 1e-5
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_outputs_are_close_and_folding_restores_the_bits(memory_format):
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg11().eval().cuda().to(memory_format=memory_format)
+    batches = [images(4, 3, 64, 64, seed=s).cuda() for s in (1, 2)]
+    converted = retrofit.add_batchnorm(vgg, batches, progress=False)
+    assert all(p.is_cuda for p in converted.state_dict().values())
+    report = retrofit.verify(vgg, converted, batches)
+    assert report.passed(1e-4)
+    state = vgg.state_dict()
+    folded = retrofit.fold(converted).state_dict()
+    assert all(torch.equal(state[key], folded[key]) for key in state)
+
+
+def test_a_network_calibrated_on_a_gpu_is_exact_on_the_cpu():
+    model = build(Residual)
+    data = [images(8, 3, 32, 32)]
+    converted = retrofit.add_batchnorm(model, data, device="cuda", progress=False)
+    assert all(not p.is_cuda for p in model.state_dict().values())
+    assert retrofit.verify(model, converted.cpu(), data).exact
+
+
+def test_batches_that_do_not_fit_are_halved():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()).eval()
+    data = [images(64, 3, 256, 256)]
+    expected = retrofit.add_batchnorm(model, data, progress=False).state_dict()
+    torch.cuda.empty_cache()  # 64 images are 1.07 GB after the convolution
+    limit = torch.cuda.memory_reserved() + 900 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        with pytest.warns(UserWarning, match="memory"):
+            found = retrofit.add_batchnorm(model, data, device="cuda", progress=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for key, value in found.state_dict().items():
+        assert torch.allclose(value.cpu(), expected[key], rtol=1e-4, atol=1e-5), key
+
+
+def test_fine_tuning_on_a_gpu_under_autocast():
+    converted = retrofit.add_batchnorm(build(Residual).cuda(), [images(8, 3, 32, 32).cuda()])
+    optimizer = torch.optim.SGD(retrofit.param_groups(converted.train()), lr=0.01)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = converted(images(8, 3, 32, 32).cuda()).float().square().mean()
+    loss.backward()
+    optimizer.step()
+    assert all(p.grad.isfinite().all() for p in converted.parameters())
+
+
+@pytest.mark.parametrize("launcher", [[], ["torch.distributed.run", "--nproc-per-node=1", "-m"]])
+def test_the_command_converts_on_a_gpu(launcher, tmp_path):
+    for i in range(12):
+        pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f"{i}.png")
+    output = tmp_path / "bn.safetensors"
+    command = [sys.executable, "-m", *launcher, "retrofit", "convert", "retrofit.demo:trained_vgg"]
+    options = ["--data", tmp_path, "--output", output, "--device", "cuda", "--workers", "1"]
+    done = subprocess.run(
+        [*command, *map(str, options)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "equal bit for bit" in done.stdout
+    with safe_open(output, framework="pt") as file:
+        assert json.loads(file.metadata()["retrofit"])["images"] == 12
