@@ -110,24 +110,27 @@ class _Done(BaseException):
     """Leaves a forward pass; no Exception, lest a model swallow it."""
 
 
-@contextmanager
-def leaving_after(layer: nn.Module, calls: int) -> Iterator[None]:
-    """End the block, and a forward pass within it, when `layer` has been called that often."""
-    seen = 0
+class leaving_after:  # noqa: N801 - used like contextmanager's functions
+    """End the block, and a forward pass within it, when `layer` has been called that often.
 
-    def leave(*_: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == calls:
+    No generator: from Python 3.12 on, contextlib leaves the exception that one has caught in a
+    cycle with its frames, and so the activations that they hold.
+    """
+
+    def __init__(self, layer: nn.Module, calls: int) -> None:
+        self.layer, self.left = layer, calls
+
+    def __enter__(self) -> None:
+        self.handle = self.layer.register_forward_hook(self._count)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.handle.remove()
+        return kind is _Done
+
+    def _count(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
             raise _Done
-
-    handle = layer.register_forward_hook(leave)
-    try:
-        yield
-    except _Done:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
