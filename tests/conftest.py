@@ -1,8 +1,15 @@
 """Fixtures of several test files."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from retrofit.cli import main
+
+# `max_examples` is what CI draws of whatever takes an arbitrary network or number.
+settings.register_profile(
+    "ci", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("ci")
 
 
 @pytest.fixture
