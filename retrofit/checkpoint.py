@@ -86,14 +86,15 @@ def save(
     if path.suffix in PICKLED:
         write_whole(path, lambda file: torch.save(state, file))
         return
-    from safetensors.torch import save_file  # noqa: PLC0415 - keeps `import retrofit` fast
+    from safetensors.torch import save as serialized  # noqa: PLC0415 - keeps the import fast
 
     tensors, aliases = _unshared(state)
     told = provenance(
         model, name=name, data=data, calibration=calibration, parity=parity, drift=drift
     )
     metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
-    write_whole(path, lambda file: save_file(tensors, file, metadata))
+    # Not its save_file, whose temporary file a kill would leave.
+    write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
 
 
 def provenance(

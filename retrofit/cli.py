@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -76,22 +78,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     warnings.showwarning = _one_line_warning
     try:
-        code = COMMANDS[arguments.command](arguments)
+        with _terminable():
+            code = COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
     except PeerError as error:
         return _fail(str(error), 1)
     except RetrofitError as error:
         return _fail(str(error), 2)
+    except _Terminated:
+        return _fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 0
     except Exception as error:  # the user's model may raise anything
+        try:
+            sys.stdout.flush()
+        except OSError:  # on a full disk, say; Python would try again, and exit with 120
+            _silence()
         if arguments.debug:
             raise
         text = " ".join(str(error).split())
         return _fail(f"{type(error).__name__}: {text} (--debug shows where)", 1)
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does: everything is put back on the way out."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- commands ----------------------------------------------------------------------------------

@@ -34,4 +34,4 @@ class NonFiniteError(RetrofitError):
 
 
 class PeerError(RetrofitError):
-    """Another process of the group has failed, or is gone."""
+    """Another process has failed, or is gone: of the group, or one that reads pictures."""

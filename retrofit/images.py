@@ -19,7 +19,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import PeerError, RetrofitError
 from retrofit.sources import Pictures
 
 Transform = Callable[[Image.Image], Tensor]
@@ -170,6 +170,20 @@ def _collate(items: list[_Item]) -> _Batch:
     return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
+def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
+    try:
+        yield from loader
+    except (
+        RuntimeError,
+        ConnectionError,
+        EOFError,
+    ) as error:  # what is wrong with a picture is told
+        raise PeerError(
+            f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
+            "enough memory? --workers 0 does without"
+        ) from error
+
+
 class PictureBatches:
     """Batches of pictures, read by worker processes: tensors (N, 3, H, W), or lists of (3, H, W).
 
@@ -238,7 +252,7 @@ class PictureBatches:
 
     def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
         done = self._done
-        for names, pictures, bad in loader:
+        for names, pictures, bad in _read(loader):
             for name, problem in bad:
                 if not self.skip_bad:
                     raise RetrofitError(

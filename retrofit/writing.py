@@ -5,16 +5,50 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary file beside `path`, which is then synced and renamed."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write` to a file that gets its name when it is complete and synced.
+
+    Until then it has none, so that a process that is killed leaves nothing. Where the system has no
+    such files (they are Linux's, on most of its file systems) it is a hidden one beside `path`.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    path = path.absolute()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(part)
-        with part.open("r+b") as file:
+        with _nameless(path.parent) or part.open("wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
+            if not part.exists():
+                _link(file, part)  # which cannot replace, as a rename can
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # A full disk does not tell of which file; torch.save hides it behind an error of its own.
+        found = error if isinstance(error, OSError) else error.__context__
+        if isinstance(found, OSError):
+            raise OSError(found.errno, found.strerror, str(path)) from error
         raise
+
+
+def _nameless(folder: Path) -> BinaryIO | None:
+    """See open(2), O_TMPFILE."""
+    if not Path("/proc/self/fd").is_dir():  # by which it will get its name
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+    except (AttributeError, OSError):
+        return None
+
+
+def _link(file: BinaryIO, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:  # with a folder's number Python calls linkat, which goes where the link in /proc leads
+        os.link(f"/proc/self/fd/{file.fileno()}", path.name, dst_dir_fd=folder)
+    finally:
+        os.close(folder)

@@ -23,20 +23,10 @@ class Finished(NamedTuple):
 
 def command(folder, *argv, first=None, timeout=120):
     """`retrofit ARGV` in `folder`; `first()` is called in the process before it."""
-    process, files = begin(folder, *argv, first=first)
-    return finished(process, files, timeout)
-
-
-def begin(folder, *argv, first=None):
-    """The process, for `finished`, and files of its output beside `folder`."""
     files = tuple(Path(f"{folder}.{name}") for name in ("out", "err"))
     arguments = (str(folder), [str(a) for a in argv], list(map(str, files)), first)
     process = CONTEXT.Process(target=_run, args=arguments)
     process.start()
-    return process, files
-
-
-def finished(process, files, timeout=120):
     process.join(timeout)
     if process.is_alive():
         process.kill()

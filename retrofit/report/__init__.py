@@ -66,4 +66,4 @@ def write_report(
     from retrofit.report.page import render  # noqa: PLC0415 - jinja2 and matplotlib, for this alone
 
     page = render(facts).encode(errors="replace")  # JSON may hold halves of characters
-    write_whole(path.resolve(), lambda file: file.write_bytes(page))
+    write_whole(path.resolve(), lambda file: file.write(page))
