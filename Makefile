@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check notebooks clean
+.PHONY: demo test check fuzz notebooks clean
 
 demo: .venv/installed
 	$(BIN)/retrofit demo
@@ -14,6 +14,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fuzz: .venv/installed-dev
+	$(BIN)/python tests/fuzz.py --networks 5000
 
 notebooks: .venv/installed-notebooks
 	$(BIN)/python scripts/run_notebooks.py

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -70,8 +71,9 @@ def main():
     shares = [arguments.networks // processes] * processes
     shares[0] += arguments.networks - sum(shares)
     jobs = [(arguments.seed * processes + i, share) for i, share in enumerate(shares)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        results = pool.map(fuzz, jobs)
+    # Not multiprocessing's pool, which waits for ever for a process that has crashed.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(fuzz, jobs))
     counts = sum((found for found, _, _ in results), Counter())
     total = counts.pop("networks")
     different = len(set().union(*(hashes for _, hashes, _ in results)))

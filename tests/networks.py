@@ -339,7 +339,7 @@ def networks(draw):
             parameter.requires_grad_(False)
     if draw(st.integers(0, 5)) == 0:
         model.double()
-    if dims == 2 and draw(st.integers(0, 3)) == 0:
+    if dims == 2 and all(map(bears_channels_last, model.modules())) and draw(st.booleans()):
         model.to(memory_format=torch.channels_last)
     if draw(st.integers(0, 3)) == 0:
         next(m for m in model.modules() if is_convolution(m)).register_forward_hook(looks_on)
@@ -349,6 +349,15 @@ def networks(draw):
 
 def looks_on(_module, _inputs, _output):
     """A hook of the user's."""
+
+
+def bears_channels_last(module):
+    """docs/guarantees.md has these limits: a single channel is not exact there, and torch's own
+    backward pass of a strided convolution of 1x1 corrupts memory (2.14.1)."""
+    if not is_convolution(module):
+        return True
+    strided = module.kernel_size[0] == 1 and module.stride[0] > 1
+    return module.out_channels > 1 and not strided
 
 
 def is_convolution(module):
