@@ -55,7 +55,7 @@ from retrofit.record import attach, record_of, required_record
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.sampling import TOLERANCES
 from retrofit.sources import Pictures, open_pictures
-from retrofit.tables import table
+from retrofit.tables import one_line, table
 from retrofit.weights import read
 from retrofit.zoo import build, trained, transforms
 
@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _silence()
         if arguments.debug:
             raise
-        text = " ".join(str(error).split())
-        return _fail(f"{type(error).__name__}: {text} (--debug shows where)", 1)
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     return code
 
 
@@ -349,7 +348,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             if isinstance(value, dict)
             else value
         )
-        print(f"{key:<13}{'-' if shown is None else shown}")
+        print(f"{key:<13}{'-' if shown is None else one_line(str(shown))}")
     eps = provenance.get("eps") or 1e-5
     plan_sites = (provenance.get("plan") or {}).get("sites", [])
     order = [f"{site['norm']}.running_var" for site in plan_sites if site["norm"]]
@@ -500,9 +499,10 @@ def _own_device(device: torch.device | None) -> torch.device | None:
 
 def _list_bad(pictures: Pictures, names: Sequence[str]) -> None:
     for shard in pictures.bad:
-        print(f"used in part or not at all: {shard}", file=sys.stderr)
+        print(one_line(f"used in part or not at all: {shard}"), file=sys.stderr)
     if bad := list(dict.fromkeys(names)):
-        print(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}", file=sys.stderr)
+        text = f"left out {len(bad)} unreadable pictures: {', '.join(bad)}"
+        print(one_line(text), file=sys.stderr)
 
 
 def _summary(converted: nn.Module) -> str:
@@ -557,12 +557,12 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"retrofit: {' '.join(message.split())}", file=sys.stderr)
+    print(f"retrofit: {one_line(message)}", file=sys.stderr)
     return code
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"retrofit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"retrofit: warning: {one_line(str(message))}", file=sys.stderr)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

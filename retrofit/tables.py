@@ -1,8 +1,17 @@
-"""Aligned text tables."""
+"""Text for a terminal: single lines and aligned tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, and with what a terminal would obey written out.
+
+    Names and messages may come from a file that somebody else has made.
+    """
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
@@ -11,6 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "")
     `right` lists the headings of the columns that are flush right.
     """
     flush = right.split(",")
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, ["-" * width for width in widths], *rows):
