@@ -10,7 +10,7 @@ from retrofit.cli import main
 
 # Its server imports retrofit once; each process is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["retrofit.cli", "processes"])
+CONTEXT.set_forkserver_preload(["retrofit.cli", "processes", "pytest"])
 
 
 class Finished(NamedTuple):
