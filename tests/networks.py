@@ -221,7 +221,10 @@ def convolutions(draw, sizes, inputs, outputs, keep):
         options |= {"stride": stride}
         after = tuple(size * stride for size in sizes)
     else:
-        kernel, stride = draw(st.sampled_from([(2, 2), (3, 2), (3, 1), (1, 2), (2, 1)]))
+        # torch 2.14.1 corrupts memory in the backward pass of a strided 1x1 convolution of what is
+        # channels_last, as what a LayerNorm over the channels gives: see docs/guarantees.md.
+        pairs = [(2, 2), (3, 2), (3, 1), (2, 1), *([(1, 2)] if dims == 3 else [])]
+        kernel, stride = draw(st.sampled_from(pairs))
         padding = draw(st.integers(0, kernel // 2))
         options |= {"stride": stride, "padding": padding}
         after = tuple((size + 2 * padding - kernel) // stride + 1 for size in sizes)
@@ -339,7 +342,9 @@ def networks(draw):
             parameter.requires_grad_(False)
     if draw(st.integers(0, 5)) == 0:
         model.double()
-    if dims == 2 and all(map(bears_channels_last, model.modules())) and draw(st.booleans()):
+    # A single channel is not exact in channels_last: docs/guarantees.md.
+    several = all(m.out_channels > 1 for m in model.modules() if is_convolution(m))
+    if dims == 2 and several and draw(st.booleans()):
         model.to(memory_format=torch.channels_last)
     if draw(st.integers(0, 3)) == 0:
         next(m for m in model.modules() if is_convolution(m)).register_forward_hook(looks_on)
@@ -349,15 +354,6 @@ def networks(draw):
 
 def looks_on(_module, _inputs, _output):
     """A hook of the user's."""
-
-
-def bears_channels_last(module):
-    """docs/guarantees.md has these limits: a single channel is not exact there, and torch's own
-    backward pass of a strided convolution of 1x1 corrupts memory (2.14.1)."""
-    if not is_convolution(module):
-        return True
-    strided = module.kernel_size[0] == 1 and module.stride[0] > 1
-    return module.out_channels > 1 and not strided
 
 
 def is_convolution(module):
