@@ -44,5 +44,7 @@ def _run(folder, argv, files, first):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     if first is not None:
         first()
+    # As in a process that a user starts, whose readers of pictures are forks that need not import.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["retrofit", *argv]
     sys.exit(main(argv))
