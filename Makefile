@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check fuzz notebooks clean
+.PHONY: demo test check docs fuzz notebooks clean
 
 demo: .venv/installed
 	$(BIN)/retrofit demo
@@ -10,10 +10,13 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-check: .venv/installed-dev
+check: .venv/installed-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz.py --networks 5000
@@ -22,7 +25,7 @@ notebooks: .venv/installed-notebooks
 	$(BIN)/python scripts/run_notebooks.py
 
 clean:
-	rm -rf .venv build retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build site retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -33,6 +36,10 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv/installed-notebooks: pyproject.toml | .venv/bin/python

@@ -72,8 +72,9 @@ def save(
         name: what the model is, e.g. "vgg16", or "package.module:factory"; `load` rebuilds
             torchvision's models from it.
         data: what it was calibrated on, in words.
-        calibration, parity, drift: what `calibrate`, `verify` and `drift` found; `retrofit report`
-            shows them.
+        calibration: what `calibrate` found; `retrofit report` shows it.
+        parity: what `verify` found, likewise.
+        drift: what `drift` found, likewise.
         overwrite: replace an existing file.
 
     Raises:

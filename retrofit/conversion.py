@@ -82,8 +82,9 @@ def convert(
 
     Args:
         prepared: made by `prepare`, after calibration; not changed.
-        eps, momentum: of the BatchNorms. eps is not part of a state dict: any other than 1e-5
-            has to be set again wherever the weights are loaded.
+        eps: of the BatchNorms. It is not part of a state dict: any other than 1e-5 has to be set
+            again wherever the weights are loaded.
+        momentum: of the BatchNorms.
         match: mean and variance, (C,) each, that the channels shall have instead of their own, by
             path of the convolution. Other sites keep theirs, and so do channels that were constant
             on the sample, which no scale makes vary. weight is sqrt(var + eps) and bias is mean of

@@ -72,7 +72,8 @@ def drift(
     statistics are afterwards as they were.
 
     Args:
-        original, converted: as for `verify`.
+        original: as for `verify`.
+        converted: as for `verify`.
         data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.

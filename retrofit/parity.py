@@ -87,8 +87,9 @@ def verify(
     were.
 
     Args:
-        original, converted: the models. Sites are compared when `converted` was made by this
-            package; any other two models are compared by their outputs.
+        original: the model without the BatchNorms.
+        converted: the model with them. Sites are compared when it was made by this package; any
+            other two models are compared by their outputs.
         data: batches, as for `calibrate`.
         forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
 

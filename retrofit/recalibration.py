@@ -117,7 +117,10 @@ def recalibrate(
             2020, "Improving robustness against common corruptions by covariate shift adaptation").
             For a handful of images, and best with `layerwise`, where each BatchNorm is measured
             behind blended ones. By default the old statistics count nothing.
-        device, max_images, forward_fn, progress: as for `calibrate`.
+        device: as for `calibrate`.
+        max_images: as for `calibrate`.
+        forward_fn: as for `calibrate`.
+        progress: as for `calibrate`.
 
     Returns:
         A handle: `handle.remove()`, or the end of `with recalibrate(...):`, restores the statistics
