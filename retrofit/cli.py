@@ -47,6 +47,8 @@ from retrofit.images import (
     Transform,
     Transforms,
     preprocessing,
+    reader_died,
+    reader_gone,
     shuffled,
 )
 from retrofit.plain import to_plain
@@ -93,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence()
         return 0
     except Exception as error:  # the user's model may raise anything
+        if reader_died(error):
+            return _fail(str(reader_gone(error)), 1)
         try:
             sys.stdout.flush()
         except OSError:  # on a full disk, say; Python would try again, and exit with 120

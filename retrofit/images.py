@@ -170,18 +170,26 @@ def _collate(items: list[_Item]) -> _Batch:
     return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
+def reader_died(error: Exception) -> bool:
+    """Whether torch raised it for a worker process that is gone.
+
+    It does so from a signal handler, so that the error may come out of anything.
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def reader_gone(error: Exception) -> PeerError:
+    return PeerError(
+        f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
+        "enough memory? --workers 0 does without"
+    )
+
+
 def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
     try:
         yield from loader
-    except (
-        RuntimeError,
-        ConnectionError,
-        EOFError,
-    ) as error:  # what is wrong with a picture is told
-        raise PeerError(
-            f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
-            "enough memory? --workers 0 does without"
-        ) from error
+    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+        raise reader_gone(error) from error
 
 
 class PictureBatches:
