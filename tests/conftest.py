@@ -7,7 +7,7 @@ from retrofit.cli import main
 
 # `max_examples` is what CI draws of whatever takes an arbitrary network or number.
 settings.register_profile(
-    "ci", max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
+    "ci", max_examples=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ci")
 

@@ -246,7 +246,7 @@ def test_a_process_that_is_told_to_stop_says_so(pictures):
 
 
 def test_killed_together_they_go_on_together(pictures):
-    options = ("--images", "3000", "--batch-size", "4")
+    options = ("--images", "1000", "--batch-size", "4")
     output, state = pictures.parent / "out.safetensors", pictures.parent / "state"
     assert main(command(pictures, *options)[2:]) == 0
     expected = load_file(output)

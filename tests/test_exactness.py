@@ -73,18 +73,17 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     stock = torchvision.models.get_model(f"{name}_bn", weights=None, init_weights=False).eval()
     stock.load_state_dict(converted.state_dict(), strict=True)
 
-    for batch in (1, 5):
-        for size in ((224, 224), (197, 211)):
-            x = nets.images(batch, 3, *size, seed=2)
-            assert_equal_outputs(stock, model, x)
-            assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
+    for shape in ((1, 3, 224, 224), (3, 3, 97, 111)):
+        x = nets.images(*shape, seed=2)
+        assert_equal_outputs(stock, model, x)
+        assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
     assert_equal_outputs(converted, model, x)
     assert_same_state(retrofit.fold(converted), model)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", [(224, 224), (197, 211)], ids=["224", "odd"])
-def test_vgg16_in_a_channels_last_model_too(batch, size):
+def test_vgg16_of_any_size_and_in_a_channels_last_model_too(batch, size):
     torch.manual_seed(0)
     model = torchvision.models.vgg16(init_weights=False).eval()
     stock = torchvision.models.vgg16_bn(init_weights=False).eval()
@@ -102,7 +101,7 @@ def test_torchvision_networks(name, autocast):
     model = torchvision.models.get_model(name, weights=None).eval()
     converted = retrofitted(model, nets.images(4, 3, 96, 96))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for shape in ((1, 3, 224, 224), (3, 3, 127, 131)):
+        for shape in ((1, 3, 96, 96), (3, 3, 67, 71)):  # bfloat16 is slow where it is emulated
             x = nets.images(*shape, seed=2)
             assert_equal_outputs(converted, model, x)
             assert_equal_outputs(converted, model, x.to(memory_format=torch.channels_last))

@@ -132,7 +132,7 @@ def test_the_means_are_those_of_update_bn_where_that_is_exact():
 @pytest.mark.parametrize("split", [42, (20, 3, 12, 7), 1])
 def test_layer_by_layer_the_statistics_are_the_moments_of_what_each_gets_in_eval_mode(split):
     model = nets.build(Net)
-    data = X.split(split)
+    data = X[:14].split(1) if split == 1 else X.split(split)
     recalibrate(model, data, layerwise=True)
     assert_are_moments_of(statistics(model), inputs_of_norms(model, data))
     once = copy.deepcopy(model.state_dict())

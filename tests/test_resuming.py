@@ -230,18 +230,17 @@ def test_a_shuffled_loader_without_a_seed_is_refused(tmp_path):
 
 def convert(folder, *options):
     """In a process of its own, or in this one."""
-    torch.set_num_threads(1)
     return main(
         [
             *("convert", "retrofit.demo:trained_vgg", "--data", f"{folder}/pictures.npy"),
-            *("--crop", "32", "--workers", "0", "--images", "3000", "--batch-size", "4"),
+            *("--crop", "32", "--workers", "0", "--images", "2000", "--batch-size", "4"),
             *("--output", f"{folder}/out.safetensors", *options),
         ]
     )
 
 
 def pictures(folder):
-    pixels = np.random.default_rng(0).integers(0, 255, (3100, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (2100, 32, 32, 3), dtype=np.uint8)
     np.save(Path(folder) / "pictures.npy", pixels)
 
 
