@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -82,10 +83,10 @@ def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M
 
     Raises:
         RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model; a
-            BatchNorm has no running statistics; a layer feeds several BatchNorms; or, where the
-            BatchNorm is not the identity: it comes after an activation or a function, the weight
-            is parametrized or serves a function too, the layer has a hook, or its output does not
-            follow its weight and bias linearly (weight standardisation).
+            BatchNorm has no running statistics, or some that are no numbers; a layer feeds several
+            BatchNorms; or, where the BatchNorm is not the identity: it comes after an activation or
+            a function, the weight is parametrized or serves a function too, the layer has a hook,
+            or its output does not follow its weight and bias linearly (weight standardisation).
     """
     record = record_of(model)
     plan = plan or (record.plan if record else None)
@@ -124,7 +125,7 @@ def _absorb_all(model: nn.Module, pairs: dict[str, _Pair], *, activated: bool) -
     """
     changing: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
     for path, pair in pairs.items():
-        alpha, shift = _scale_and_shift(_batchnorm(pair.norm, path))
+        alpha, shift = _scale_and_shift(_batchnorm(pair.norm, path), path)
         if bool((alpha == 1).all() and (shift == 0).all()):
             continue
         if activated:
@@ -186,7 +187,7 @@ def _absorb(layer: nn.Module, alpha: Tensor, shift: Tensor, path: str) -> None:
     layer.weight, layer.bias = folded.weight, folded.bias
 
 
-def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: _BatchNorm, path: str) -> tuple[Tensor, Tensor]:
     """alpha and shift, in float32 or, for a float64 BatchNorm, in float64."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
@@ -195,6 +196,11 @@ def _scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
     arrays = [t.to(dtype).cpu().numpy() for t in (mean, var, gamma, beta)]
+    if not all(np.isfinite(array).all() for array in arrays) or (arrays[1] < 0).any():
+        raise RetrofitError(
+            f"the BatchNorm after {path} has a NaN, an Inf or a negative running_var: folded, it "
+            "would spoil the weights"
+        )
     alpha, shift = scale_and_shift(arrays[0], arrays[1], arrays[2], arrays[3], norm.eps)
     return torch.from_numpy(alpha).to(mean.device), torch.from_numpy(shift).to(mean.device)
 

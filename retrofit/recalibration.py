@@ -317,6 +317,13 @@ def _settle(norm: _BatchNorm, observer: MomentObserver, fed: Fed, prior: float) 
     for name, new in {"running_mean": moments.mean, "running_var": moments.var}.items():
         buffer = norm.get_buffer(name)
         if prior:
+            if not bool(buffer.isfinite().all()) or (
+                name == "running_var" and bool((buffer < 0).any())
+            ):
+                raise RetrofitError(
+                    f"the {name} of {path} holds a NaN, an Inf or a negative variance, and cannot "
+                    "count as images: leave the prior out"
+                )
             new = buffer.to(new).lerp(new, _share(fed, prior))  # noqa: PLW2901
         buffer.copy_(new)
         if not bool(buffer.isfinite().all()):

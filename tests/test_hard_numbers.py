@@ -151,3 +151,40 @@ def test_activations_whose_variance_leaves_float32_are_refused_by_name():
         model[2].weight.mul_(1e-20)
     with pytest.raises(RetrofitError, match=r"^0: .*(not finite|too large)"):
         retrofit.add_batchnorm(model, [images(4, 3, 9, 9)], progress=False)
+
+
+def test_float64_activations_whose_squares_overflow_are_refused_by_name():
+    model = net(dtype=torch.float64)
+    with torch.no_grad():
+        model[0].weight.mul_(1e160)
+        model[2].weight.mul_(1e-160)
+    with pytest.raises(RetrofitError, match=r"^0: .*(not finite|too large)"):
+        retrofit.add_batchnorm(model, [images(4, 3, 9, 9).double()], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_networks_in_half_precision_are_the_same_after_a_file(tmp_path, dtype, suffix):
+    model, file = net(dtype=dtype), tmp_path / f"net.{suffix}"
+    x = images(8, 3, 9, 9).to(dtype)
+    retrofit.save(retrofit.add_batchnorm(model, [x], progress=False), file)
+    loaded = retrofit.load(file, net(dtype=dtype))
+    assert torch.equal(loaded(x), model(x))
+    folded = retrofit.fold(loaded).state_dict()
+    assert all(torch.equal(folded[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_running_statistics_that_are_no_numbers_spoil_nothing_else(value):
+    converted = retrofit.add_batchnorm(net(), [images(8, 3, 9, 9)], progress=False)
+    norm = converted.get_submodule("0.bn")
+    norm.running_var[2] = value
+    before = copy.deepcopy(converted.state_dict())
+    with pytest.raises(RetrofitError, match=r"after 0 has a NaN, an Inf or a negative running_var"):
+        retrofit.fold(converted)
+    with pytest.raises(RetrofitError, match=r"running_var of 0\.bn holds .*leave the prior out"):
+        retrofit.recalibrate(converted, [images(8, 3, 9, 9)], prior=4, progress=False)
+    for key, tensor in converted.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+    retrofit.recalibrate(converted, [images(8, 3, 9, 9)], progress=False)
+    assert norm.running_var.isfinite().all()
