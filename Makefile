@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/retrofit demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed-dev docs
 	$(BIN)/ruff format --check .
