@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has left
         _silence()
-        return 0
+        return 128 + signal.SIGPIPE
     except Exception as error:  # the user's model may raise anything
         if reader_died(error):
             return _fail(str(reader_gone(error)), 1)

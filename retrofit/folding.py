@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,7 +14,14 @@ from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
-from retrofit.layers import LastAxisBatchNorm, channels, is_affine, is_conv, is_transposed
+from retrofit.layers import (
+    LastAxisBatchNorm,
+    are_statistics,
+    channels,
+    is_affine,
+    is_conv,
+    is_transposed,
+)
 from retrofit.modes import evaluating
 from retrofit.plans import Plan
 from retrofit.record import attach, record_of
@@ -192,17 +198,18 @@ def _scale_and_shift(norm: _BatchNorm, path: str) -> tuple[Tensor, Tensor]:
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
     assert var is not None
+    device = mean.device
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    arrays = [t.to(dtype).cpu().numpy() for t in (mean, var, gamma, beta)]
-    if not all(np.isfinite(array).all() for array in arrays) or (arrays[1] < 0).any():
+    mean, var, gamma, beta = (t.to("cpu", dtype) for t in (mean, var, gamma, beta))
+    if not (are_statistics(mean, var) and gamma.isfinite().all() and beta.isfinite().all()):
         raise RetrofitError(
             f"the BatchNorm after {path} has a NaN, an Inf or a negative running_var: folded, it "
             "would spoil the weights"
         )
-    alpha, shift = scale_and_shift(arrays[0], arrays[1], arrays[2], arrays[3], norm.eps)
-    return torch.from_numpy(alpha).to(mean.device), torch.from_numpy(shift).to(mean.device)
+    alpha, shift = scale_and_shift(mean.numpy(), var.numpy(), gamma.numpy(), beta.numpy(), norm.eps)
+    return torch.from_numpy(alpha).to(device), torch.from_numpy(shift).to(device)
 
 
 def _absorbed(layer: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:

@@ -155,6 +155,11 @@ def batchnorm_class(dims: int) -> type[_BatchNorm]:
     return {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
 
 
+def are_statistics(mean: Tensor, var: Tensor) -> bool:
+    """Whether these can be the running_mean and running_var of data: finite, no variance < 0."""
+    return bool(mean.isfinite().all() and var.isfinite().all() and (var >= 0).all())
+
+
 class LastAxisBatchNorm(nn.Module):
     """BatchNorm over the last axis, for what nn.Linear gives: (N, ..., C), of any rank.
 

@@ -21,6 +21,7 @@ from typing_extensions import Self
 from retrofit.batches import Arguments, ForwardFn, first_tensor
 from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed, feed, leaving_after
+from retrofit.layers import are_statistics
 from retrofit.modes import batch_statistics, evaluating
 from retrofit.observer import MomentObserver
 from retrofit.sampling import channel_errors, standard_error
@@ -314,16 +315,16 @@ def _settle(norm: _BatchNorm, observer: MomentObserver, fed: Fed, prior: float) 
             f"{path} got a single value for each channel in all the data: a variance needs at "
             "least 2 images"
         )
+    if prior and not are_statistics(
+        norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    ):
+        raise RetrofitError(
+            f"the running statistics of {path} hold a NaN, an Inf or a negative variance: they "
+            "cannot count as images: leave the prior out"
+        )
     for name, new in {"running_mean": moments.mean, "running_var": moments.var}.items():
         buffer = norm.get_buffer(name)
         if prior:
-            if not bool(buffer.isfinite().all()) or (
-                name == "running_var" and bool((buffer < 0).any())
-            ):
-                raise RetrofitError(
-                    f"the {name} of {path} holds a NaN, an Inf or a negative variance, and cannot "
-                    "count as images: leave the prior out"
-                )
             new = buffer.to(new).lerp(new, _share(fed, prior))  # noqa: PLW2901
         buffer.copy_(new)
         if not bool(buffer.isfinite().all()):

@@ -30,6 +30,10 @@ def faulty():
         os.kill(os.getpid(), int(what))
     elif kind == "remove":
         shutil.rmtree(what)
+    elif kind == "unlink":
+        os.unlink(what)
+    elif kind == "cut":
+        os.truncate(what, 60)
     elif kind == "truncate":
         for file in pathlib.Path(what).iterdir():
             file.write_bytes(file.read_bytes()[:60])
@@ -100,6 +104,12 @@ def killed_at_the_sync(number):
 
 def nowhere():
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def to_a_reader_that_has_left():
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
 
 
 # --- signals -----------------------------------------------------------------------------------
@@ -227,6 +237,19 @@ def test_output_that_nobody_takes(folder):
     assert retrofit.load(folder / "out.pth", build(f"{folder}/net.py:make"))
 
 
+@pytest.mark.parametrize(
+    "words", [CONVERT, f"verify bn.safetensors --model net.py:make --weights other.pth {PICTURES}"]
+)
+def test_output_whose_reader_has_left(folder, words):
+    """As of any command before `| head`: quiet, whole, and never the exit code of a success."""
+    other = {key: tensor + 1 for key, tensor in torch.load(folder / "w.pth").items()}
+    torch.save(other, folder / "other.pth")
+    found = command(folder, *words.split(), first=to_a_reader_that_has_left)
+    assert (found.code, found.err) == (128 + signal.SIGPIPE, [])
+    if words == CONVERT:
+        assert retrofit.load(folder / "out.pth", build(f"{folder}/net.py:make"))
+
+
 # --- what vanishes, and what dies --------------------------------------------------------------
 
 
@@ -241,6 +264,34 @@ def test_pictures_that_change_while_they_are_read(folder, what, workers):
     assert "cannot be read" in found.err[0]
     assert "pictures/" in found.err[0]
     assert (folder / "out.pth").read_text() == "precious"
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("what", ["unlink", "cut"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_weights_that_change_after_they_were_read(folder, phase, what, suffix):
+    if suffix == "safetensors":
+        retrofit.save(build(f"{folder}/net.py:make"), folder / "w.safetensors")
+    words = CONVERT.replace("w.pth", f"w.{suffix}").split()
+    first = functools.partial(fault, PHASES[phase], f"{what} w.{suffix}")
+    found = command(folder, *words, first=first)
+    assert (found.code, found.err) == (0, [])
+    plain, images = build(f"{folder}/net.py:make"), torch.randn(2, 3, 16, 16)
+    converted = retrofit.load(folder / "out.pth", build(f"{folder}/net.py:make"))
+    assert torch.equal(converted(images), plain(images))
+
+
+@pytest.mark.parametrize("phase", ["calibrating", "verifying"])
+def test_an_output_folder_that_vanishes(folder, phase):
+    (folder / "there").mkdir()
+    before = contents(folder / "pictures")
+    words = CONVERT.replace("out.pth", "there/out.pth").split()
+    first = functools.partial(fault, PHASES[phase], "remove there")
+    found = command(folder, *words, first=first)
+    assert (found.code, len(found.err)) == (2, 1), found
+    assert found.err[0].endswith("there does not exist")
+    assert not (folder / "there").exists()
+    assert contents(folder / "pictures") == before
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_running_statistics_that_are_no_numbers_spoil_nothing_else(value):
     before = copy.deepcopy(converted.state_dict())
     with pytest.raises(RetrofitError, match=r"after 0 has a NaN, an Inf or a negative running_var"):
         retrofit.fold(converted)
-    with pytest.raises(RetrofitError, match=r"running_var of 0\.bn holds .*leave the prior out"):
+    with pytest.raises(RetrofitError, match=r"statistics of 0\.bn hold .*leave the prior out"):
         retrofit.recalibrate(converted, [images(8, 3, 9, 9)], prior=4, progress=False)
     for key, tensor in converted.state_dict().items():
         torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)

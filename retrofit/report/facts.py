@@ -20,6 +20,7 @@ from retrofit.comparison import Difference
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
+from retrofit.layers import are_statistics
 from retrofit.moments import CONSTANT
 from retrofit.parity import ParityReport
 from retrofit.plain import from_plain
@@ -233,9 +234,10 @@ def _channels(tensors: Mapping[str, Tensor], norm: str, eps: float) -> Channels:
         raise RetrofitError(f"the tensors of {norm} are not those of a BatchNorm")
     # Of a BatchNorm in half precision torch computes in float32.
     wide = torch.float64 if own[0].dtype == torch.float64 else torch.float32
-    mean, var, weight, bias = (tensor.to(wide).numpy() for tensor in own)
-    if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+    own = [tensor.to(wide) for tensor in own]
+    if not are_statistics(own[0], own[1]):
         raise RetrofitError(f"the running statistics of {norm} are not finite, or negative")
+    mean, var, weight, bias = (tensor.numpy() for tensor in own)
     with np.errstate(all="ignore"):  # of gamma and beta a file may say anything
         alpha, shift = scale_and_shift(mean, var, weight, bias, eps)
     mean, std = mean.astype(np.float64), np.sqrt(var.astype(np.float64))
