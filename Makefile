@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/retrofit demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed-dev docs
 	$(BIN)/ruff format --check .

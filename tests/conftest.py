@@ -1,9 +1,16 @@
 """Fixtures of several test files."""
 
+import os
+
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from retrofit.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that they start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # `max_examples` is what CI draws of whatever takes an arbitrary network or number.
 settings.register_profile(

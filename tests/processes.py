@@ -1,8 +1,10 @@
 """The real command line in processes of its own, which need not import torch each."""
 
+import itertools
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["retrofit.cli", "processes", "pytest"])
 
 
+NUMBERS = itertools.count()
+
+
 class Finished(NamedTuple):
     """A process that has ended; `code` is negative for a signal. `err` has no progress bars."""
 
@@ -21,21 +26,42 @@ class Finished(NamedTuple):
     err: list[str]
 
 
-def command(folder, *argv, first=None, timeout=120):
+class Started:
     """`retrofit ARGV` in `folder`; `first()` is called in the process before it."""
-    files = tuple(Path(f"{folder}.{name}") for name in ("out", "err"))
-    arguments = (str(folder), [str(a) for a in argv], list(map(str, files)), first)
-    process = CONTEXT.Process(target=_run, args=arguments)
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise TimeoutError(files[1].read_text())
-    out, err = (file.read_text() for file in files)
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    bars = ("img", "layer/s", "s/layer", "warning: the two halves")
-    return Finished(process.exitcode, out, [x for x in lines if not any(b in x for b in bars)])
+
+    def __init__(self, folder, *argv, first=None):
+        self.files = [Path(f"{folder}.{next(NUMBERS)}.{name}") for name in ("out", "err")]
+        arguments = (str(folder), [str(a) for a in argv], list(map(str, self.files)), first)
+        self.process = CONTEXT.Process(target=_run, args=arguments)
+        self.process.start()
+
+    def wait_for(self, text):
+        """Until stderr has the text; fails if the process ends without."""
+        deadline = time.monotonic() + 120
+        while not (self.files[1].exists() and text in self.files[1].read_text()):
+            assert self.process.is_alive()
+            assert time.monotonic() < deadline
+            self.process.join(0.02)
+
+    def killed(self):
+        self.process.kill()
+        return self.finished()
+
+    def finished(self, timeout=120):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(self.files[1].read_text())
+        out, err = (file.read_text() if file.exists() else "" for file in self.files)
+        lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+        bars = ("img", "layer/s", "s/layer", "warning: the two halves")
+        shown = [line for line in lines if not any(bar in line for bar in bars)]
+        return Finished(self.process.exitcode, out, shown)
+
+
+def command(folder, *argv, first=None):
+    return Started(folder, *argv, first=first).finished()
 
 
 def _run(folder, argv, files, first):

@@ -1,5 +1,6 @@
 """Several processes, each with pictures of its own: one calibration."""
 
+import functools
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Started
 from safetensors.torch import load_file
 from torch import nn
 
@@ -184,85 +186,77 @@ def pictures(tmp_path):
     return file
 
 
-def command(pictures, *options):
+def converting(pictures, *options):
     return [
-        *("-m", "retrofit", "convert", "retrofit.demo:trained_vgg", "--data", str(pictures)),
+        *("convert", "retrofit.demo:trained_vgg", "--data", str(pictures)),
         *("--crop", "32", "--workers", "0", "--output", str(pictures.parent / "out.safetensors")),
         *options,
     ]
 
 
-def started(*codes):
+def in_environment(variables):
+    os.environ.update(variables)
+
+
+def started(folder, *commands):
     """Two processes as torchrun starts them, but nothing that watches them."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [
-        start(code, RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank, code in enumerate(codes)
-    ]
+    processes = []
+    for rank, argv in enumerate(commands):
+        variables = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(Started(folder, *argv, first=functools.partial(in_environment, variables)))
+    return processes
 
 
-def wait_for(text, process):
-    seen = ""
-    while text not in seen:
-        character = process.stderr.read(1)
-        assert character, seen
-        seen += character
+@pytest.fixture
+def two(tmp_path, pictures):
+    """Two processes that are in the middle of a long conversion."""
+    processes = started(tmp_path, *[converting(pictures, "--images", "6000")] * 2)
+    processes[0].wait_for("waiting for data")  # the progress bar of the first one
+    yield processes
+    for process in processes:
+        process.killed()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_process_is_killed_the_other_says_so_and_ends(pictures, killed):
-    processes = started(*[command(pictures, "--images", "6000")] * 2)
-    try:
-        wait_for("waiting for data", processes[0])  # the progress bar of the first one
-        processes[killed].kill()
-        before = time.monotonic()
-        text = processes[1 - killed].communicate(timeout=60)[1]
-        assert time.monotonic() - before < 30
-        assert processes[1 - killed].returncode == 1
-        assert f"retrofit: process {1 - killed} of 2 lost another one" in text
-        assert "Traceback" not in text
-        assert not (pictures.parent / "out.safetensors").exists()
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+def test_when_one_process_is_killed_the_other_says_so_and_ends(two, pictures, killed):
+    two[killed].killed()
+    other = two[1 - killed].finished(30)
+    assert other.code == 1
+    (line,) = other.err
+    assert line.startswith(f"retrofit: process {1 - killed} of 2 lost another one")
+    assert not (pictures.parent / "out.safetensors").exists()
 
 
-def test_a_process_that_is_told_to_stop_says_so(pictures):
-    processes = started(*[command(pictures, "--images", "6000")] * 2)
-    try:
-        wait_for("waiting for data", processes[0])
-        processes[1].send_signal(signal.SIGTERM)
-        text = processes[1].communicate(timeout=60)[1]
-        assert processes[1].returncode == 1
-        assert "retrofit: process 1 of 2 was told to stop" in text
-        assert "process 0 of 2 lost another one" in processes[0].communicate(timeout=60)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+def test_a_process_that_is_told_to_stop_says_so(two):
+    two[1].process.terminate()
+    first, second = (process.finished(60) for process in two)
+    assert (first.code, second.code) == (1, 1)
+    assert any("process 0 of 2 lost another one" in line for line in first.err)
+    assert any("retrofit: process 1 of 2 was told to stop" in line for line in second.err)
 
 
 def test_killed_together_they_go_on_together(pictures):
-    options = ("--images", "1000", "--batch-size", "4")
-    output, state = pictures.parent / "out.safetensors", pictures.parent / "state"
-    assert main(command(pictures, *options)[2:]) == 0
+    folder = pictures.parent
+    output, state = folder / "out.safetensors", folder / "state"
+    code = converting(pictures, "--images", "600", "--batch-size", "4")
+    assert main(code) == 0
     expected = load_file(output)
     output.unlink()
-    code = command(pictures, *options, "--state", str(state))
-    processes = started(code, code)
+    code += ["--state", str(state)]
+    processes = started(folder, code, code)
     while not state.exists():
-        assert processes[0].poll() is None, processes[0].communicate()
+        assert processes[0].process.is_alive(), processes[0].finished()
         time.sleep(0.01)
     for process in processes:
-        process.kill()
-        process.communicate()
-    assert main(code[2:]) == 2  # alone, it is the state of others
-    for process in started(code, code):
-        text = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, text
+        assert process.killed().code == -signal.SIGKILL
+    assert main(code) == 2  # alone, it is the state of others
+    for process in started(folder, code, code):
+        finished = process.finished()
+        assert finished.code == 0, finished
     assert not state.exists()
     found = load_file(output)
     for name, value in expected.items():
@@ -272,13 +266,13 @@ def test_killed_together_they_go_on_together(pictures):
 def test_torchrun_writes_the_file_that_one_process_writes(pictures):
     images = ("--images", "40", "--batch-size", "4")
     run = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    together = start([*run, *command(pictures, *images)])
+    together = start([*run, "-m", "retrofit", *converting(pictures, *images)])
     output = pictures.parent / "out.safetensors"
     text, problem = together.communicate(timeout=120)
     assert together.returncode == 0, problem
     assert text.count("40 pictures in") == 1
     ours = load_file(output)
-    assert main(command(pictures, *images, "--overwrite")[2:]) == 0
+    assert main(converting(pictures, *images, "--overwrite")) == 0
     theirs = load_file(output)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -294,8 +288,9 @@ def test_torchrun_writes_the_file_that_one_process_writes(pictures):
 )
 def test_what_cannot_be_done_together_is_named(pictures, options, words):
     first = options if "--images" in options else []
-    for process in started(command(pictures, *first), command(pictures, *options)):
-        text = process.communicate(timeout=60)[1]
-        assert process.returncode in (1, 2)
-        assert words in text
-        assert "Traceback" not in text
+    commands = converting(pictures, *first), converting(pictures, *options)
+    for process in started(pictures.parent, *commands):
+        finished = process.finished()
+        assert finished.code in (1, 2)
+        assert any(words in line for line in finished.err)
+        assert "Traceback" not in "".join(finished.err)
