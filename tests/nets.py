@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 
@@ -234,6 +235,24 @@ def build(net):
     """The network, seeded, in eval mode."""
     torch.manual_seed(0)
     return net().eval()
+
+
+def unwritten(name):
+    """torchvision's network, for weights to be loaded into: drawing its own takes seconds."""
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, weights=None).eval().to_empty(device="cpu")
+
+
+def vgg(name):
+    """torchvision's, with random weights that keep the activations at one scale."""
+    torch.manual_seed(0)
+    model = unwritten(name)
+    for key, parameter in model.named_parameters():
+        if key.endswith("weight"):
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def images(*shape, seed=1):

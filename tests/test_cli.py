@@ -47,8 +47,7 @@ def squeezenet(tmp_path_factory):
 
 
 def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, tmp_path):
-    torch.manual_seed(0)
-    model = torchvision.models.vgg16(init_weights=False).eval()
+    model = nets.vgg("vgg16")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vgg16.pth")
     code, out, err = run(
         "convert", "vgg16", "--weights", "vgg16.pth", "--data", folder, "--output",
@@ -58,7 +57,7 @@ def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, 
     assert "outputs             equal bit for bit, at every site and at the end" in out
     assert "verified on         16 other pictures" in out
     assert "features.41       512" in out
-    stock = torchvision.models.vgg16_bn(init_weights=False).eval()
+    stock = nets.unwritten("vgg16_bn")
     state = {}
     with safe_open(tmp_path / "bn.safetensors", framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -67,10 +67,9 @@ def test_one_and_three_spatial_axes(net, shape):
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None).eval()
+    model = nets.vgg(name)
     converted = retrofitted(model, nets.images(4, 3, 96, 96))
-    stock = torchvision.models.get_model(f"{name}_bn", weights=None, init_weights=False).eval()
+    stock = nets.unwritten(f"{name}_bn")
     stock.load_state_dict(converted.state_dict(), strict=True)
 
     for shape in ((1, 3, 224, 224), (3, 3, 97, 111)):
@@ -84,9 +83,7 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", [(224, 224), (197, 211)], ids=["224", "odd"])
 def test_vgg16_of_any_size_and_in_a_channels_last_model_too(batch, size):
-    torch.manual_seed(0)
-    model = torchvision.models.vgg16(init_weights=False).eval()
-    stock = torchvision.models.vgg16_bn(init_weights=False).eval()
+    model, stock = nets.vgg("vgg16"), nets.unwritten("vgg16_bn")
     stock.load_state_dict(retrofitted(model, nets.images(2, 3, 64, 64)).state_dict())
     x = nets.images(batch, 3, *size, seed=2)
     assert_equal_outputs(stock, model, x)

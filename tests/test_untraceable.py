@@ -357,7 +357,7 @@ def test_torchvisions_ssd_with_a_vgg_inside():
 
     # And with the single pixel, all that have no norm and are no head.
     backbone = [path for path, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
-    plan = converts(model, [data[0][:1]], include="backbone.*")
+    plan = converts(model, data, include="backbone.*")
     assert sorted(s.path for s in plan.inserted) == sorted(f"backbone.{p}" for p in backbone)
 
 
