@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 from retrofit.cli import main
 
-# Its server imports retrofit once; each process is a fork of it.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["retrofit.cli", "processes", "pytest"])
+CONTEXT = multiprocessing.get_context("forkserver")  # conftest.py says what its server imports
 
 
 NUMBERS = itertools.count()

@@ -70,8 +70,7 @@ def test_torchvision_models_are_rebuilt_by_name(tmp_path):
 
 
 def test_others_load_it_without_this_package(tmp_path):
-    torch.manual_seed(0)
-    model = torchvision.models.vgg11(num_classes=3, init_weights=False).eval()
+    model = nets.vgg("vgg11")
     x = nets.images(2, 3, 64, 64)
     ours = retrofit.add_batchnorm(model, [x], progress=False)
     retrofit.save(ours, tmp_path / "v.safetensors")
@@ -80,7 +79,7 @@ def test_others_load_it_without_this_package(tmp_path):
         safetensors.torch.load_file(tmp_path / "v.safetensors"),
         torch.load(tmp_path / "v.pth", weights_only=True),
     ):
-        stock = torchvision.models.vgg11_bn(num_classes=3, init_weights=False).eval()
+        stock = nets.unwritten("vgg11_bn")
         stock.load_state_dict(state, strict=True)
         assert torch.equal(stock(x), model(x))
 

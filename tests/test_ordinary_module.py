@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -224,7 +225,7 @@ def distributed_step(rank, folder):
 def test_two_processes_train_it_together(net, tmp_path):
     model = converted(net)
     torch.save(model, tmp_path / "model.pt")
-    torch.multiprocessing.spawn(distributed_step, (tmp_path,), nprocs=2)
+    start_processes(distributed_step, (tmp_path,), nprocs=2, start_method="forkserver")
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for key, parameter in model.named_parameters():
         assert torch.equal(states[0][key], states[1][key]), key
