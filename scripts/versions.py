@@ -47,7 +47,7 @@ def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[st
     versions = {one["name"]: one["version"] for one in json.loads(listed)}
     report = folder / f"{name}.txt"
     with report.open("w") as file:
-        command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        command = [str(python), "-m", "pytest", "-n", "2", "--dist", "worksteal", *arguments]
         done = subprocess.run(command, cwd=ROOT, stdout=file, check=False)  # noqa: S603
     summary = report.read_text().strip().rpartition("\n")[2]
     if done.returncode:
