@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, settings
 from retrofit.cli import main
 
 # Of the server whose forks are the processes of the tests: they need not import it each.
-multiprocessing.set_forkserver_preload(["retrofit.cli", "hypothesis", "pytest"])
+IMPORTED = [
+    "retrofit.cli",
+    "torchvision.transforms.v2",
+    "safetensors.torch",
+    "hypothesis",
+    "pytest",
+]
+multiprocessing.set_forkserver_preload(IMPORTED)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that they start

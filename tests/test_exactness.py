@@ -1,6 +1,7 @@
 """The promise: bit for bit the same network, before and after, there and back."""
 
 import copy
+import itertools
 
 import nets
 import pytest
@@ -80,15 +81,19 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     assert_same_state(retrofit.fold(converted), model)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("size", [(224, 224), (197, 211)], ids=["224", "odd"])
-def test_vgg16_of_any_size_and_in_a_channels_last_model_too(batch, size):
+def test_vgg16_of_any_size_with_threads_and_in_a_channels_last_model_too():
     model, stock = nets.vgg("vgg16"), nets.unwritten("vgg16_bn")
     stock.load_state_dict(retrofitted(model, nets.images(2, 3, 64, 64)).state_dict())
-    x = nets.images(batch, 3, *size, seed=2)
-    assert_equal_outputs(stock, model, x)
-    model, stock = (m.to(memory_format=torch.channels_last) for m in (model, stock))
-    assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            model, stock = (m.to(memory_format=memory_format) for m in (model, stock))
+            for batch, size in itertools.product((1, 5), ((224, 224), (197, 211))):
+                x = nets.images(batch, 3, *size, seed=2).contiguous(memory_format=memory_format)
+                assert_equal_outputs(stock, model, x)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["alexnet", "squeezenet1_0", "squeezenet1_1", "vgg16"])

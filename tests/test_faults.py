@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -152,10 +151,8 @@ def test_a_signal_while_writing_leaves_nothing_behind(folder, words, number):
 
 
 def test_workers_end_with_a_process_that_is_killed(folder):
-    command = [sys.executable, "-m", "retrofit", *CONVERT.split(), "--workers", "2"]
-    environment = {**os.environ, "AT": "3", "FAULT": "orphans pids", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
-    assert done.returncode == -9
+    first = functools.partial(fault, 3, "orphans pids")
+    assert command(folder, *CONVERT.split(), "--workers", 2, first=first).code == -signal.SIGKILL
     pids = (folder / "pids").read_text().split()
     assert len(pids) == 2
     deadline = time.monotonic() + 60
