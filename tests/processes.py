@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,9 @@ def _run(folder, argv, files, first):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     if first is not None:
         first()
-    # As in a process that a user starts, whose readers of pictures are forks that need not import.
+    # As in a process that a user starts: Ctrl-C reaches it, also where the tests run unattended,
+    # and its readers of pictures are forks that need not import.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["retrofit", *argv]
     sys.exit(main(argv))
