@@ -30,6 +30,10 @@ class Versions(NamedTuple):
     python: str
 
 
+TEXT = [
+    "What `python scripts/versions.py --markdown docs/versions.md` found: all tests, with the",
+    "oldest versions of the direct dependencies that pyproject.toml allows, and with the newest.",
+]
 SETS = {
     "oldest": Versions("lowest-direct", "3.10"),
     "newest": Versions("highest", f"{sys.version_info.major}.{sys.version_info.minor}"),
@@ -66,10 +70,14 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"# Versions\n\nWhat `python scripts/versions.py` found.\n\n{table}\n"
+def markdown(rows: list[dict[str, str]], earlier: str) -> str:
+    """The document; a set that did not run now keeps its row of the earlier one."""
+    old = {name: line for line in earlier.splitlines() for name in SETS if f"| {name} |" in line}
+    new = {row[""]: f"| {' | '.join(row.values())} |" for row in rows}
+    lines = [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
+    found = old | new
+    lines += [found[name] for name in SETS if name in found]
+    return "\n".join(["# Versions", "", *TEXT, "", *lines, ""])
 
 
 def main() -> int:
@@ -84,10 +92,11 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         results = [tested(name, Path(folder), arguments.tests) for name in arguments.only]
-    text = markdown([row for _, row in results])
+    file: Path | None = arguments.markdown
+    text = markdown([row for _, row in results], file.read_text() if file and file.exists() else "")
     print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+    if file:
+        file.write_text(text)
     return 0 if all(passed for passed, _ in results) else 1
 
 
