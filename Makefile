@@ -10,18 +10,18 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: .venv/installed-dev docs
+check: docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: .venv/installed-docs
+docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz.py --networks 5000
 
-notebooks: .venv/installed-notebooks
+notebooks: .venv/installed-dev
 	$(BIN)/python scripts/run_notebooks.py
 
 clean:
@@ -35,13 +35,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
-
-.venv/installed-docs: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	touch $@
-
-.venv/installed-notebooks: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,notebooks]'
 	touch $@
