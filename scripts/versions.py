@@ -44,7 +44,7 @@ def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[st
     """Whether the tests pass with a set of versions, and a row of the table."""
     wanted, environment = SETS[name], folder / name
     python = environment / "bin" / "python"
-    run("uv", "venv", "--quiet", "--python", wanted.python, str(environment))
+    run("uv", "venv", "--seed", "--quiet", "--python", wanted.python, str(environment))
     install = ["uv", "pip", "install", "--quiet", "--python", str(python)]
     run(*install, "--resolution", wanted.resolution, "--editable", ".[dev]")
     listed = run("uv", "pip", "list", "--python", str(python), "--format", "json")

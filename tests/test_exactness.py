@@ -120,12 +120,14 @@ def test_timms_vgg_and_the_features_it_returns_by_index():
     converted = retrofitted(model, nets.images(2, 3, 224, 224))
     x = nets.images(2, 3, 224, 224, seed=2)
     assert_equal_outputs(converted, model, x)
+    assert_same_state(retrofit.fold(converted), model)
+    if not hasattr(model, "forward_intermediates"):
+        pytest.skip("this timm's VGG returns no features by index")
     with torch.no_grad():
         ours, theirs = converted.forward_intermediates(x), model.forward_intermediates(x)
     assert torch.equal(ours[0], theirs[0])
     assert len(ours[1]) == len(theirs[1]) > 0
     assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
-    assert_same_state(retrofit.fold(converted), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

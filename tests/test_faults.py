@@ -94,6 +94,8 @@ def fault(at, what):
 
 
 def small_files():
+    import matplotlib.font_manager  # noqa: F401, PLC0415 - writes a large cache where there is none
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 
