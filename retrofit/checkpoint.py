@@ -153,6 +153,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     tensors, provenance = read(path)
     if model is None:
         model = _rebuild(path, provenance)
+    for key, own in model.state_dict(keep_vars=True).items():
+        if isinstance(own, Tensor) and own.is_meta:
+            raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
     if provenance.get("plan"):
         record = _record(path, provenance)
         result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
@@ -162,11 +165,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     else:
         result = insert(model, _planned_for(model, tensors))
     for key, own in result.state_dict(keep_vars=True).items():
-        if not isinstance(own, Tensor):  # such as extra state, which load_weights judges
-            continue
-        if own.is_meta:
-            raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
-        if key in tensors:  # a file in bfloat16 gives a model in bfloat16
+        # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
+        if key in tensors and isinstance(own, Tensor):
             own.data = own.data.to(tensors[key].dtype)
     load_weights(result, tensors, str(path))
     return result.eval()
