@@ -196,3 +196,66 @@ def test_an_undo_and_an_observer_say_what_they_are():
 def test_the_plan_of_a_network_without_convolutions_says_so():
     plan = retrofit.plan(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
     assert str(plan).endswith("has no convolutions")
+
+
+def test_a_forward_fn_of_ones_own_verifies_and_counts_pictures_beside_targets():
+    model, model_bn = nets.build(nets.root_sequential), converted()
+    batch = (list(X[:3]), ["cat", "dog", "cow"])
+
+    def forward(model, batch):
+        return model(torch.stack(batch[0]))
+
+    assert retrofit.verify(model, model_bn, [batch], forward_fn=forward).exact
+    prepared = retrofit.prepare(model)
+    found = retrofit.calibrate(prepared, [batch, batch], forward_fn=forward, progress=False)
+    assert found.images == 6
+
+
+def test_outputs_of_another_structure_or_of_a_new_one_each_time_are_not_compared():
+    model, model_bn = nets.build(nets.root_sequential), converted()
+
+    def named(m, x):
+        return m(x) if m is model else {"logits": m(x)}
+
+    with pytest.raises(RetrofitError, match="the outputs differ in structure"):
+        retrofit.verify(model, model_bn, [X], forward_fn=named)
+
+    calls = []
+
+    def growing(m, x):
+        calls.append(m)
+        return [m(x)] * len(calls)
+
+    with pytest.raises(RetrofitError, match="is random in eval mode, or keeps state"):
+        retrofit.verify(model, model_bn, [X], forward_fn=growing)
+
+
+def test_a_layer_that_returns_no_tensor_is_named():
+    class Twice(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = Twice(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.last(self.conv(x)[0].relu()).relu()
+
+    with pytest.raises(RetrofitError, match="conv returns a tuple, not a tensor: exclude"):
+        retrofit.add_batchnorm(Net().eval(), [X], progress=False)
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    (tmp_path / "there.pth").mkdir()
+    with pytest.raises(RetrofitError, match=r"there\.pth is a folder"):
+        retrofit.save(converted(), tmp_path / "there.pth", overwrite=True)
+
+
+def test_a_number_that_is_none_is_a_bad_request(capsys):
+    words = "adapt a.pth --output b.pth --data c --prior many"
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert "many is not a number from 0 up" in capsys.readouterr().err
