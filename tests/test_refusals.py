@@ -259,3 +259,9 @@ def test_a_number_that_is_none_is_a_bad_request(capsys):
         main(words.split())
     assert stopped.value.code == 2
     assert "many is not a number from 0 up" in capsys.readouterr().err
+
+
+def test_complex_weights_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64), nn.Identity())
+    (site,) = retrofit.plan(model).sites
+    assert (site.decision, site.reason) == ("skip", "complex weights")
