@@ -153,14 +153,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     tensors, provenance = read(path)
     if model is None:
         model = _rebuild(path, provenance)
-    for key, own in model.state_dict(keep_vars=True).items():
+    plain = model.state_dict(keep_vars=True)
+    for key, own in plain.items():
         if isinstance(own, Tensor) and own.is_meta:
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
     if provenance.get("plan"):
         record = _record(path, provenance)
         result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
         attach(result, record)
-    elif tensors.keys() == model.state_dict().keys():  # folded, or never converted
+    elif tensors.keys() == plain.keys():  # folded, or never converted
         result = copy.deepcopy(model)
     else:
         result = insert(model, _planned_for(model, tensors))
