@@ -6,18 +6,14 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import without_bars
 
 from retrofit.cli import main
 
 # Of the server whose forks are the processes of the tests: they need not import it each.
-IMPORTED = [
-    "retrofit.cli",
-    "torchvision.transforms.v2",
-    "safetensors.torch",
-    "hypothesis",
-    "pytest",
-]
-multiprocessing.set_forkserver_preload(IMPORTED)
+multiprocessing.set_forkserver_preload(
+    ["retrofit.cli", "torchvision.transforms.v2", "safetensors.torch", "hypothesis", "pytest"]
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that they start
@@ -41,8 +37,6 @@ def run(capsys, monkeypatch, tmp_path):
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
-        unwanted = ("img", "layer/s", "s/layer", "warning: the two halves")
-        lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-        return code, out, [line for line in lines if not any(word in line for word in unwanted)]
+        return code, out, without_bars(err)
 
     return call

@@ -12,9 +12,7 @@ from typing import NamedTuple
 from retrofit.cli import main
 
 CONTEXT = multiprocessing.get_context("forkserver")  # conftest.py says what its server imports
-
-
-NUMBERS = itertools.count()
+NUMBERS = itertools.count()  # of the files that hold what they print
 
 
 class Finished(NamedTuple):
@@ -37,9 +35,9 @@ class Started:
     def wait_for(self, text):
         """Until stderr has the text; fails if the process ends without."""
         deadline = time.monotonic() + 120
-        while not (self.files[1].exists() and text in self.files[1].read_text()):
-            assert self.process.is_alive()
-            assert time.monotonic() < deadline
+        while text not in (said := _text(self.files[1])):
+            assert self.process.is_alive(), said
+            assert time.monotonic() < deadline, said
             self.process.join(0.02)
 
     def killed(self):
@@ -51,16 +49,24 @@ class Started:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-            raise TimeoutError(self.files[1].read_text())
-        out, err = (file.read_text() if file.exists() else "" for file in self.files)
-        lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-        bars = ("img", "layer/s", "s/layer", "warning: the two halves")
-        shown = [line for line in lines if not any(bar in line for bar in bars)]
-        return Finished(self.process.exitcode, out, shown)
+            raise TimeoutError(_text(self.files[1]))
+        out, err = map(_text, self.files)
+        return Finished(self.process.exitcode, out, without_bars(err))
 
 
 def command(folder, *argv, first=None):
     return Started(folder, *argv, first=first).finished()
+
+
+def without_bars(err):
+    """The lines of stderr but for progress bars, and for a warning that few pictures bring."""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    unwanted = ("img", "layer/s", "s/layer", "warning: the two halves")
+    return [line for line in lines if not any(word in line for word in unwanted)]
+
+
+def _text(file):
+    return file.read_text() if file.exists() else ""
 
 
 def _run(folder, argv, files, first):

@@ -215,10 +215,12 @@ def started(folder, *commands):
 def two(tmp_path, pictures):
     """Two processes that are in the middle of a long conversion."""
     processes = started(tmp_path, *[converting(pictures, "--images", "6000")] * 2)
-    processes[0].wait_for("waiting for data")  # the progress bar of the first one
-    yield processes
-    for process in processes:
-        process.killed()
+    try:
+        processes[0].wait_for("waiting for data")  # the progress bar of the first one
+        yield processes
+    finally:
+        for process in processes:
+            process.killed()
 
 
 @pytest.mark.parametrize("killed", [0, 1])

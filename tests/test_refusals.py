@@ -113,6 +113,8 @@ def test_state_that_is_no_tensor_goes_into_a_pth_alone(tmp_path):
     with pytest.raises(RetrofitError, match=r"0\._extra_state is no tensor: save as \.pth"):
         retrofit.save(with_extra_state(), tmp_path / "extra.safetensors")
     assert not list(tmp_path.iterdir())
+    retrofit.save(with_extra_state(), tmp_path / "extra.pth")
+    assert torch.load(tmp_path / "extra.pth", weights_only=True)["0._extra_state"] == "extra"
 
 
 def test_views_of_one_storage_are_stored_apart(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import CONTEXT
+from processes import Started
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -228,15 +228,16 @@ def test_a_shuffled_loader_without_a_seed_is_refused(tmp_path):
 # --- the command -------------------------------------------------------------------------------
 
 
+def converting(folder, *options):
+    return [
+        *("convert", "retrofit.demo:trained_vgg", "--data", f"{folder}/pictures.npy"),
+        *("--crop", "32", "--workers", "0", "--images", "800", "--batch-size", "4"),
+        *("--output", f"{folder}/out.safetensors", *options),
+    ]
+
+
 def convert(folder, *options):
-    """In a process of its own, or in this one."""
-    return main(
-        [
-            *("convert", "retrofit.demo:trained_vgg", "--data", f"{folder}/pictures.npy"),
-            *("--crop", "32", "--workers", "0", "--images", "800", "--batch-size", "4"),
-            *("--output", f"{folder}/out.safetensors", *options),
-        ]
-    )
+    return main(converting(folder, *options))
 
 
 def pictures(folder):
@@ -253,11 +254,9 @@ def test_killed_at_twenty_random_moments_it_writes_the_same_file(tmp_path):
 
     moments, resumed = random.Random(0), 0
     for _ in range(20):
-        process = CONTEXT.Process(target=convert, args=(tmp_path, "--state", str(state)))
-        process.start()
-        process.join(moments.uniform(0.2, 1.2))
-        process.kill()
-        process.join()
+        started = Started(tmp_path, *converting(tmp_path, "--state", str(state)))
+        started.process.join(moments.uniform(0.2, 1.2))
+        started.killed()
         if output.exists():  # never partial
             break
         resumed += state.exists()
@@ -279,12 +278,11 @@ def test_the_command_removes_the_state_at_the_end_and_refuses_that_of_other_data
     assert convert(tmp_path, "--state", str(state), "--images", "24") == 0
     assert not state.exists()
     (tmp_path / "out.safetensors").unlink()
-    process = CONTEXT.Process(target=convert, args=(tmp_path, "--state", str(state)))
-    process.start()
+    started = Started(tmp_path, *converting(tmp_path, "--state", str(state)))
     while not state.exists():
-        process.join(0.02)
-    process.kill()
-    process.join()
+        assert started.process.is_alive(), started.finished()
+        started.process.join(0.02)
+    started.killed()
     capsys.readouterr()
     for option, words in {"--batch-size": "another batch size: 4, not 8", "--seed": "SHA"}.items():
         assert convert(tmp_path, "--state", str(state), option, "8") == 2
