@@ -27,6 +27,12 @@ settings.load_profile("ci")
 
 
 @pytest.fixture
+def without_gpus(monkeypatch):
+    """For DataParallel, which moves a model to a GPU where there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
     """Run a command in an empty folder: exit code, stdout, and stderr without the progress bar."""
     monkeypatch.chdir(tmp_path)

@@ -178,7 +178,7 @@ def process_group():
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("process_group", "without_gpus")
 @pytest.mark.parametrize(
     ("wrap", "kind", "inside"),
     [
