@@ -205,7 +205,7 @@ def _walk(value: Any, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]
 def refuse_single_tensor(data: Iterable[Any]) -> None:
     """A tensor is iterable too, and yields images without a batch axis."""
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise RetrofitError(f"data is a {type(data).__name__}: pass an iterable of batches")
+        raise RetrofitError(f"data must be an iterable of batches, not {type(data).__name__}")
     if isinstance(data, Tensor):
         raise RetrofitError(
             f"data is one tensor of shape {tuple(data.shape)}: pass an iterable of batches, "

@@ -233,7 +233,10 @@ def _compared(
                 number = calls[path] if point.number is None else point.number
                 calls[path] += 1
                 if number >= len(seen[point.host]):
-                    raise RetrofitError(f"the converted model calls {path} more often")
+                    raise RetrofitError(
+                        f"the converted model calls the BatchNorm of {path} more often than the "
+                        f"original calls {path}"
+                    )
                 comparisons[path].add(seen[point.host][number], y, path)
 
             handles.append(find_site(model, point.site)[1].register_forward_hook(compare))

@@ -183,8 +183,6 @@ class _Rules:
         if module is None:
             what = "a" if self.options.placement == "pre_activation" else "its activation is a"
             return f"{what} function: only layout='graph' has a place after it"
-        if not path:
-            return "the model itself is this layer: wrap it in nn.Sequential"
         if any(call.module is not module for call in hosts) or any(
             call not in hosts for call in self._calls_of[module]
         ):
@@ -196,6 +194,8 @@ class _Rules:
         return None
 
     def _unreached(self, path: str) -> str:
+        if not path and self.options.layout == "native":
+            return "the model itself is this layer: wrap it in nn.Sequential"
         module = self.model.get_submodule(path)
         above = [path[:i] for i, letter in enumerate(path) if letter == "."]
         if leaf := next((p for p in above if is_leaf(self.model.get_submodule(p))), None):

@@ -285,13 +285,11 @@ def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RetrofitError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise RetrofitError(f"{path} cannot be imported")
+    assert spec is not None  # of a name that ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
-    sys.path.insert(
-        0, str(path.parent.resolve())
-    )  # as for a script: its neighbours can be imported
+    sys.path.insert(0, str(path.parent.resolve()))  # as for a script: its neighbours are found
     try:
         spec.loader.exec_module(module)
     except Exception as error:
