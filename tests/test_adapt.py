@@ -108,6 +108,18 @@ def test_of_a_small_folder_the_uncertainty_is_told(run, here, tmp_path):
     assert "warning: the statistics of 6 images are uncertain" in err[0]
 
 
+@pytest.mark.filterwarnings("default:the statistics are those of one")
+def test_of_one_picture_the_uncertainty_is_not_known(run, here, tmp_path):
+    foggy(here / "calibration", tmp_path / "one", 1)
+    code, out, err = run(
+        "adapt", here / "bn.safetensors", "--model", DEMO, "--data", "one", "--output",
+        "new.safetensors", *SIZE,
+    )  # fmt: skip
+    assert (code, len(err)) == (0, 1)
+    assert "cannot tell how uncertain they are" in err[0]
+    assert "standard error      not known, from one picture" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

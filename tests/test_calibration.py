@@ -561,3 +561,20 @@ def test_no_activation_outlives_its_batch():
         assert not any(ref() is not None for ref in alive)
     finally:
         gc.enable()
+
+
+def test_a_layer_that_returns_no_tensor_is_named():
+    class Twice(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = Twice(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.last(self.conv(x)[0].relu()).relu()
+
+    with pytest.raises(RetrofitError, match="conv returns a tuple, not a tensor: exclude"):
+        retrofit.add_batchnorm(Net().eval(), [X], progress=False)

@@ -271,3 +271,52 @@ def test_a_file_never_names_code_to_import(tmp_path):
         RetrofitError, match="pass the plain model, on the command line with --model"
     ):
         retrofit.load(tmp_path / "m.safetensors")
+
+
+class Extra(nn.Conv2d):
+    """Keeps something in its state dict that is no tensor."""
+
+    def get_extra_state(self):
+        return "extra"
+
+    def set_extra_state(self, state):
+        pass
+
+
+def with_extra_state():
+    return nn.Sequential(Extra(3, 4, 3), nn.ReLU()).eval()
+
+
+def test_state_that_is_no_tensor_goes_into_a_pth_alone(tmp_path):
+    with pytest.raises(RetrofitError, match=r"0\._extra_state is no tensor: save as \.pth"):
+        retrofit.save(with_extra_state(), tmp_path / "extra.safetensors")
+    assert not list(tmp_path.iterdir())
+    retrofit.save(with_extra_state(), tmp_path / "extra.pth")
+    assert torch.load(tmp_path / "extra.pth", weights_only=True)["0._extra_state"] == "extra"
+
+
+def test_views_of_one_storage_are_stored_apart(tmp_path):
+    model = nets.build(nets.root_sequential)
+    whole = torch.randn(2, *model[0].weight.shape)
+    model[0].weight = nn.Parameter(whole[0])
+    model[0].register_buffer("other", whole[1])
+    retrofit.save(model, tmp_path / "views.safetensors")
+    again = copy.deepcopy(model)
+    nn.init.zeros_(again[0].weight)
+    loaded = retrofit.load(tmp_path / "views.safetensors", again)
+    assert torch.equal(loaded[0].weight, whole[0])
+    assert torch.equal(loaded[0].other, whole[1])
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_weights_of_a_data_parallel_model_lose_its_prefix(tmp_path):
+    model = nets.build(nets.root_sequential)
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / "parallel.pth")
+    loaded = retrofit.load(tmp_path / "parallel.pth", nets.root_sequential().eval())
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    (tmp_path / "there.pth").mkdir()
+    with pytest.raises(RetrofitError, match=r"there\.pth is a folder"):
+        retrofit.save(converted(), tmp_path / "there.pth", overwrite=True)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tarfile
+import threading
 from pathlib import Path
 
 import nets
@@ -170,6 +172,27 @@ def test_an_unreadable_picture_is_named_or_left_out(run, squeezenet, tmp_path):
     assert code == 0
     assert err == [f"left out 1 unreadable pictures: {folder / '0' / 'bad.jpg'}"]
     assert "calibrated on       30 pictures" in out
+
+
+def test_of_a_shard_cut_short_the_whole_pictures_are_used_if_asked(
+    run, folder, squeezenet, tmp_path
+):
+    shard = tmp_path / "train-000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for file in sorted(folder.rglob("*.png")):
+            tar.add(file, file.name)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    arguments = ("convert", "squeezenet1_1", "--weights", squeezenet, "--data", shard, *SMALL)
+    code, _, err = run(*arguments, "--output", "a.pth", "--skip-bad-images")
+    assert code == 0
+    assert len(err) == 1
+    assert err[0].startswith(f"used in part or not at all: {shard} is cut short")
+
+
+def test_a_file_without_batchnorm_can_be_inspected_too(run, squeezenet):
+    code, out, err = run("inspect", squeezenet)
+    assert (code, err) == (0, [])
+    assert "no BatchNorm" in out
 
 
 def test_a_picture_that_gives_nan_is_named_with_the_layer(run, folder, squeezenet, tmp_path):
@@ -518,3 +541,20 @@ def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_pa
         assert code == 0
         assert count in out
         assert "verified on         16 other pictures" in out
+
+
+def test_the_command_runs_in_a_thread_too(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["plan", "alexnet"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert "features.0" in capsys.readouterr().out
+
+
+def test_a_number_that_is_none_is_a_bad_request(capsys):
+    words = "adapt a.pth --output b.pth --data c --prior many"
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert "many is not a number from 0 up" in capsys.readouterr().err

@@ -44,9 +44,8 @@ def parts(data, size=8):
 
 
 def calibrate(model, data, **options):
-    return retrofit.calibrate(
-        model, data, process_group=dist.group.WORLD, progress=False, **options
-    )
+    options.setdefault("process_group", dist.group.WORLD)
+    return retrofit.calibrate(model, data, progress=False, **options)
 
 
 def refused(model, data, **options):
@@ -89,6 +88,9 @@ def one_process(rank, folder):
         broken[2][1] = float("nan")
     result["a NaN"] = refused(prepared(), broken)
     result["not an iterable"] = refused(prepared(), mine if rank == 0 else X)
+    of_the_first = dist.new_group([0])
+    if rank == 1:
+        result["a group of others"] = refused(prepared(), mine, process_group=of_the_first)
 
     state = folder / "state"
     result["of another"] = []
@@ -162,6 +164,7 @@ def test_all_stop_together_when_they_have_enough(results):
         ("a NaN", 1, "NonFiniteError", "at 0 for image 17 of the data"),
         ("not an iterable", 0, "PeerError", "process 1 of 2 failed: data is one tensor"),
         ("not an iterable", 1, "RetrofitError", "data is one tensor"),
+        ("a group of others", 1, "RetrofitError", "not in the process_group that it was given"),
     ],
 )
 def test_what_fails_in_one_process_is_said_in_all(results, name, rank, kind, words):
@@ -196,6 +199,14 @@ def converting(pictures, *options):
 
 def in_environment(variables):
     os.environ.update(variables)
+
+
+def test_processes_that_cannot_meet_say_so(pictures):
+    nowhere = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "none"}
+    first = functools.partial(in_environment, nowhere)
+    found = Started(pictures.parent, *converting(pictures), first=first).finished()
+    assert (found.code, found.out, len(found.err)) == (2, "", 1)
+    assert found.err[0].startswith("retrofit: the processes cannot find each other: ")
 
 
 def started(folder, *commands):

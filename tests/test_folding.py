@@ -259,3 +259,29 @@ def test_bf16_weights_fold_in_float32():
     x = nets.images(4, 3, 16, 16).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(folded(x).float(), converted(x).float(), rtol=0.1, atol=0.05)
+
+
+class Standardised(nn.Linear):
+    """A Linear layer with a forward of its own; `fold` has to try what it computes."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+class Picky(nn.Conv2d):
+    """Takes nothing but what has eight pixels a side."""
+
+    def forward(self, x):
+        if x.shape[-1] != 8:
+            raise ValueError("eight pixels")
+        return super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_tried_before_it_is_folded():
+    net = nn.Sequential(Standardised(6, 8), nn.BatchNorm1d(8)).eval()
+    nn.init.uniform_(net[1].running_mean)
+    folded, x = retrofit.fold(net), nets.images(5, 6)
+    assert isinstance(folded[1], nn.Identity)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RetrofitError, match="the output of 0, a Picky, does not follow"):
+        retrofit.fold(nn.Sequential(Picky(3, 8, 3), nn.BatchNorm2d(8)).eval())

@@ -121,6 +121,13 @@ def test_a_shard_cut_short_is_named_or_its_complete_pictures_are_used(tmp_path_f
     assert bad.startswith(f"{whole} is")
 
 
+@pytest.mark.skipif(not OPEN_FILES.exists(), reason="needs /proc")
+def test_a_shard_that_the_system_cannot_read_is_named(tmp_path):
+    (tmp_path / "a.tar").symlink_to("/proc/self/mem")
+    with pytest.raises(RetrofitError, match=r"a\.tar cannot be read \(Input/output error\)"):
+        open_pictures(tmp_path)
+
+
 def test_a_damaged_header_does_not_pass_for_the_end_of_a_shard(tmp_path):
     shard = write_shards(tmp_path, shards=1) / "train-000.tar"
     written = shard.read_bytes()

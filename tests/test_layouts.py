@@ -114,6 +114,22 @@ def test_in_the_graph_layout_each_call_has_a_batchnorm_of_its_own():
         torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
+class TakenName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv_bn = nn.Conv2d(3, 4, 3), nn.LeakyReLU()
+
+    def forward(self, x):
+        return self.conv_bn(self.conv(x))
+
+
+def test_in_the_graph_layout_a_batchnorm_takes_no_name_that_is_used_already():
+    model = nets.build(TakenName)
+    converted = retrofitted(model, layout="graph")
+    assert batchnorms(converted) == ["conv_bn_"]
+    assert_exact_and_foldable(model, converted, X)
+
+
 def test_one_weight_does_not_absorb_two_batchnorms():
     converted = retrofitted(nets.build(nets.SharedConv), layout="graph")
     with torch.no_grad():

@@ -66,6 +66,13 @@ def test_default_weights_of_timm_are_its_pretrained_ones(repvgg, monkeypatch):
     assert torch.equal(model(x), reparameterize_model(repvgg)(x))
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_models_that_start_slowly_are_built_without_a_warning(name):
+    builder = torchvision.models.get_model_builder(name)
+    expected = builder(weights=None, init_weights=False).state_dict()
+    assert zoo.build(name).state_dict().keys() == expected.keys()
+
+
 def test_a_download_that_fails_is_one_line(monkeypatch, capfd):
     def unreachable(*_, **__):
         logging.getLogger("huggingface_hub").warning("Retrying in 1s")
@@ -149,3 +156,23 @@ def test_pictures_of_different_sizes_are_a_list_where_the_model_takes_one():
     assert batch.shape == (2, 3, 90, 120)
     with pytest.raises(RetrofitError, match=r"\(90 x 120, 30 x 40\).*--crop, or --batch-size 1"):
         list(PictureBatches(Mixed(), [0, 1], to_tensor, **options))
+
+
+def test_torchvisions_pretrained_weights_are_loaded(tmp_path, monkeypatch):
+    """From the cache of downloads, where a file of that name lies."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    model = torchvision.models.squeezenet1_1().eval()
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
+    torch.save(model.state_dict(), file)
+    x = nets.images(2, 3, 64, 64)
+    assert torch.equal(zoo.trained("squeezenet1_1", "DEFAULT").eval()(x), model(x))
+
+    def unreachable(*_, **__):
+        raise OSError("no route to the host")
+
+    file.unlink()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(RetrofitError, match="cannot be downloaded: no route to the host"):
+        zoo.trained("squeezenet1_1", "DEFAULT")

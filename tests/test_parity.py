@@ -186,3 +186,58 @@ def test_drift_without_enough_images_is_refused():
     model, converted = pair()
     with pytest.raises(RetrofitError, match="40 images are too few"):
         retrofit.drift(model, converted, [X], batch_sizes=(64,))
+
+
+class Repeated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.times = 2
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = F.relu(self.conv(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [(1, "of conv 1 times, not 2"), (3, "of conv more often than the original")],
+)
+def test_a_layer_that_is_called_another_number_of_times_is_named(times, message):
+    model, converted = pair(Repeated)
+    converted.times = times
+    with pytest.raises(RetrofitError, match=message):
+        retrofit.verify(model, converted, [X])
+
+
+def test_a_forward_fn_of_ones_own_verifies_and_counts_pictures_beside_targets():
+    model, converted = pair(nets.root_sequential)
+    batch = (list(X[:3]), ["cat", "dog", "cow"])
+
+    def forward(model, batch):
+        return model(torch.stack(batch[0]))
+
+    assert retrofit.verify(model, converted, [batch], forward_fn=forward).exact
+    prepared = retrofit.prepare(model)
+    found = retrofit.calibrate(prepared, [batch, batch], forward_fn=forward, progress=False)
+    assert found.images == 6
+
+
+def test_outputs_of_another_structure_or_of_a_new_one_each_time_are_not_compared():
+    model, converted = pair(nets.root_sequential)
+
+    def named(m, x):
+        return m(x) if m is model else {"logits": m(x)}
+
+    with pytest.raises(RetrofitError, match="the outputs differ in structure"):
+        retrofit.verify(model, converted, [X], forward_fn=named)
+
+    calls = []
+
+    def growing(m, x):
+        calls.append(m)
+        return [m(x)] * len(calls)
+
+    with pytest.raises(RetrofitError, match="is random in eval mode, or keeps state"):
+        retrofit.verify(model, converted, [X], forward_fn=growing)

@@ -68,6 +68,13 @@ def test_converting_twice_changes_nothing():
     assert list(retrofit.insert(once).state_dict()) == list(once.state_dict())
 
 
+def test_a_model_that_is_one_layer_is_told_to_wrap_it():
+    layer = nn.Conv2d(3, 4, 3)
+    reasons = {site.path: site.reason for site in retrofit.plan(layer).sites}
+    assert reasons[""] == "the model itself is this layer: wrap it in nn.Sequential"
+    assert inserted(nn.Sequential(layer, nn.ReLU())) == ["0"]
+
+
 class Ends(nn.Module):
     def __init__(self, end):
         super().__init__()
@@ -479,10 +486,12 @@ def test_a_plan_survives_json():
 
 BAD_SITE = {**vars(Site("a", "Conv2d", 4, 2, 1, "insert", "")), "dims": 7}
 BAD_PLAN = {"model": "", "sites": [BAD_SITE], "renumbered": [], "last": None, "key_map": {}}
+NO_SITES = BAD_PLAN | {"sites": []}
+NO_PLANS = [BAD_PLAN, NO_SITES | {"layout": "round"}, NO_SITES | {"placement": "nowhere"}]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"sites": 3}', "[" * 5000, json.dumps(BAD_PLAN)], ids=len
+    "text", ["", "[]", "{}", '{"sites": 3}', "[" * 5000, *map(json.dumps, NO_PLANS)], ids=len
 )
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(RetrofitError, match="not a plan"):
@@ -499,3 +508,14 @@ def test_timm_models_whose_code_reads_a_convolution():
     timm = pytest.importorskip("timm")
     reasons = [reason for _, reason in decisions(timm.create_model("davit_tiny")).values()]
     assert "the model's own code reads its .kernel_size" in reasons
+
+
+def test_the_plan_of_a_network_without_convolutions_says_so():
+    plan = retrofit.plan(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    assert str(plan).endswith("has no convolutions")
+
+
+def test_complex_weights_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64), nn.Identity())
+    (site,) = retrofit.plan(model).sites
+    assert (site.decision, site.reason) == ("skip", "complex weights")

@@ -380,6 +380,7 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
+@pytest.mark.usefixtures("without_gpus")
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, compiled])
 def test_inside_a_wrapper_too(wrap, layerwise):
@@ -459,3 +460,11 @@ def test_what_cannot_be_recalibrated_is_named(model, data, options, message):
         recalibrate(model, data, **options)
     for key, value in (before or {}).items():
         assert torch.equal(value, model.state_dict()[key])
+
+
+def test_an_undo_and_an_observer_say_what_they_are():
+    undo = recalibrate(nets.build(Net), [X])
+    assert repr(undo) == "Recalibration(3 BatchNorms on 42 images in 1 batches)"
+    prepared = retrofit.prepare(nets.build(nets.root_sequential))
+    retrofit.calibrate(prepared, [X], progress=False)
+    assert "site='0', images=42" in repr(prepared)

@@ -97,6 +97,16 @@ def test_converted_from_its_first_batch_it_computes_the_same_and_folds_back():
     assert all(torch.equal(before[key], value) for key, value in folded.items())
 
 
+class OfTwo(Branching):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
+def test_an_example_that_lacks_an_input_is_refused_by_its_name():
+    with pytest.raises(RetrofitError, match="OfTwo takes x and y"):
+        retrofit.plan(OfTwo(), example_inputs=X)
+
+
 def test_a_site_the_data_does_not_reach_is_named_or_left_out():
     model = nn.Sequential(Branching(), nn.ReLU()).eval()
     model[0].stem.requires_grad_(False)
