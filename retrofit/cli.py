@@ -47,8 +47,6 @@ from retrofit.images import (
     Transform,
     Transforms,
     preprocessing,
-    reader_died,
-    reader_gone,
     shuffled,
 )
 from retrofit.plain import to_plain
@@ -95,8 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence()
         return 128 + signal.SIGPIPE
     except Exception as error:  # the user's model may raise anything
-        if reader_died(error):
-            return _fail(str(reader_gone(error)), 1)
         try:
             sys.stdout.flush()
         except OSError:  # on a full disk, say; Python would try again, and exit with 120

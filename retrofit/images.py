@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import math
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -170,26 +172,35 @@ def _collate(items: list[_Item]) -> _Batch:
     return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
-def reader_died(error: Exception) -> bool:
-    """Whether torch raised it for a worker process that is gone.
-
-    It does so from a signal handler, so that the error may come out of anything.
-    """
-    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-
-
-def reader_gone(error: Exception) -> PeerError:
-    return PeerError(
-        f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
-        "enough memory? --workers 0 does without"
-    )
-
-
 def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
+    """What the loader gives; PeerError, out of next() alone, for a worker process that is gone."""
+    with _without_torchs_signal_handler():
+        batches = iter(loader)
     try:
-        yield from loader
-    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
-        raise reader_gone(error) from error
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not _OF_A_READER.match(str(error)):
+            raise
+        raise PeerError(
+            f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
+            "enough memory? --workers 0 does without"
+        ) from error
+
+
+_OF_A_READER = re.compile(r"DataLoader worker \(pid|Pin memory thread")
+
+
+@contextmanager
+def _without_torchs_signal_handler() -> Iterator[None]:
+    """In the block torch's loader may set one, for the process. It raises out of whatever runs, for
+    each worker that is gone, also when the error for the first one is being handled. Without it the
+    loader looks after its workers every five seconds.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = number and signal.getsignal(number)
+    yield
+    if number and before is not None and signal.getsignal(number) is not before:
+        signal.signal(number, before)
 
 
 class PictureBatches:
