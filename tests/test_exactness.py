@@ -1,7 +1,6 @@
 """The promise: bit for bit the same network, before and after, there and back."""
 
 import copy
-import itertools
 
 import nets
 import pytest
@@ -73,7 +72,7 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     stock = nets.unwritten(f"{name}_bn")
     stock.load_state_dict(converted.state_dict(), strict=True)
 
-    for shape in ((1, 3, 224, 224), (3, 3, 97, 111)):
+    for shape in ((1, 3, 224, 224), (2, 3, 67, 71)):
         x = nets.images(*shape, seed=2)
         assert_equal_outputs(stock, model, x)
         assert_equal_outputs(stock, model, x.contiguous(memory_format=torch.channels_last))
@@ -89,8 +88,8 @@ def test_vgg16_of_any_size_with_threads_and_in_a_channels_last_model_too():
     try:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             model, stock = (m.to(memory_format=memory_format) for m in (model, stock))
-            for batch, size in itertools.product((1, 5), ((224, 224), (197, 211))):
-                x = nets.images(batch, 3, *size, seed=2).contiguous(memory_format=memory_format)
+            for shape in ((1, 3, 224, 224), (3, 3, 197, 211)):
+                x = nets.images(*shape, seed=2).contiguous(memory_format=memory_format)
                 assert_equal_outputs(stock, model, x)
     finally:
         torch.set_num_threads(threads)

@@ -354,7 +354,7 @@ def test_torchvisions_ssd_with_a_vgg_inside():
         weights=None, weights_backbone=None, score_thresh=0.5
     ).eval()
     data = [[torch.rand(3, 80, 100), torch.rand(3, 120, 90)]]
-    plan = converts(model, data)
+    plan = retrofit.plan(model, example_inputs=data[0])
     skipped = {s.path: s.reason for s in plan.sites if s.decision == "skip"}
     assert skipped.pop("backbone.extra.4.2").startswith("its feature map is a single pixel")
     assert {path.rpartition(".")[0] for path in skipped} == {
