@@ -19,7 +19,7 @@ from retrofit.collecting import uncollected
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import Identity, exact_identity
-from retrofit.layers import LastAxisBatchNorm, batchnorm_class
+from retrofit.layers import LastAxisBatchNorm, are_statistics, batchnorm_class
 from retrofit.observer import MomentObserver
 from retrofit.parity import verify
 from retrofit.planning import Patterns
@@ -317,8 +317,8 @@ def _refuse_misfit(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> No
         elif mean.shape != (expected,) or var.shape != (expected,):
             shapes = f"{tuple(mean.shape)} and {tuple(var.shape)}"
             wrong.append(f"{path} has {expected} channels, its mean and variance {shapes}")
-        elif bool((var < 0).any()):
-            wrong.append(f"{path} has a negative variance")
+        elif not are_statistics(mean, var):
+            wrong.append(f"{path} has a NaN, an Inf or a negative variance")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RetrofitError(f"match does not fit this network: {'; '.join(wrong[:3])}{more}")

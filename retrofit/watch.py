@@ -55,8 +55,6 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
         try:
             with watcher.watching():
                 result = run(watched)
-        except RetrofitError:
-            raise
         except Exception as error:
             text = " ".join(str(error).split())
             raise RetrofitError(

@@ -132,8 +132,9 @@ NARROW = retrofit.channel_moments(prepared(plain(width=4)))
     [
         (NARROW, r"does not fit this network: 0 has 6 channels, its mean and variance \(4,\)"),
         ({"features.0": NARROW["2"]}, "features.0 gets no BatchNorm"),
-        ({"2": (torch.zeros(8), -torch.ones(8))}, "2 has a negative variance"),
-        ({"2": (torch.zeros(8), torch.full((8,), torch.nan))}, "2: the moments are not finite"),
+        ({"2": (torch.zeros(8), -torch.ones(8))}, "2 has a NaN, an Inf or a negative variance"),
+        ({"2": (torch.full((8,), torch.nan), torch.ones(8))}, "2 has a NaN, an Inf or a negative"),
+        ({"2": (torch.zeros(8), torch.full((8,), torch.inf))}, "2 has a NaN, an Inf or a negative"),
         ({f"x{i}": NARROW["2"] for i in range(5)}, "x2 gets no BatchNorm; and 2 more"),
     ],
 )

@@ -68,6 +68,26 @@ def test_converting_twice_changes_nothing():
     assert list(retrofit.insert(once).state_dict()) == list(once.state_dict())
 
 
+class Hidden(nn.Module):
+    """Its first layer is in a plain list, and so in no state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 4, 3)]
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.layers[0](x))
+
+
+def test_a_layer_that_is_no_module_of_the_model_is_left_alone():
+    model = nets.build(Hidden)
+    assert [site.path for site in retrofit.plan(model).sites] == ["head.0"]
+    x = nets.images(4, 3, 12, 12)
+    converted = retrofit.add_batchnorm(model, [x], progress=False)
+    assert retrofit.verify(model, converted, [x]).exact
+
+
 def test_a_model_that_is_one_layer_is_told_to_wrap_it():
     layer = nn.Conv2d(3, 4, 3)
     reasons = {site.path: site.reason for site in retrofit.plan(layer).sites}
@@ -487,7 +507,12 @@ def test_a_plan_survives_json():
 BAD_SITE = {**vars(Site("a", "Conv2d", 4, 2, 1, "insert", "")), "dims": 7}
 BAD_PLAN = {"model": "", "sites": [BAD_SITE], "renumbered": [], "last": None, "key_map": {}}
 NO_SITES = BAD_PLAN | {"sites": []}
-NO_PLANS = [BAD_PLAN, NO_SITES | {"layout": "round"}, NO_SITES | {"placement": "nowhere"}]
+NO_PLANS = [
+    BAD_PLAN,
+    BAD_PLAN | {"sites": [BAD_SITE | {"dims": 2, "path": 7}]},
+    NO_SITES | {"layout": "round"},
+    NO_SITES | {"placement": "nowhere"},
+]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from safetensors import safe_open
@@ -341,6 +342,26 @@ def test_drift_and_parity_are_measured_anew_on_request(run, convertible, report,
     assert "the outputs differ from the original" in page.text
 
 
+class Computed(nn.Module):
+    """The second convolution has a weight that `forward` makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.weight = nn.Parameter(torch.randn(5, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(self.conv(x).relu(), self.weight.tanh()).relu()
+
+
+def test_of_a_layer_whose_channels_are_not_known_the_page_says_so(tmp_path, report):
+    planned_without_a_run = retrofit.insert(nets.build(Computed))
+    retrofit.save(planned_without_a_run, tmp_path / "computed.safetensors")
+    head, *rows = report("computed.safetensors").tables["layers"]
+    assert head[3] == "Channels"
+    assert [row[3] for row in rows] == ["4", "\N{EN DASH}"]
+
+
 def test_files_of_older_versions_say_what_is_missing(file, report):
 
     def older(told):
@@ -402,9 +423,12 @@ def test_damaged_metadata_is_one_line_and_no_page(run, file, tmp_path, key, valu
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("standard_error", ["nan", -1, 1e300, None, [1]])
-def test_a_standard_error_that_is_none_is_refused(run, file, standard_error):
-    change = {"standard_error": standard_error}
+@pytest.mark.parametrize(
+    "change",
+    [{"standard_error": value} for value in ("nan", -1, 1e300, None, [1])] + [{"sites": 3}],
+    ids=str,
+)
+def test_a_calibration_of_other_values_is_refused(run, file, change):
     edited(file, lambda told: told["calibration"].update(change))
     code, _, err = run("report", "bn.safetensors", "--output", "r.html")
     assert (code, len(err)) == (2, 1)

@@ -36,6 +36,22 @@ def same(ours, theirs):
     return all(torch.equal(a[k], b[k]) for a, b in zip(ours, theirs, strict=True) for k in b)
 
 
+def test_batches_without_tensors_go_on_too(tmp_path):
+    pictures = {str(i): X[i : i + 4] for i in range(0, 40, 4)}
+
+    def by_name(model, names):
+        model(torch.cat([pictures[name] for name in names]))
+
+    names = [[str(i)] for i in range(0, 40, 4)]
+    options = {"forward_fn": by_name, "state": tmp_path / "state", "progress": False}
+    expected, stopped, resumed = prepared(), prepared(), prepared()
+    retrofit.calibrate(expected, names, forward_fn=by_name, progress=False)
+    with pytest.raises(StopError):
+        retrofit.calibrate(stopped, stopping(names, 6), **options)
+    retrofit.calibrate(resumed, names, **options)
+    assert same(learned(resumed), learned(expected))
+
+
 class StopError(Exception):
     pass
 

@@ -62,10 +62,8 @@ def render(facts: Facts) -> str:
     )
 
 
-def number(value: float | None) -> str:
+def number(value: float) -> str:
     """Three significant digits, with a true minus sign."""
-    if value is None:
-        return NOT_KNOWN
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}").replace("inf", "∞")
 
 
