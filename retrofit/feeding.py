@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,9 +154,7 @@ def _length(x: Tensor | None) -> int:
 
 
 def eager() -> AbstractContextManager[None]:
-    """Compiled code would not see the hooks. Without dynamo, slow to import, there is none."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
+    """Compiled code would not see the hooks."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
 
 

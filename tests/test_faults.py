@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def faulty():
     elif kind == "allocate":
         torch.empty(1 << 46)
     elif kind == "memory":
+        print("so far", end="")  # not flushed
         raise MemoryError("no more of it")
 
 class Net(nn.Sequential):
@@ -239,6 +241,18 @@ def test_output_that_nobody_takes(folder):
     assert len(found.err) == 1
     assert "No space left on device" in found.err[0]
     assert retrofit.load(folder / "out.pth", build(f"{folder}/net.py:make"))
+
+
+def failing_where_nobody_takes_output():
+    nowhere()
+    sys.stdout.reconfigure(write_through=False)  # also where PYTHONUNBUFFERED is set
+    fault(3, "memory")
+
+
+def test_what_fails_where_nobody_takes_output_is_told_and_exits_1(folder):
+    found = command(folder, *CONVERT.split(), first=failing_where_nobody_takes_output)
+    assert (found.code, len(found.err)) == (1, 1)
+    assert "MemoryError: no more of it" in found.err[0]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,17 @@ def test_a_shard_cut_short_is_named_or_its_complete_pictures_are_used(tmp_path_f
     assert bad.startswith(f"{whole} is")
 
 
+def failing(_picture):
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_transform_of_ones_own_is_passed_on(workers):
+    batches = PictureBatches(Counted(4), range(4), failing, batch_size=2, workers=workers)
+    with pytest.raises(RuntimeError, match="boom"):
+        list(batches)
+
+
 @pytest.mark.skipif(not OPEN_FILES.exists(), reason="needs /proc")
 def test_a_shard_that_the_system_cannot_read_is_named(tmp_path):
     (tmp_path / "a.tar").symlink_to("/proc/self/mem")
