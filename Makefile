@@ -30,11 +30,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# Python compiles what is imported, which is a small part of what is installed.
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,docs,notebooks]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,notebooks]'
 	touch $@
