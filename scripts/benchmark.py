@@ -141,7 +141,7 @@ def parsed() -> argparse.Namespace:
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
     add("--size", type=positive, default=224, help="pixels a side of the images to calibrate on")
     add("--batch-size", type=positive, help="8; on a GPU 64")
-    add("--batches", type=positive, help="2; on a GPU 4")
+    add("--batches", type=positive, help="4")
     add("--repeat", type=positive, default=5, help="repetitions")
     add("--forwards", type=positive, default=20, help="of inference, in a repetition")
     sizes = "pixels a side, for scaling with resolution; all but calibration takes the first"

@@ -1,23 +1,20 @@
-"""What `benchmark.py` compares, and how a pass is measured.
-
-As a command it measures a workload alone, and takes it and answers in JSON.
-"""
+"""What `benchmark.py` compares, and how a pass is measured."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import json
+import multiprocessing
 import os
 import random
 import resource
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -233,6 +230,12 @@ def interleaved(passes: Mapping[str, Pass], repeat: int, device: str) -> dict[st
     return seconds
 
 
+# A new process each time, forked from one that has imported what takes seconds.
+PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    PROCESSES.set_forkserver_preload(["torch", "torchvision", "retrofit"])
+
+
 @dataclass(frozen=True)
 class Alone:
     """What is measured in a process that does nothing else.
@@ -247,19 +250,17 @@ class Alone:
 
 
 def alone(workload: Workload) -> Alone:
-    command = [sys.executable, __file__, json.dumps(asdict(workload))]
-    quiet = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler tells of its every start
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=quiet)  # noqa: S603
-    return Alone(**json.loads(done.stdout))
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of its every start
+    with ProcessPoolExecutor(1, PROCESSES) as pool:
+        return pool.submit(_measured, workload).result()
 
 
-def main() -> None:
-    workload = Workload(**json.loads(sys.argv[1]))
+def _measured(workload: Workload) -> Alone:
     torch.set_num_threads(workload.threads)
     run = workload.ready()
     run()
     peak = own_peak(workload.device)
-    print(json.dumps(asdict(Alone(peak, besides_convolution(run, workload.device)))))
+    return Alone(peak, besides_convolution(run, workload.device))
 
 
 def own_peak(device: str) -> float:
@@ -288,7 +289,3 @@ def besides_convolution(run: Pass, device: str) -> float:
         if event.device_type.name == "CPU" and "conv" in event.key
     ]
     return 1 - sum(convolutions) / 1e6 / whole
-
-
-if __name__ == "__main__":
-    main()
