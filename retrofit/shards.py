@@ -137,7 +137,6 @@ def _webdataset(shards: Path) -> Any:
         import webdataset.tariterators  # noqa: PLC0415
     except ImportError as error:
         raise RetrofitError(
-            f"webdataset is needed for tar shards such as {shards}: "
-            "pip install 'retrofit[webdataset]'"
+            f"webdataset is needed for tar shards such as {shards}: pip install webdataset"
         ) from error
     return webdataset

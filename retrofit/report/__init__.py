@@ -20,7 +20,7 @@ def check_report(path: Path, *, overwrite: bool) -> None:
     """RetrofitError if `write_report` could not do its work; for asking before other work."""
     check_output(path, overwrite=overwrite, suffixes=(".html",))
     if importlib.util.find_spec("matplotlib") is None:
-        raise RetrofitError("the report's figures need matplotlib: pip install 'retrofit[report]'")
+        raise RetrofitError("the report's figures need matplotlib: pip install matplotlib")
 
 
 def measured_drift(
