@@ -12,8 +12,9 @@ vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
 
 from retrofit.calibration import calibrate
 from retrofit.checkpoint import load, save
+from retrofit.comparison import Difference
 from retrofit.conversion import add_batchnorm, convert, insert, prepare
-from retrofit.drifting import DriftReport, drift
+from retrofit.drifting import BatchDrift, DriftReport, drift
 from retrofit.errors import NonFiniteError, PeerError, RetrofitError
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.folding import fold
@@ -22,12 +23,14 @@ from retrofit.parity import ParityReport, verify
 from retrofit.planning import plan
 from retrofit.plans import Plan, Site
 from retrofit.recalibration import Recalibration, recalibrate
-from retrofit.sampling import Calibration
+from retrofit.sampling import Calibration, SiteSample
 from retrofit.version import __version__
 
 __all__ = [
+    "BatchDrift",
     "Calibration",
     "ChannelMoments",
+    "Difference",
     "DriftReport",
     "MomentObserver",
     "NonFiniteError",
@@ -37,6 +40,7 @@ __all__ = [
     "Recalibration",
     "RetrofitError",
     "Site",
+    "SiteSample",
     "__version__",
     "add_batchnorm",
     "calibrate",

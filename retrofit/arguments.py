@@ -36,15 +36,15 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--debug", action="store_true", help=debug)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text + more)
         added.add_argument("--debug", action="store_true", help=debug, default=argparse.SUPPRESS)
         return added
 
     one = command("plan", "show what happens to every convolution, and why")
     one.add_argument("model", help=NAMES)
     _add_plan(one)
-    text = f"{DATA}; two of them are run, where torch.fx cannot trace the model"
+    text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
     one.add_argument("--data", type=Path, help=text)
     _add_pictures(one)
     one.set_defaults(batch_size=2)
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("verify", "compare a converted file with the original weights")
     one.add_argument("file", type=Path, help="what convert wrote")
     _add_model(one)
-    one.add_argument("--tolerance", type=_number, default=0.0, help="default: 0, bit for bit")
+    text = "largest difference allowed, of the root mean square; default: 0, bit for bit"
+    one.add_argument("--tolerance", type=_number, default=0.0, help=text)
     _add_weights(one)
     _add_data(one, images=16, default="16")
 
@@ -80,11 +81,12 @@ def parser() -> argparse.ArgumentParser:
     _add_output(one, FILE)
     _add_model(one)
 
-    text = (
-        "re-estimate the BatchNorm statistics of a file on unlabelled pictures of a new domain, "
-        "layer by layer (they are read once for each BatchNorm), prepared as convert had them"
+    text = "re-estimate the BatchNorm statistics of a file on unlabelled pictures"
+    more = (
+        " of a new domain, layer by layer (they are read once for each BatchNorm), prepared as "
+        "convert had them"
     )
-    one = command("adapt", text)
+    one = command("adapt", text, more)
     one.add_argument("file", type=Path, help="what convert or a training run wrote")
     _add_output(one, FILE)
     _add_model(one)
@@ -105,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("demo", "the whole pipeline on a small VGG and pictures of CIFAR-10")
     one.add_argument(
-        "--output", type=Path, default=Path("retrofit-demo"), help="folder; %(default)s"
+        "--output", type=Path, default=Path("retrofit-demo"), help="folder; default: %(default)s"
     )
     return whole
 
@@ -121,15 +123,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    for name, text in (("include", "only these, heads too"), ("exclude", "not these")):
+    for name, text in (("include", "only these, heads too"), ("exclude", "all but these")):
         parser.add_argument(
             f"--{name}",
             action="append",
             metavar="GLOB",
-            help=f"{text}; over module paths, repeatable",
+            help=f"{text}; of module paths, may be repeated",
         )
     add = parser.add_argument
-    text = "graph also has a place after functions; default: native, the model's own class"
+    text = "native (default): the model's own class; graph: torch.fx's, also after functions"
     add("--layout", choices=LAYOUTS, default="native", help=text)
     text = "BatchNorm before the activation (default) or after it"
     add("--placement", choices=PLACEMENTS, default="pre_activation", help=text)
@@ -137,7 +139,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
-    text = "name (DEFAULT), or .pth, .pt, .safetensors file"
+    text = f"name (DEFAULT), or {FILE}; default: those that the model's own factory loads"
     parser.add_argument("--weights", help=text)
 
 
@@ -162,8 +164,9 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=_positive, metavar="PIXELS", help=text)
     text = "centre crop; default: as the model was trained"
     add("--crop", type=_positive, metavar="PIXELS", help=text)
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0 to 1")
+    text = "of pixels in 0 to 1; default: as the model was trained"
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help=text)
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help=text)
     text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
     add("--skip-bad-images", action="store_true", help=text)
 

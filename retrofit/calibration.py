@@ -60,8 +60,8 @@ def calibrate(
         max_images: stop after this many (of each process); by default at the end of the data.
         tolerance: stop as soon as 99 % of all channels have standard errors, of their mean and of
             their standard deviation, below this many of their standard deviations: 0.02 for 2 %.
-            It promises two standard errors: moments within 4 % of those of all the data. Needs
-            data in random order. A warning tells if the data ended before.
+            What to expect is two standard errors: moments within 4 % of those of all the data.
+            Needs data in random order. A warning tells if the data ended before.
         state: a file to which the observers and the place in the data are written now and then,
             and always at the end; if it is there, the calibration goes on from it, and ends with
             the moments that it would have had. The data has to come again in the same batches;
@@ -83,7 +83,8 @@ def calibrate(
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
-            that cannot be used, a state file of another model, plan or data.
+            that cannot be used, a tolerance that is not between 0 and 1, max_images below 1, a
+            state file of another model, plan or data, or a model that `prepare` did not make.
         NonFiniteError: NaN or Inf at a site, with the site and the image.
         PeerError: another process failed or died, or has another model or other options.
     """

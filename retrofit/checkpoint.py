@@ -78,7 +78,8 @@ def save(
         overwrite: replace an existing file.
 
     Raises:
-        RetrofitError: the path cannot be written, or exists without `overwrite`.
+        RetrofitError: the suffix is none of these; the path cannot be written, or exists without
+            `overwrite`; an entry of the state dict is no tensor (`.safetensors`).
         OSError: writing failed half-way; an existing file is then as it was.
     """
     path = Path(path).resolve()  # what a link points to is what gets replaced
@@ -134,7 +135,7 @@ def parity_facts(parity: ParityReport) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """The model that `save` wrote, in eval mode on the CPU.
+    """The model that `save` wrote, in eval mode, on the device of `model` (by default the CPU).
 
     Args:
         path: a `.safetensors`, `.pth` or `.pt` file.
@@ -147,7 +148,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Raises:
         RetrofitError: the file cannot be read or does not fit (with the keys), or the model is
-            not known. Nothing is unpickled, and nothing that the file names is imported.
+            not known, or on the meta device. No code in the file is run (`weights_only=True`), and
+            nothing that it names is imported.
     """
     path = Path(path)
     tensors, provenance = read(path)

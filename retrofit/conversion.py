@@ -84,7 +84,7 @@ def convert(
         prepared: made by `prepare`, after calibration; not changed.
         eps: of the BatchNorms. It is not part of a state dict: any other than 1e-5 has to be set
             again wherever the weights are loaded.
-        momentum: of the BatchNorms.
+        momentum: of the BatchNorms; None for a cumulative average.
         match: mean and variance, (C,) each, that the channels shall have instead of their own, by
             path of the convolution. Other sites keep theirs, and so do channels that were constant
             on the sample, which no scale makes vary. weight is sqrt(var + eps) and bias is mean of
@@ -97,8 +97,8 @@ def convert(
         skip_unused: leave out the sites that saw no data, rather than refuse.
 
     Raises:
-        RetrofitError: a site saw no data, its moments are not finite or leave float32's range, or
-            `match` does not fit the sites.
+        RetrofitError: `prepare` did not make the model; a site saw no data, its moments are not
+            finite or leave float32's range; or `match` does not fit the sites.
     """
     record = required_record(prepared, "prepare")
     if eps != 1e-5:
@@ -156,7 +156,12 @@ def insert(
     baseline. In eval mode it computes what `model` computes; in train mode, where batch statistics
     count, it does not.
 
-    Args and errors as for `prepare` and `convert`.
+    Args:
+        model, plan: as for `prepare`.
+        eps, momentum: as for `convert`.
+
+    Raises:
+        RetrofitError: as for `prepare`.
     """
     plan = planning.plan(model) if plan is None else plan
     record = _extended(model, plan)
@@ -195,14 +200,27 @@ def add_batchnorm(
 ) -> M:
     """`model` with a calibrated BatchNorm after each convolution, and the same outputs.
 
-    Plan (with the first batch as the example), prepare, calibrate and convert in one call; see
-    those for arguments and errors. The original is not changed, unless it is asked for.
+    Plan (with the first batch as the example), prepare, calibrate and convert in one call. The
+    original is not changed, unless it is asked for.
 
     Args:
+        model: any module, in train or eval mode.
+        data: batches, as for `calibrate`.
+        include, exclude, renumber, layout, placement, linear: see `plan`.
+        skip_unused, eps, momentum: see `convert`.
+        device, max_images, tolerance, forward_fn, progress: see `calibrate`.
         inplace: put the BatchNorms into `model` itself and return it, once everything else is
             done. All references to it, and to the modules and parameters in it, stay valid; an
             optimizer has to be told of the new parameters. So a submodule of a bigger model, or a
             model held by a trainer, is converted where it is.
+
+    Returns:
+        The converted model, in the mode of `model`.
+
+    Raises:
+        RetrofitError: as for these four; also `inplace` with the graph layout, or a graph that
+            does not compute what the model does.
+        NonFiniteError: as for `calibrate`.
 
     Example:
         >>> bn_vgg = retrofit.add_batchnorm(vgg, loader, max_images=1024)

@@ -18,11 +18,14 @@ from retrofit.tables import table
 
 @dataclass(frozen=True)
 class BatchDrift:
-    """Attributes:
-    batch_size, images: images are whole batches of that size.
-    error: root mean square of the difference from the original's outputs, divided by their
-        standard deviation.
-    top1: share of images with the same largest output; None if the output is not (N, classes).
+    """What batch statistics of one size change.
+
+    Attributes:
+        batch_size: images in a batch.
+        images: how many were measured, in whole batches.
+        error: root mean square of the difference from the original's outputs, divided by their
+            standard deviation.
+        top1: share of images with the same largest output; None if the output is not (N, classes).
     """
 
     batch_size: int
@@ -78,8 +81,12 @@ def drift(
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.
 
+    Returns:
+        A `DriftReport`, one row for each batch size, the smallest first.
+
     Raises:
-        RetrofitError: no data, or too few images for the smallest batch size.
+        RetrofitError: no data; too few images for the smallest batch size; a batch size below 1;
+            images of several sizes; or a model that takes more than one tensor.
     """
     refuse_single_tensor(data)
     batches = [_picture_batch(original, batch) for batch in data]

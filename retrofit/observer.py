@@ -26,6 +26,8 @@ class ChannelMoments(NamedTuple):
 def channel_moments(prepared: nn.Module) -> dict[str, ChannelMoments]:
     """What the observers of a prepared model have learned, by path of the observed layer.
 
+    Empty for a model without observers.
+
     Raises:
         RetrofitError: a site saw no data.
     """
@@ -38,7 +40,7 @@ class MomentObserver(nn.Module):
     """Returns its input, and learns the moments of its channels.
 
     The sample is kept as up to 16 consecutive stretches, so that its beginning can be compared
-    with its end. All buffers are float64 and stay so through `.half()` and `.to(dtype)`.
+    with its end. The moments are float64, and stay so through `.half()` and `.to(dtype)`.
 
     Args:
         site: module path of the observed layer, for messages.
@@ -51,7 +53,7 @@ class MomentObserver(nn.Module):
         mean, M2: (16, C), mean and sum of squared deviations of a stretch.
         weight, centre, spread: how the samples differ, as in `retrofit.moments.Spread`: a scalar
             on the CPU, (C,) and (5, C).
-        images, batches: scalars; the number of samples, and of calls.
+        images, batches: int64 scalars; the number of samples, and of calls.
     """
 
     STRETCHES = 16

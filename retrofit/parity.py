@@ -43,7 +43,7 @@ class ParityReport:
 
     @property
     def exact(self) -> bool:
-        """All outputs and all sites are equal bit for bit."""
+        """All outputs and all sites are equal bit for bit, where 0 equals -0 and NaN equals NaN."""
         return all(d.exact for d in (*self.outputs, *self.sites))
 
     def passed(self, tolerance: float = 0.0) -> bool:
@@ -94,8 +94,9 @@ def verify(
         forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
 
     Raises:
-        RetrofitError: no data; outputs of different structure or shape; or an original that is
-            random, whose outputs differ between two runs on the same batch.
+        RetrofitError: no data; outputs of different structure or shape; an original that is
+            random, whose outputs differ between two runs on the same batch; or one that lacks a
+            layer of the plan, or calls it another number of times.
     """
     refuse_single_tensor(data)
     record = record_of(converted)

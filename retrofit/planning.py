@@ -77,7 +77,8 @@ def plan(
         A `Plan`: print it to see every convolution, the decision and the reason.
 
     Raises:
-        RetrofitError: the model does not run on the example; a pattern matches no convolution;
+        RetrofitError: the model does not run on the example; a pattern matches no convolution, or
+            `include` is empty; a layout or placement is unknown; `renumber` with the graph layout;
             lazy modules are not initialised; the model is a wrapper (DataParallel); a Sequential
             cannot be renumbered since code other than its own forward calls its children; the
             model's code does something else once there are more layers; the graph layout is asked

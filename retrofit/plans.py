@@ -75,6 +75,7 @@ class Plan:
 
     @property
     def inserted(self) -> tuple[Site, ...]:
+        """The sites that get a BatchNorm."""
         return tuple(site for site in self.sites if site.decision == "insert")
 
     def __str__(self) -> str:
@@ -90,6 +91,7 @@ class Plan:
         return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
 
     def to_json(self) -> str:
+        """For `from_json`."""
         return json.dumps(asdict(self))
 
     @classmethod

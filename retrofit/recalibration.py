@@ -130,8 +130,10 @@ def recalibrate(
         channels have a standard error of more than a quarter of a standard deviation.
 
     Raises:
-        RetrofitError: no data, no BatchNorm, none with running statistics, a batch with a single
-            value for each channel, or a negative prior. The model is then as it was.
+        RetrofitError: no data, or with `layerwise` data that can be gone through once or differs
+            between passes; no BatchNorm, or none with running statistics; a batch with a single
+            value for each channel; a negative prior, or one for old statistics that are not
+            finite; new ones beyond the BatchNorm's dtype. The model is then as it was.
         NonFiniteError: NaN or Inf at a BatchNorm, with its path and the image.
 
     Example:
