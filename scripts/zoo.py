@@ -62,9 +62,9 @@ FRAMES = 16
 
 INTRODUCTION = """# Whole model zoos
 
-Every model of torchvision, and every model of timm that has at least four convolutions and no
-BatchNorm, built with random weights, retrofitted, compared with the original and folded back.
-This page is what
+Every model of torchvision that is not quantised, and every model of timm that has at least four
+convolutions and no BatchNorm, built with random weights, retrofitted, compared with the original
+and folded back. This page is what
 
     python scripts/zoo.py --results zoo.jsonl --jobs 2 --markdown docs/zoo.md
 
@@ -448,9 +448,9 @@ def document(results: Sequence[Result]) -> str:
         markdown(
             ("", "count"),
             [
-                ("models converted, compared and folded back", len(checked)),
+                ("models planned, compared and folded back", len(checked)),
                 ("failures among them", sum(r.failed for r in checked)),
-                ("nothing to do", sum(not (r.inserted or r.failed) for r in checked)),
+                ("nothing to insert", sum(not (r.inserted or r.failed) for r in checked)),
                 ("convolutions", sum(r.convs for r in checked)),
                 ("BatchNorms inserted", sum(r.inserted for r in checked)),
                 *((f"convolutions left out: {why}", n) for why, n in reasons.most_common()),
