@@ -36,7 +36,7 @@ TEXT = [
 ]
 SETS = {
     "oldest": Versions("lowest-direct", "3.10"),
-    "newest": Versions("highest", f"{sys.version_info.major}.{sys.version_info.minor}"),
+    "newest": Versions("highest", "3.13"),
 }
 
 
