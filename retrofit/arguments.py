@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.tables import one_line
 from retrofit.version import __version__
 from retrofit.zoo import NAMES
 
@@ -22,7 +24,7 @@ DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """One line, as for every other bad request."""
-        self.exit(2, f"retrofit: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"retrofit: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,8 +167,8 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     text = "centre crop; default: as the model was trained"
     add("--crop", type=_positive, metavar="PIXELS", help=text)
     text = "of pixels in 0 to 1; default: as the model was trained"
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help=text)
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help=text)
+    add("--mean", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
+    add("--std", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
     text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
     add("--skip-bad-images", action="store_true", help=text)
 
@@ -192,6 +194,16 @@ def _number(text: str) -> float:
         number = -1.0
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
 
 

@@ -129,7 +129,7 @@ def takes_lists(model: nn.Module) -> bool:
     try:
         hint = typing.get_type_hints(model.forward).get(parameter)
         source = "" if hint else inspect.getsource(model.forward)
-    except (NameError, TypeError, AttributeError, OSError):  # what cannot be looked up
+    except Exception:  # noqa: BLE001 - an annotation may be any text, and is evaluated
         return False
     # RetinaNet has its types in a comment, as TorchScript took them.
     return typing.get_origin(hint) in (list, Sequence, Iterable) or bool(_TAKES_LIST.search(source))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from retrofit.layers import is_activation, is_affine, is_norm
 
@@ -33,6 +33,7 @@ class Call:
         keepdim: the function's keepdim argument.
         channels: of a function's weight, as a convolution has it; 0 where unknown.
         shape: of its result, if that is one tensor and known.
+        arguments: of a traced function, or of the output, as they are written, but for tensors.
         users: the calls this one feeds, in order.
     """
 
@@ -44,6 +45,7 @@ class Call:
     keepdim: bool = False
     channels: int = 0
     shape: tuple[int, ...] | None = None
+    arguments: str = ""
     users: list[Call] = field(default_factory=list, repr=False)
 
 
@@ -57,12 +59,14 @@ class Trace:
         opaque: modules that could not be followed: path to the reason.
         reads: what the model's own code reads of its layers that a Sequential in their place
             would lack: path to attribute names.
+        outputs: of a run, the tensors in what the model returned, by their place.
     """
 
     calls: list[Call]
     static: bool
     opaque: dict[str, str]
     reads: dict[str, set[str]]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def is_inside_opaque(self, path: str) -> bool:
         """The module at `path` is, or is part of, one that could not be followed."""

@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from retrofit.conversion import insert
+from retrofit.copies import refuse_inference_mode
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.parity import ParityReport
@@ -151,6 +152,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             not known, or on the meta device. No code in the file is run (`weights_only=True`), and
             nothing that it names is imported.
     """
+    refuse_inference_mode()
     path = Path(path)
     tensors, provenance = read(path)
     if model is None:

@@ -348,14 +348,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
             if isinstance(value, dict)
             else value
         )
-        print(f"{key:<13}{'-' if shown is None else one_line(str(shown))}")
+        print(f"{one_line(key):<13}{'-' if shown is None else one_line(str(shown))}")
     eps = provenance.get("eps") or 1e-5
     plan_sites = (provenance.get("plan") or {}).get("sites", [])
     order = [f"{site['norm']}.running_var" for site in plan_sites if site["norm"]]
     rest = [key for key in tensors if key not in order]
     print(_norm_table({key: tensors[key] for key in (*order, *rest) if key in tensors}, eps))
     elements = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{arguments.file}: {len(tensors)} tensors, {elements:,} numbers")
+    print(f"{one_line(str(arguments.file))}: {len(tensors)} tensors, {elements:,} numbers")
     return 0
 
 

@@ -16,7 +16,7 @@ from retrofit import planning
 from retrofit.batches import ForwardFn, refuse_single_tensor
 from retrofit.calibration import calibrate
 from retrofit.collecting import uncollected
-from retrofit.copies import shared_copy
+from retrofit.copies import refuse_inference_mode, shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import Identity, exact_identity
 from retrofit.layers import LastAxisBatchNorm, are_statistics, batchnorm_class
@@ -45,6 +45,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     Raises:
         RetrofitError: the plan is not one of this model, or the model is already prepared.
     """
+    refuse_inference_mode()
     if _observers(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
     plan = planning.plan(model) if plan is None else plan
@@ -100,6 +101,7 @@ def convert(
         RetrofitError: `prepare` did not make the model; a site saw no data, its moments are not
             finite or leave float32's range; or `match` does not fit the sites.
     """
+    refuse_inference_mode()
     record = required_record(prepared, "prepare")
     if eps != 1e-5:
         warnings.warn(
@@ -163,6 +165,7 @@ def insert(
     Raises:
         RetrofitError: as for `prepare`.
     """
+    refuse_inference_mode()
     plan = planning.plan(model) if plan is None else plan
     record = _extended(model, plan)
     copied = shared_copy(model)

@@ -29,8 +29,9 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
     Parameters are new objects, or moving the copy would move the original; ties stay ties.
     Buffers are copied, since forward may write to them. Gradients are left behind.
 
-    Raises RetrofitError when the model holds something that cannot be copied, such as a lock; or
-    is, or holds, a wrapper (DataParallel, torch.compile's) that hides the modules inside.
+    Raises RetrofitError when the model holds something that cannot be copied, such as a lock, or a
+    module that gives itself as its copy; or is, or holds, a wrapper (DataParallel, torch.compile's)
+    that hides the modules inside.
     """
     _refuse_wrappers(model)
     memo: dict[int, object] = {id(thing): thing for thing in keep}
@@ -46,9 +47,24 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
                 # A dozen tables of hooks for each module: most of the time that deepcopy takes.
                 memo.setdefault(id(value), type(value)())
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise RetrofitError(f"this {type(model).__name__} cannot be copied: {error}") from error
+    copies = set(map(id, copied.modules()))
+    if same := next((path for path, m in model.named_modules() if id(m) in copies), None):
+        raise RetrofitError(
+            f"{same} of this {type(model).__name__} cannot be copied: its __deepcopy__ gives the "
+            "module itself, which a retrofit would change; take it out, or let it copy"
+        )
+    return copied
+
+
+def refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RetrofitError(
+            "what is made in torch.inference_mode() can never be trained: call this outside of it, "
+            "or under torch.no_grad()"
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

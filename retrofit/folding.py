@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from retrofit.calls import Call
 from retrofit.collecting import uncollected
-from retrofit.copies import shared_copy
+from retrofit.copies import refuse_inference_mode, shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
 from retrofit.layers import (
@@ -94,6 +94,7 @@ def fold(model: M, plan: Plan | None = None, *, example_inputs: Any = None) -> M
             a function, the weight is parametrized or serves a function too, the layer has a hook,
             or its output does not follow its weight and bias linearly (weight standardisation).
     """
+    refuse_inference_mode()
     record = record_of(model)
     plan = plan or (record.plan if record else None)
     result = shared_copy(model)

@@ -148,7 +148,13 @@ class _Items(Dataset[_Item]):
                     _draft(picture, self.resize)
                 rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
                 return _Item(name, self.transform(rgb), "")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            MemoryError,
+            Image.DecompressionBombError,
+        ) as error:
             return _Item(name, None, str(error).splitlines()[0] if str(error) else "unreadable")
 
 

@@ -105,6 +105,12 @@ class MomentObserver(nn.Module):
                 f"{self.site} got a tensor of shape {tuple(x.shape)}: expected a batch with "
                 f"{axes} axes; add the batch axis with x.unsqueeze(0)"
             )
+        channels = x.shape[-1 if self.last_axis else 1]
+        if channels != self.channels:
+            raise RetrofitError(
+                f"{self.site} returns {channels} channels, not the {self.channels} that it says it "
+                "has: exclude this layer"
+            )
         if not (x.is_contiguous() if self.last_axis else _is_dense(x)):
             raise RetrofitError(
                 f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "

@@ -83,12 +83,15 @@ class OnePass:
         if self.channels_last:
             try:
                 return self._forward(arguments, before)
-            except RuntimeError as error:
-                # A model that calls .view() on an activation cannot run in this memory format.
-                if "view size is not compatible" not in str(error):
+            except (NonFiniteError, torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:
+                # Such as that of a .view() on an activation; what a model cannot do in this memory
+                # format its first batch shows, but for the shapes of others.
+                if not (self.first or "view size is not compatible" in str(error)):
                     raise
-            self.channels_last = False
             self._restore(before)
+            self.channels_last = False
         return self._forward(arguments, before)
 
     def _forward(self, arguments: Arguments, before: States) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchvision.models import VGG
 
@@ -175,7 +177,8 @@ def _with_shapes(traced: Trace, watched: Trace) -> Trace:
 
 def _refuse_lazy(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if any(map(is_lazy, module.parameters(recurse=False))):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(map(is_lazy, tensors)):
             raise RetrofitError(
                 f"{path or 'the model'} is a lazy {type(module).__name__} that has no shape yet: "
                 "run one batch through the model first"
@@ -254,14 +257,44 @@ def _missed(
     trial = shared_copy(model)
     put_after_sites(trial, drawn, lambda _site, _layer: nn.Identity())
     norms = {site.norm for site in drawn.inserted}
-    calls = read(trial).calls
-    if [c.name for c in calls if c.path not in norms] != [c.name for c in traced.calls]:
+    tried = read(trial)
+    if _flow(tried.calls, norms) != _flow(traced.calls) or not _alike(tried, traced):
         raise RetrofitError(
             f"the code of {type(model).__name__} does something else once layers are inserted "
             "(it may ask for their type or number): exclude those layers, or pass renumber=()"
         )
-    called = Counter(call.path for call in calls)
+    called = Counter(call.path for call in tried.calls)
     return {site.path for site in drawn.inserted if called[site.norm] != site.calls}
+
+
+def _flow(calls: Sequence[Call], norms: Collection[str] = ()) -> list[tuple[Any, ...]]:
+    """Each call with those that it feeds, by number, as if there were no `norms`."""
+    kept = [call for call in calls if call.path not in norms]
+    numbers = {id(call): number for number, call in enumerate(kept)}
+
+    def fed(call: Call) -> Iterator[int]:
+        for user in call.users:
+            if id(user) in numbers:
+                yield numbers[id(user)]
+            else:
+                yield from fed(user)
+
+    return [(call.name, call.arguments, sorted(set(fed(call)))) for call in kept]
+
+
+def _alike(one: Trace, other: Trace) -> bool:
+    """Both runs returned the same."""
+    if one.outputs.keys() != other.outputs.keys():
+        return False
+    return all(starmap(_equal, zip(one.outputs.values(), other.outputs.values(), strict=True)))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not one.is_floating_point() or one.layout != torch.strided:
+        return one.shape == other.shape
+    one, other = one.double(), other.double()
+    rounding = 0 if one.device.type == "cpu" else 1e-3 * float(one.abs().max().nan_to_num())
+    return torch.allclose(one, other, rtol=0, atol=rounding, equal_nan=True)
 
 
 def _graph_plan(

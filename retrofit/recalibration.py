@@ -354,7 +354,7 @@ def _uncertain(fed: Fed, error: float) -> str:
 
 
 def _refuse_nothing(fed: Fed) -> None:
-    if not fed.batches:
+    if not fed.images:
         raise RetrofitError("there is no data to recalibrate on")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import mmap
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,20 @@ from PIL import Image
 from retrofit.errors import RetrofitError
 
 EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# By content, whatever a file is called. Pillow has more, and runs Ghostscript for one of them.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_OPEN = 128  # shards at a time: some systems allow a process 256 files
+
+
+def open_picture(source: Path | IO[bytes]) -> Image.Image:
+    """A picture of one of `FORMATS`, not decoded yet; OSError for anything else."""
+    return Image.open(source, formats=_formats())
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow can be built without some
 
 
 class ShardPictures:
@@ -65,7 +79,10 @@ class ShardPictures:
 
     def read(self, index: int) -> Image.Image:
         number, start, size = self.places[index].tolist()
-        return Image.open(io.BytesIO(self._mapped(number)[start : start + size]))
+        mapped = self._mapped(number)
+        if mapped.size() < start + size:  # to read what is gone would end the process
+            raise OSError(f"{self.shards[number]} has been cut short")
+        return open_picture(io.BytesIO(mapped[start : start + size]))
 
     def _mapped(self, number: int) -> mmap.mmap:
         if number not in self._open:
@@ -118,13 +135,15 @@ def _members(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             problem = "is cut short or damaged"
             for member in tar:
+                if member.size < 0:  # after which tarfile reads the same again, without end
+                    raise tarfile.ReadError(f"the size of {member.name} is negative")
                 if member.isreg() and member.offset_data + member.size <= size:
-                    members.append(member)  # noqa: PERF401 - kept when the next one is damaged
+                    members.append(member)
             # tarfile takes a header that is missing or damaged for the end of the archive.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end mark is missing")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: of numbers in extended headers
         return members, f"{problem} ({error})"
     except OSError as error:
         return members, f"cannot be read ({error.strerror})"

@@ -48,6 +48,8 @@ def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, 
     In the native layout the calls of one module share a site; functions, and in the graph layout
     all calls, are told apart by a number.
     """
+    calls = list(calls)
+    modules = {call.path for call in calls if call.module is not None}
     counted: dict[str, int] = {}
     for call in calls:
         if call.module is not None:
@@ -56,6 +58,8 @@ def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, 
             path = call.path
         elif call.name in CONVOLUTIONS or (options.linear and call.name == "linear"):
             path = f"{call.path}.{call.name}".lstrip(".")
+            if path in modules:  # self.conv2d, beside F.conv2d
+                path += "@function"
         else:
             continue
         counted[path] = counted.get(path, -1) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from retrofit.errors import RetrofitError
-from retrofit.shards import EXTENSIONS, ShardPictures, expand
+from retrofit.shards import EXTENSIONS, ShardPictures, expand, open_picture
 
 
 class Pictures(Protocol):
@@ -48,7 +48,7 @@ class FilePictures:
         file = self.files[index]
         if not file.is_file():  # to open a pipe would be to wait for whoever writes to it
             raise OSError("it is no file")
-        return Image.open(file)
+        return open_picture(file)
 
 
 class ArrayPictures:
@@ -66,7 +66,10 @@ class ArrayPictures:
         usable = {
             key: array
             for key, array in arrays.items()
-            if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
+            if array.dtype == np.uint8
+            and array.ndim == 4
+            and array.shape[3] in (1, 3)
+            and 0 not in array.shape[1:]
         }
         if len(usable) != 1:
             found = ", ".join(f"{k} {a.dtype} {a.shape}".strip() for k, a in arrays.items())
@@ -87,6 +90,10 @@ class ArrayPictures:
         return f"{self.file}[{index}]"
 
     def read(self, index: int) -> Image.Image:
+        if isinstance(self.array, np.memmap):  # to read what is gone would end the process
+            needed = self.array.offset + self.array.nbytes
+            if self.file.exists() and self.file.stat().st_size < needed:
+                raise OSError("the file has been cut short")
         array = np.asarray(self.array[index])
         return Image.fromarray(array.repeat(3, axis=2) if array.shape[2] == 1 else array)
 
@@ -121,13 +128,15 @@ def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
     return ArrayPictures(path)
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Of a folder and its subfolders, but not of hidden ones."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in names)
+
+
 def _in_folder(folder: Path, *, skip_bad: bool) -> Pictures:
-    files = [
-        Path(root, name)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".")
-    ]
+    files = [file for file in _files(folder) if not file.name.startswith(".")]
     pictures = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
     shards = sorted(file for file in files if file.suffix == ".tar")
     if pictures and shards:

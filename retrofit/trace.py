@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -179,10 +180,17 @@ def calls_of(
         else:
             names = {"placeholder": "input", "get_attr": "attribute"}
             call = Call(names.get(node.op, node.op), "", None, inside)
+        if node.op in ("call_function", "call_method", "output"):
+            call.arguments = _written(node)
         calls[node] = call
     for node, call in calls.items():
         call.users = [calls[user] for user in node.users]
     return calls
+
+
+def _written(node: fx.Node) -> str:
+    written = fx.node.map_arg((node.args, node.kwargs), lambda _: "_")
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(written))
 
 
 def _channels(model: nn.Module, node: fx.Node) -> int:

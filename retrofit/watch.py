@@ -74,7 +74,13 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
     for call in watcher.calls:
         if call.module is not None:
             call.module = modules[call.path]
-    return Trace(watcher.calls, static=False, opaque={}, reads=watcher.reads.by_path)
+    return Trace(
+        watcher.calls,
+        static=False,
+        opaque={},
+        reads=watcher.reads.by_path,
+        outputs=tensors(result, "output"),
+    )
 
 
 class _Watcher(TorchFunctionMode):

@@ -43,6 +43,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Strict `load_state_dict`; the RetrofitError names `source` and the keys that do not fit."""
     own = model.state_dict()
+    # Files from before torch 0.4.1, and some that were made smaller, lack these; torch allows it.
+    counts = {key for key in own if key.endswith(".num_batches_tracked") and key not in tensors}
+    tensors = {**tensors, **{key: own[key] for key in counts}}
     wrong = {
         "missing": [key for key in own if key not in tensors],
         "unexpected": [key for key in tensors if key not in own],

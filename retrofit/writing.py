@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -18,13 +19,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: it cannot be written; `path` is as it was.
     """
     path = path.absolute()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    nameless = _nameless(path.parent)
     try:
-        with _nameless(path.parent) or part.open("wb") as file:
+        with nameless or part.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            if not part.exists():
+            if nameless:
                 _link(file, part)  # which cannot replace, as a rename can
         part.replace(path)
     except BaseException as error:

@@ -267,15 +267,16 @@ class _Code(_Source):
             raise RetrofitError(f"{source} has no factory {name!r}{_nearest(name, callables)}")
         try:
             model = factory()
-        except Exception as error:
-            raise RetrofitError(f"{self.spec}() failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RetrofitError(f"{self.spec}() failed: {_said(error)}") from error
         if not isinstance(model, nn.Module):
             raise RetrofitError(f"{self.spec} returned a {type(model).__name__}, not an nn.Module")
         return model
 
     def pretrained(self, weights: str) -> nn.Module:
         raise RetrofitError(
-            f"{weights!r} is no file, and {self.spec} is no model that has weights by name"
+            f"{weights!r} is no .safetensors, .pth or .pt file, and {self.spec} is no model that "
+            "has weights by name"
         )
 
 
@@ -290,10 +291,8 @@ def _from_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))  # as for a script: its neighbours are found
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise RetrofitError(
-            f"{path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise RetrofitError(f"{path} cannot be imported: {_said(error)}") from error
     return module
 
 
@@ -302,10 +301,14 @@ def _from_import(name: str) -> ModuleType:
         sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise RetrofitError(
-            f"{name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise RetrofitError(f"{name} cannot be imported: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):  # a script, which does its work when it is imported
+        return "it ends the process: put what a script does under if __name__ == '__main__'"
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

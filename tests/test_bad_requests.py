@@ -59,6 +59,7 @@ def kit(tmp_path_factory):
     for name, count in (("pictures", 6), ("single", 1), ("mixed", 1), ("damaged", 3)):
         pictures(kit / name, count)
     (kit / "empty").mkdir()
+    (kit / "script.py").write_text("import sys\nsys.exit(0)\n")
     whole = (kit / "damaged" / "1.png").read_bytes()
     (kit / "damaged" / "1.png").write_bytes(whole[: len(whole) // 2])
     (kit / "texts").mkdir()
@@ -138,12 +139,14 @@ CASES = [
     (f"{PLAN} --exclude nope", 2, "'nope' matches none of the 2 convolutions"),
     (f"{PLAN} --data nope", 2, "there is no folder or file nope"),
     (f"{PLAN} --data pictures --mean 1 2", 2, "argument --mean: expected 3 arguments"),
-    (f"{PLAN} --data pictures --mean a b c", 2, "argument --mean: invalid float value: 'a'"),
+    (f"{PLAN} --data pictures --mean a b c", 2, "argument --mean: a is not a finite number"),
     ("convert net.py:make", 2, "the following arguments are required: --output, --data"),
     (f"convert vgg11 --output a.pth {PICTURES}", 2, "vgg11 without weights is random"),
     (f"{CONVERT} --weights nope.pth", 2, "there is no file nope.pth"),
-    (f"{CONVERT} --weights empty", 2, "'empty' is no file"),
-    (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no file"),
+    ("plan script.py:make", 2, "script.py cannot be imported: it ends the process"),
+    (f"{PLAN} --data pictures --std inf 1 1", 2, "inf is not a finite number"),
+    (f"{CONVERT} --weights empty", 2, "'empty' is no .safetensors, .pth or .pt file"),
+    (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no .safetensors, .pth or .pt file"),
     (f"{CONVERT} --weights none.pth", 2, "none.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights text.pth", 2, "text.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights cut.pth", 2, "cut.pth cannot be read as a state dict"),

@@ -578,3 +578,36 @@ def test_a_layer_that_returns_no_tensor_is_named():
 
     with pytest.raises(RetrofitError, match="conv returns a tuple, not a tensor: exclude"):
         retrofit.add_batchnorm(Net().eval(), [X], progress=False)
+
+
+class Strict(nn.Module):
+    """Runs in no other memory format than the one it was written for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        assert y.is_contiguous()
+        return y.relu()
+
+
+def test_a_model_that_takes_no_channels_last_is_calibrated_as_it_is():
+    model = Strict().eval()
+    found = retrofit.add_batchnorm(model, [X], progress=False)
+    y = model.conv(X).double()
+    torch.testing.assert_close(found.conv.bn.running_mean.double(), y.mean((0, 2, 3)))
+
+
+class Shuffled(nn.Conv2d):
+    def forward(self, x):
+        return F.pixel_shuffle(super().forward(x), 2)
+
+
+def test_a_layer_of_another_number_of_channels_than_it_says_is_named():
+    model = nn.Sequential(Shuffled(3, 16, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
+    with pytest.raises(RetrofitError, match="0 returns 4 channels, not the 16 that it says it has"):
+        retrofit.add_batchnorm(model, [X], progress=False)
+    converted = retrofit.add_batchnorm(model, [X], exclude="0", progress=False)
+    assert retrofit.verify(model, converted, [X]).exact

@@ -322,3 +322,15 @@ def test_a_folder_is_no_place_for_a_file(tmp_path):
     (tmp_path / "there.pth").mkdir()
     with pytest.raises(RetrofitError, match=r"there\.pth is a folder"):
         retrofit.save(converted(), tmp_path / "there.pth", overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_without_the_counts_of_batches_loads_as_in_torch(tmp_path, suffix):
+    model = converted()
+    state = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    file = tmp_path / f"old.{suffix}"
+    if suffix == "pth":
+        torch.save(state, file)
+    else:
+        safetensors.torch.save_file(state, file)
+    assert torch.equal(retrofit.load(file, nets.Residual())(X), model(X))

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import command
@@ -282,6 +284,23 @@ def test_pictures_that_change_while_they_are_read(folder, what, workers):
     assert "cannot be read" in found.err[0]
     assert "pictures/" in found.err[0]
     assert (folder / "out.pth").read_text() == "precious"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["p.npy", "p.tar"])
+def test_an_archive_of_pictures_that_is_cut_short_while_it_is_read(folder, name, workers):
+    """It is mapped into memory: to read what is gone would end the process by a signal."""
+    if name == "p.npy":
+        np.save(folder / name, np.zeros((400, 64, 64, 3), np.uint8))
+    else:
+        with tarfile.open(folder / name, "w") as tar:
+            for number in range(400):
+                tar.add(folder / "pictures" / "7.png", f"{number}.png")
+    first = functools.partial(fault, 1, f"cut {name}")
+    options = ("--data", name, "--workers", workers, "--batch-size", 1)
+    found = command(folder, *CONVERT.split(), *options, first=first)
+    assert (found.code, len(found.err)) == (2, 1), found
+    assert "has been cut short" in found.err[0]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

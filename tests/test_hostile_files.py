@@ -247,6 +247,49 @@ def test_what_inflates_to_gigabytes_is_one_line(tmp_path, option, member):
     assert not (folder / "out.pth").exists()
 
 
+def test_a_picture_that_is_a_program_is_not_run(tmp_path):
+    """Pillow would give PostScript to Ghostscript, whatever the file is called."""
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/run\n")
+    ghostscript.chmod(0o755)
+    folder = tmp_path / "kit"
+    pictures(folder / "pictures", 3)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    (folder / "pictures" / "0.jpg").write_bytes(eps)
+    (folder / "net.py").write_text("from torch import nn\ndef make(): return nn.Conv2d(3, 4, 3)\n")
+    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    one_line(*command(folder, *words.split(), first=functools.partial(in_path, ghostscript.parent)))
+    assert not (tmp_path / "run").exists()
+
+
+def in_path(folder):
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_tar_that_leads_back_to_its_beginning_is_read_once(tmp_path):
+    header = tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT)
+    back = tarfile.TarInfo("b.jpg")
+    back.size = -512
+    (tmp_path / "loop.tar").write_bytes(header + back.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(RetrofitError, match=r"loop\.tar is cut short or damaged"):
+        open_pictures(tmp_path / "loop.tar")
+
+
+def test_what_a_terminal_would_obey_is_written_out_wherever_it_stands(tmp_path):
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    told = {"retrofit": json.dumps({"ev\x1b[2Jil": 1, "\ud800": 2})}
+    name = "b\x1b[31m.safetensors"
+    (folder / name).write_bytes(save({"w": torch.zeros(2)}, told))
+    found = command(folder, "inspect", name)
+    assert (found.code, found.err) == (0, [])
+    assert "\x1b" not in found.out
+    found = command(folder, "inspect", name, "b\x1b[2J\nc.pth")
+    assert (found.code, len(found.err)) == (2, 1)
+    assert "\x1b" not in found.err[0]
+
+
 def png(width, height):
     """Of these dimensions, with hardly any data."""
 

@@ -114,6 +114,25 @@ def test_in_the_graph_layout_each_call_has_a_batchnorm_of_its_own():
         torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
+class TwoOfOneName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv2d = nn.Conv2d(4, 4, 3)
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return F.relu(self.conv2d(F.relu(F.conv2d(x, self.weight))))
+
+
+def test_a_module_that_is_called_like_a_function_is_another_site():
+    model = nets.build(TwoOfOneName)
+    assert [site.path for site in retrofit.plan(model).inserted] == ["conv2d"]
+    assert_exact_and_foldable(model, retrofitted(model), X)
+    converted = retrofitted(model, layout="graph")
+    assert batchnorms(converted) == ["conv2d_function_bn", "conv2d_bn"]
+    assert_exact_and_foldable(model, converted, X)
+
+
 class TakenName(nn.Module):
     def __init__(self):
         super().__init__()

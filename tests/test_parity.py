@@ -241,3 +241,16 @@ def test_outputs_of_another_structure_or_of_a_new_one_each_time_are_not_compared
 
     with pytest.raises(RetrofitError, match="is random in eval mode, or keeps state"):
         retrofit.verify(model, converted, [X], forward_fn=growing)
+
+
+def test_complex_outputs_are_compared_in_both_their_parts():
+    model, converted = pair(nets.root_sequential)
+
+    def spectrum(m, x):
+        y = torch.view_as_complex(m(x).flatten(1).unflatten(1, (-1, 2)).contiguous())
+        return y if m is model else y + 0.5j
+
+    report = retrofit.verify(model, converted, [X], forward_fn=spectrum)
+    assert not report.passed(1e-3)
+    assert report.outputs[0].max_abs == pytest.approx(0.5, abs=1e-5)
+    assert report.top1 is None

@@ -68,6 +68,41 @@ def test_converting_twice_changes_nothing():
     assert list(retrofit.insert(once).state_dict()) == list(once.state_dict())
 
 
+class Counting(nn.Module):
+    """What it returns depends on the types of its layers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+        )
+
+    def forward(self, x):
+        if self.kind == "factor":
+            count = sum(isinstance(layer, nn.Conv2d) for layer in self.layers)
+            return self.layers(x).mean((2, 3)) * count
+        found, convs, before = {}, 0, None
+        for layer in self.layers:
+            x = layer(x)
+            convs += isinstance(layer, nn.Conv2d)
+            if self.kind == "names" and isinstance(layer, nn.ReLU):
+                found[f"relu{convs}"] = x
+            elif self.kind == "before" and isinstance(before, nn.Conv2d):
+                found[len(found)] = x
+            before = layer
+        return {**found, "last": x}
+
+
+@pytest.mark.parametrize("kind", ["factor", "names", "before"])
+@pytest.mark.parametrize("example", [None, nets.images(2, 3, 12, 12)], ids=["traced", "run"])
+def test_a_model_whose_outputs_depend_on_the_types_of_its_layers_is_refused(kind, example):
+    model = Counting(kind).eval()
+    for whole in (model, nn.Sequential(model, nn.Identity())):
+        with pytest.raises(RetrofitError, match="does something else once layers are inserted"):
+            retrofit.plan(whole, example_inputs=example)
+
+
 class Hidden(nn.Module):
     """Its first layer is in a plain list, and so in no state dict."""
 

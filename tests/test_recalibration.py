@@ -408,6 +408,11 @@ def test_batchnorms_without_running_statistics_are_left_alone():
         recalibrate(model[:1], [X])
 
 
+def test_batches_without_images_are_no_data():
+    with pytest.raises(RetrofitError, match="there is no data to recalibrate on"):
+        recalibrate(nets.build(Net), [X[:0]])
+
+
 def test_forward_fn_and_max_images_are_those_of_calibrate():
     model, half = nets.build(Net), nets.build(Net)
     data = [{"picture": x} for x in X.split(16)]

@@ -66,6 +66,34 @@ def test_what_cannot_be_done_is_refused_by_name(call, words):
     assert words in str(refused.value)
 
 
+def test_networks_that_could_never_be_trained_are_not_made():
+    model, prepared = nets.build(nets.root_sequential), prepared_elsewhere()
+    with torch.inference_mode():
+        for act in (retrofit.prepare, retrofit.insert, retrofit.fold):
+            with pytest.raises(RetrofitError, match=r"inference_mode\(\) can never be trained"):
+                act(model)
+        with pytest.raises(RetrofitError, match="can never be trained"):
+            retrofit.convert(prepared)
+
+
+class Kept(nn.Sequential):
+    """A frozen teacher, say, which is shared by what is copied."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_part_that_does_not_copy_is_named_and_left_as_it_is():
+    model = nn.Sequential(Kept(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3), nn.ReLU())
+    handle = model[0].register_forward_hook(lambda *_: None)
+    text = str(model)
+    with pytest.raises(RetrofitError, match=r"^0 of this Sequential cannot be copied"):
+        retrofit.add_batchnorm(model, [X], progress=False)
+    assert model[0].training
+    assert handle.id in model[0]._forward_hooks
+    assert str(model) == text
+
+
 def test_a_model_on_the_meta_device_is_told_to_get_its_tensors(tmp_path):
     with torch.device("meta"):
         model = nets.root_sequential()

@@ -97,6 +97,18 @@ def test_converted_from_its_first_batch_it_computes_the_same_and_folds_back():
     assert all(torch.equal(before[key], value) for key, value in folded.items())
 
 
+class Factor(Branching):
+    """A constant that depends on the types of its layers, and which no call shows."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + isinstance(self.bright[0], nn.Conv2d))
+
+
+def test_a_run_whose_result_depends_on_the_types_of_layers_is_refused():
+    with pytest.raises(RetrofitError, match="does something else once layers are inserted"):
+        retrofit.plan(Factor(), example_inputs=X)
+
+
 class OfTwo(Branching):
     def forward(self, x, y):
         return super().forward(x + y)
