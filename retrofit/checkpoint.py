@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from retrofit.conversion import insert
-from retrofit.copies import refuse_inference_mode
+from retrofit.copies import refuse_inference_mode, shared_copy
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.parity import ParityReport
@@ -166,12 +166,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
         attach(result, record)
     elif tensors.keys() == plain.keys():  # folded, or never converted
-        result = copy.deepcopy(model)
+        result = copy.deepcopy(shared_copy(model))
     else:
         result = insert(model, _planned_for(model, tensors))
     for key, own in result.state_dict(keep_vars=True).items():
         # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
-        if key in tensors and isinstance(own, Tensor):
+        if key in tensors and isinstance(own, Tensor) and tensors[key].is_floating_point():
             own.data = own.data.to(tensors[key].dtype)
     load_weights(result, tensors, str(path))
     return result.eval()
@@ -181,7 +181,8 @@ def _record(path: Path, provenance: dict[str, Any]) -> Record:
     values = {key: provenance.get(key) for key in ("eps", "momentum", "images")}
     eps, momentum, images = values.values()
     numbers = (eps, images) if momentum is None else (eps, images, momentum)
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+    plain = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
+    if not plain or eps is None or not 0 < eps < 1:
         raise RetrofitError(f"{path} is damaged: its metadata has {values}")
     return Record(Plan.from_json(json.dumps(provenance["plan"])), eps, momentum, images)  # type: ignore[arg-type]
 
@@ -211,6 +212,9 @@ def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise RetrofitError(f"the state dict entry {key} is no tensor: save as .pth instead")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise RetrofitError(f"the tensor {key} is not dense: save as .pth instead")
+        tensor = tensor.resolve_conj().resolve_neg()  # noqa: PLW2901
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and place in first:
             aliases[key] = first[place]

@@ -522,12 +522,18 @@ def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
         names = [f"{path}.{t}" for t in ("running_mean", "running_var", "weight", "bias")]
         if last != "running_var" or any(name not in tensors for name in names):
             continue
-        norm = [tensors[name].detach().cpu() for name in names]
+        if not all(map(_is_row, found := [tensors[name] for name in names])) or (
+            len({len(tensor) for tensor in found}) > 1
+        ):
+            rows.append((path, "-", "not those of a BatchNorm", "-", "-", "-"))
+            continue
+        norm = [tensor.detach().cpu() for tensor in found]
         wide = torch.float64 if norm[0].dtype == torch.float64 else torch.float32
         mean, var, weight, bias = (tensor.to(wide).numpy() for tensor in norm)
-        alpha, shift = scale_and_shift(mean, var, weight, bias, eps)
+        with np.errstate(invalid="ignore"):  # a negative variance shows as nan
+            alpha, shift = scale_and_shift(mean, var, weight, bias, eps)
+            std = np.sqrt(var)
         identity = int(((alpha == 1) & (shift == 0)).sum())
-        std = np.sqrt(var)
         rows.append(
             (
                 path,
@@ -542,6 +548,12 @@ def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
     if not rows:
         return "no BatchNorm"
     return table(head, rows, right=",".join(head[1:]))
+
+
+def _is_row(tensor: Tensor) -> bool:
+    """A number for each channel."""
+    dense = tensor.layout == torch.strided and not tensor.is_meta
+    return dense and tensor.is_floating_point() and tensor.dim() == 1 and len(tensor) > 0
 
 
 def _failure(report: ParityReport, tolerance: float) -> str:

@@ -57,7 +57,7 @@ class Comparison:
             finite = wide.isfinite()
             self.finite &= bool(finite.all())
             norm = float(torch.linalg.vector_norm(wide[finite].double()))
-        self.squares += norm**2
+        self.squares += norm * norm  # which may be infinite, while ** would raise
         if torch.equal(expected, actual):
             return True
         equal = (expected == actual) | (expected.isnan() & actual.isnan())
@@ -72,10 +72,13 @@ class Comparison:
 
     def difference(self, name: str) -> Difference:
         rms = math.sqrt(self.squares / max(self.count, 1))
-        relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if rms > 0 else math.inf
+        known = 0 < rms < math.inf
+        relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if known else math.inf
         return Difference(name, self.exact, self.max_abs, relative, self.finite)
 
     def rms_over_std(self) -> float:
+        if not self.count:
+            return 0.0
         variance = self.squares / self.count - (self.sum / self.count) ** 2
         return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
 

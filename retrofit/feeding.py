@@ -181,7 +181,7 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # meta has no items
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
     parameters = [(p, p.data, p.grad) for p in model.parameters()]

@@ -78,6 +78,10 @@ def _try_out(transform: Transform) -> None:
             f"the model takes no single pictures (its transform is {type(transform).__name__}): "
             "convert it in Python, with batches of your own"
         ) from error
+    except Exception as error:
+        raise RetrofitError(
+            f"pictures cannot be prepared like that: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _first_resize(transform: Transform) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retrofit.errors import RetrofitError
 from retrofit.feeding import Fed
 from retrofit.observer import MomentObserver
 from retrofit.ranks import Ranks
@@ -57,12 +58,17 @@ class Rounds:
         if content is None:
             return Fed()
         mine = content[self.ranks.rank]
-        self._take_together([mine["observers"]])
-        self.data.load_state_dict(mine["data"])
-        self.looked = mine["looked"]
-        self.ended = mine["ended"]
-        self.earlier = mine["seconds"]
-        return Fed(mine["images"], mine["batches"], mine["waited"])
+        try:
+            self._take_together([mine["observers"]])
+            self.data.load_state_dict(mine["data"])
+            self.looked = mine["looked"]
+            self.ended = mine["ended"]
+            self.earlier = mine["seconds"]
+            return Fed(int(mine["images"]), int(mine["batches"]), float(mine["waited"]))
+        except RetrofitError:
+            raise
+        except Exception as error:  # what a changed file makes the lines above raise
+            raise RetrofitError(f"the state file is damaged: remove it ({error!r})") from error
 
     def until(self, fed: Fed) -> bool:
         """After a batch: True if it was the last, since all together have enough."""

@@ -129,8 +129,14 @@ def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Of a folder and its subfolders, but not of hidden ones."""
-    for root, folders, names in os.walk(folder):
+    """Of a folder and its subfolders, also linked ones, but not of hidden ones; each once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        place = Path(root).stat()
+        if (place.st_dev, place.st_ino) in seen:  # a link that leads up, say
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(root, name) for name in names)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError
 
@@ -43,6 +44,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Strict `load_state_dict`; the RetrofitError names `source` and the keys that do not fit."""
     own = model.state_dict()
+    if lazy := [key for key, value in own.items() if is_lazy(value)]:
+        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
     # Files from before torch 0.4.1, and some that were made smaller, lack these; torch allows it.
     counts = {key for key in own if key.endswith(".num_batches_tracked") and key not in tensors}
     tensors = {**tensors, **{key: own[key] for key in counts}}
@@ -56,6 +59,11 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             and isinstance(own[key], Tensor)
             and tensors[key].shape != own[key].shape
         ],
+        "of another kind": [
+            f"{key} {str(tensors[key].dtype).removeprefix('torch.')}"
+            for key in own
+            if key in tensors and isinstance(own[key], Tensor) and not _fits(tensors[key], own[key])
+        ],
     }
     problems = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -67,6 +75,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             f"the weights in {source} do not fit {type(model).__name__}: keys {'; '.join(problems)}"
         )
     model.load_state_dict(dict(tensors))
+
+
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    """Numbers that can take the place of the model's own."""
+    dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    alike = tensor.is_floating_point() or not own.is_floating_point()
+    return dense and alike and tensor.is_complex() == own.is_complex()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

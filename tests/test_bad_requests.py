@@ -144,6 +144,8 @@ CASES = [
     (f"convert vgg11 --output a.pth {PICTURES}", 2, "vgg11 without weights is random"),
     (f"{CONVERT} --weights nope.pth", 2, "there is no file nope.pth"),
     ("plan script.py:make", 2, "script.py cannot be imported: it ends the process"),
+    (f"{PLAN} --data pictures --crop 9999999999", 2, "pictures cannot be prepared like that"),
+    (f"{CONVERT} --device hpu", 2, "device hpu cannot be used here"),
     (f"{PLAN} --data pictures --std inf 1 1", 2, "inf is not a finite number"),
     (f"{CONVERT} --weights empty", 2, "'empty' is no .safetensors, .pth or .pt file"),
     (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no .safetensors, .pth or .pt file"),

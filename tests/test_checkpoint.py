@@ -334,3 +334,29 @@ def test_a_file_without_the_counts_of_batches_loads_as_in_torch(tmp_path, suffix
     else:
         safetensors.torch.save_file(state, file)
     assert torch.equal(retrofit.load(file, nets.Residual())(X), model(X))
+
+
+def test_a_lazily_conjugated_buffer_is_stored_as_it_reads(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    z = torch.randn(5, dtype=torch.complex64)
+    model.register_buffer("z", z)
+    model.register_buffer("conjugated", z.conj())
+    retrofit.save(model, tmp_path / "z.safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "z.safetensors")
+    assert torch.equal(stored["z"], z)
+    assert torch.equal(stored["conjugated"], z.conj().resolve_conj())
+
+
+def test_a_buffer_that_is_not_dense_is_named(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(RetrofitError, match=r"the tensor sparse is not dense: save as \.pth"):
+        retrofit.save(model, tmp_path / "s.safetensors")
+
+
+def test_a_model_with_the_old_weight_norm_loads_after_it_ran(tmp_path):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
+    retrofit.save(model, tmp_path / "w.pth")
+    model(X)
+    assert torch.equal(retrofit.load(tmp_path / "w.pth", model)(X), model(X))

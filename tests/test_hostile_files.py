@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import command
+from safetensors import safe_open
 from safetensors.torch import save
 from test_bad_requests import pictures
 from torch import nn
@@ -402,3 +403,66 @@ def test_damage_anywhere_is_refused_or_does_not_matter(tmp_path, suffix):
             else:
                 found = open_pictures(bad)
                 list(map(found.name, range(len(found))))
+
+
+ODD = {
+    "int32": torch.zeros(4, 3, 3, 3, dtype=torch.int32),
+    "complex64": torch.zeros(4, 3, 3, 3, dtype=torch.complex64),
+    "float32": torch.zeros(4, 3, 3, 3).to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_are_no_weights_are_named(tmp_path, kind):
+    torch.save({**net().state_dict(), "0.weight": ODD[kind]}, tmp_path / "odd.pth")
+    with pytest.raises(RetrofitError, match=rf"1 of another kind \(0\.weight {kind}\)"):
+        retrofit.load(tmp_path / "odd.pth", net())
+
+
+@pytest.mark.parametrize("eps", [10**400, 0, -1, 2])
+def test_an_eps_that_is_none_is_damage(tmp_path, eps):
+    made = retrofit.insert(net())
+    retrofit.save(made, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
+        told = json.loads(opened.metadata()["retrofit"])
+    told["eps"] = eps
+    content = save(made.state_dict(), {"retrofit": json.dumps(told)})
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(RetrofitError, match="is damaged: its metadata has"):
+        retrofit.load(tmp_path / "a.safetensors", net())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"observers": 3}, {"looked": None, "observers": []}, {"images": "many"}, {"data": [1]}],
+    ids=str,
+)
+def test_a_state_file_with_other_entries_is_damage(tmp_path, change):
+    state, data = tmp_path / "state", [torch.rand(4, 3, 12, 12)] * 2
+    retrofit.calibrate(retrofit.prepare(net()), data, state=state, progress=False)
+    content = torch.load(state, weights_only=True)
+    content["ranks"][0].update(change)
+    torch.save(content, state)
+    prepared = retrofit.prepare(net())
+    before = prepared.state_dict()
+    with pytest.raises(RetrofitError, match="is damaged"):
+        retrofit.calibrate(prepared, data, state=state, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+
+
+def test_batchnorms_of_any_tensors_can_be_inspected(tmp_path):
+    names = ("running_mean", "running_var", "weight", "bias")
+    norms = {
+        "good": torch.ones(3), "scalar": torch.ones(()), "empty": torch.ones(0),
+        "negative": -torch.ones(3), "whole": torch.ones(3, dtype=torch.int64),
+    }  # fmt: skip
+    state = {f"{norm}.{name}": value.clone() for norm, value in norms.items() for name in names}
+    state["uneven.running_mean"] = torch.ones(2)
+    state |= {f"uneven.{name}": torch.ones(3) for name in names[1:]}
+    (tmp_path / "kit").mkdir()
+    torch.save(state, tmp_path / "kit" / "a.pth")
+    found = command(tmp_path / "kit", "inspect", "a.pth")
+    assert (found.code, found.err) == (0, [])
+    assert found.out.count("not those of a BatchNorm") == 4
+    assert "nan" in found.out

@@ -499,3 +499,15 @@ def test_large_batches_do_not_use_up_the_files_that_a_process_may_open():
 def test_batches_for_a_gpu_lie_in_pinned_memory(workers):
     options = {"batch_size": 4, "workers": workers, "pin": True}
     assert all(b.is_pinned() for b in PictureBatches(Counted(9), range(9), ToTensor(), **options))
+
+
+def test_linked_folders_are_read_once_and_hidden_ones_not_at_all(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for place in (folder / "cat", folder / ".trash", elsewhere):
+        place.mkdir(parents=True)
+        (place / "0.jpg").write_bytes(jpeg())
+    (folder / "dog").symlink_to(elsewhere)
+    (folder / "cat" / "up").symlink_to(folder)
+    pictures = open_pictures(folder)
+    names = [pictures.name(i) for i in range(len(pictures))]
+    assert names == [str(folder / "cat" / "0.jpg"), str(folder / "dog" / "0.jpg")]
