@@ -161,7 +161,7 @@ def eager() -> AbstractContextManager[None]:
 def _total(data: Iterable[Any], max_images: int | None) -> int | None:
     try:
         known = len(data.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, NotImplementedError):
         return max_images
     return known if max_images is None else min(known, max_images)
 

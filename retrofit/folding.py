@@ -242,7 +242,10 @@ def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor)
         return True
     generator = torch.Generator().manual_seed(0)
     if is_conv(layer):
-        size = [32 + kernel for kernel in layer.kernel_size]  # type: ignore[union-attr]
+        size = [
+            32 + dilation * (kernel - 1) + 1
+            for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True)  # type: ignore[arg-type]
+        ]
         shape = [2, int(layer.in_channels), *size]  # type: ignore[arg-type]
     else:
         size, shape = [], [64, int(layer.in_features)]  # type: ignore[arg-type]

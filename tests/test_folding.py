@@ -268,6 +268,11 @@ class Standardised(nn.Linear):
         return super().forward(x) * 1.0
 
 
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
 class Picky(nn.Conv2d):
     """Takes nothing but what has eight pixels a side."""
 
@@ -277,10 +282,17 @@ class Picky(nn.Conv2d):
         return super().forward(x)
 
 
-def test_a_layer_with_a_forward_of_its_own_is_tried_before_it_is_folded():
-    net = nn.Sequential(Standardised(6, 8), nn.BatchNorm1d(8)).eval()
-    nn.init.uniform_(net[1].running_mean)
-    folded, x = retrofit.fold(net), nets.images(5, 6)
+@pytest.mark.parametrize(
+    ("layer", "norm", "x"),
+    [
+        (Standardised(6, 8), nn.BatchNorm1d(8), nets.images(5, 6)),
+        (Scaled(3, 8, 3, dilation=20), nn.BatchNorm2d(8), nets.images(2, 3, 50, 50)),
+    ],
+)
+def test_a_layer_with_a_forward_of_its_own_is_tried_before_it_is_folded(layer, norm, x):
+    net = nn.Sequential(layer, norm).eval()
+    nn.init.uniform_(norm.running_mean)
+    folded = retrofit.fold(net)
     assert isinstance(folded[1], nn.Identity)
     torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(RetrofitError, match="the output of 0, a Picky, does not follow"):
