@@ -182,7 +182,7 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if not the_plan.inserted:
         message = "there is nothing to convert, and nothing was written"
         if ranks.rank == 0:
-            print(f"{the_plan}\n{message}" if arguments.allow_unchanged else the_plan)
+            print(f"{the_plan}\n{message}" if arguments.allow_unchanged else the_plan, flush=True)
         if not arguments.allow_unchanged:
             return _fail(f"{message} (--allow-unchanged exits with 0)", 1)
         return 0
@@ -213,7 +213,7 @@ def _convert_together(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if not all(output.finite for output in parity.outputs):
         raise RetrofitError(f"{arguments.model} gives NaN or Inf: check its weights")
     if not parity.exact:
-        print(parity)
+        print(parity, flush=True)
         return _fail("the converted model is not equal to the original: nothing was written", 1)
     drift, no_drift = None, ""
     if arguments.report:
@@ -274,7 +274,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     chosen = shuffled(len(pictures), arguments.seed)[: arguments.images]
     batches = _batches(arguments, original, pictures, chosen, to_input)
     report = verify(original, converted, batches)
-    print(report)
+    print(report, flush=True)
     _list_bad(pictures, batches.bad)
     passed = report.exact if arguments.tolerance == 0 else report.passed(arguments.tolerance)
     return 0 if passed else _fail(_failure(report, arguments.tolerance), 1)

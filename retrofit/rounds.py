@@ -60,15 +60,14 @@ class Rounds:
         mine = content[self.ranks.rank]
         try:
             self._take_together([mine["observers"]])
-            self.data.load_state_dict(mine["data"])
-            self.looked = mine["looked"]
-            self.ended = mine["ended"]
+            place = dict(mine["data"])
+            self.looked, self.ended = mine["looked"], mine["ended"]
             self.earlier = mine["seconds"]
-            return Fed(int(mine["images"]), int(mine["batches"]), float(mine["waited"]))
-        except RetrofitError:
-            raise
+            fed = Fed(int(mine["images"]), int(mine["batches"]), float(mine["waited"]))
         except Exception as error:  # what a changed file makes the lines above raise
             raise RetrofitError(f"the state file is damaged: remove it ({error!r})") from error
+        self.data.load_state_dict(place)
+        return fed
 
     def until(self, fed: Fed) -> bool:
         """After a batch: True if it was the last, since all together have enough."""
