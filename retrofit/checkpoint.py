@@ -97,7 +97,10 @@ def save(
     )
     metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
     # Not its save_file, whose temporary file a kill would leave.
-    write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
+    try:
+        write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
+    except KeyError as error:  # of a dtype, by safetensors before 0.5 for complex numbers
+        raise RetrofitError(f"safetensors cannot store {error}: save as .pth instead") from error
 
 
 def provenance(
