@@ -22,6 +22,7 @@ from retrofit.conversion import insert
 from retrofit.copies import refuse_inference_mode, shared_copy
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
+from retrofit.layers import is_dense
 from retrofit.parity import ParityReport
 from retrofit.plain import to_plain
 from retrofit.planning import plan
@@ -215,7 +216,7 @@ def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise RetrofitError(f"the state dict entry {key} is no tensor: save as .pth instead")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        if not is_dense(tensor):
             raise RetrofitError(f"the tensor {key} is not dense: save as .pth instead")
         tensor = tensor.resolve_conj().resolve_neg()  # noqa: PLW2901
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

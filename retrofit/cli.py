@@ -49,6 +49,7 @@ from retrofit.images import (
     preprocessing,
     shuffled,
 )
+from retrofit.layers import are_channels
 from retrofit.plain import to_plain
 from retrofit.ranks import Ranks, launched
 from retrofit.record import attach, record_of, required_record
@@ -522,9 +523,8 @@ def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
         names = [f"{path}.{t}" for t in ("running_mean", "running_var", "weight", "bias")]
         if last != "running_var" or any(name not in tensors for name in names):
             continue
-        if not all(map(_is_row, found := [tensors[name] for name in names])) or (
-            len({len(tensor) for tensor in found}) > 1
-        ):
+        found = [tensors[name] for name in names]
+        if not are_channels(found):
             rows.append((path, "-", "not those of a BatchNorm", "-", "-", "-"))
             continue
         norm = [tensor.detach().cpu() for tensor in found]
@@ -548,12 +548,6 @@ def _norm_table(tensors: dict[str, Tensor], eps: float) -> str:
     if not rows:
         return "no BatchNorm"
     return table(head, rows, right=",".join(head[1:]))
-
-
-def _is_row(tensor: Tensor) -> bool:
-    """A number for each channel."""
-    dense = tensor.layout == torch.strided and not tensor.is_meta
-    return dense and tensor.is_floating_point() and tensor.dim() == 1 and len(tensor) > 0
 
 
 def _failure(report: ParityReport, tolerance: float) -> str:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from retrofit.errors import RetrofitError
 
+# Of the root mean square: more than a GPU's rounding, less than another branch of a model's code.
+BRANCH_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -16,6 +16,7 @@ from retrofit import planning
 from retrofit.batches import ForwardFn, refuse_single_tensor
 from retrofit.calibration import calibrate
 from retrofit.collecting import uncollected
+from retrofit.comparison import BRANCH_TOLERANCE
 from retrofit.copies import refuse_inference_mode, shared_copy
 from retrofit.errors import RetrofitError
 from retrofit.identity import Identity, exact_identity
@@ -28,7 +29,6 @@ from retrofit.record import Record, attach, record_of, required_record
 from retrofit.rewrite import find_site, put_after_sites, replace, take_out
 
 M = TypeVar("M", bound=nn.Module)
-GRAPH_TOLERANCE = 1e-3  # of the root mean square: more than a GPU's rounding, less than a branch
 
 
 @uncollected()
@@ -281,7 +281,7 @@ def _refuse_other_graph(
     model: nn.Module, converted: nn.Module, batch: Any, forward_fn: ForwardFn | None
 ) -> None:
     """torch.fx may take another branch than a run does, and nothing else would tell."""
-    if not verify(model, converted, [batch], forward_fn=forward_fn).passed(GRAPH_TOLERANCE):
+    if not verify(model, converted, [batch], forward_fn=forward_fn).passed(BRANCH_TOLERANCE):
         raise RetrofitError(
             f"the graph that torch.fx makes of {type(model).__name__} computes something else than "
             "the model (its code may ask for types): use the native layout"

@@ -51,11 +51,13 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
     except (TypeError, RuntimeError) as error:
         raise RetrofitError(f"this {type(model).__name__} cannot be copied: {error}") from error
     copies = set(map(id, copied.modules()))
-    if same := next((path for path, m in model.named_modules() if id(m) in copies), None):
-        raise RetrofitError(
-            f"{same} of this {type(model).__name__} cannot be copied: its __deepcopy__ gives the "
-            "module itself, which a retrofit would change; take it out, or let it copy"
-        )
+    for path, module in model.named_modules():
+        if id(module) in copies:
+            what = f"{path} of this {type(model).__name__}" if path else f"a {type(model).__name__}"
+            raise RetrofitError(
+                f"{what} cannot be copied: its __deepcopy__ gives the module itself, which a "
+                "retrofit would change; take it out, or let it copy"
+            )
     return copied
 
 

@@ -7,6 +7,7 @@ without underscores, so that nn.LeakyReLU, F.leaky_relu and Tensor.relu_ are "le
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,17 @@ def is_transposed(conv: nn.Module) -> bool:
 def batchnorm_class(dims: int) -> type[_BatchNorm]:
     """The BatchNorm for activations with that many spatial axes."""
     return {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Numbers in memory: neither sparse nor quantized nor on the meta device."""
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+
+
+def are_channels(tensors: Sequence[Tensor]) -> bool:
+    """Whether these can be the tensors of one BatchNorm: a number each for every channel."""
+    rows = all(is_dense(t) and t.is_floating_point() and t.dim() == 1 and len(t) for t in tensors)
+    return rows and len(set(map(len, tensors))) == 1
 
 
 def are_statistics(mean: Tensor, var: Tensor) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import starmap
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchvision.models import VGG
@@ -17,8 +16,10 @@ from retrofit import graph
 from retrofit.batches import ForwardFn, arguments_of
 from retrofit.calls import Call, Trace
 from retrofit.collecting import uncollected
+from retrofit.comparison import BRANCH_TOLERANCE, Comparison
 from retrofit.copies import shared_copy
 from retrofit.errors import RetrofitError
+from retrofit.layers import is_dense
 from retrofit.layout import Layout
 from retrofit.plans import LAYOUTS, PLACEMENTS, LayoutName, Placement, Plan, Site
 from retrofit.rewrite import put_after_sites
@@ -290,11 +291,12 @@ def _alike(one: Trace, other: Trace) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or not one.is_floating_point() or one.layout != torch.strided:
+    if one.shape != other.shape or not is_dense(one):
         return one.shape == other.shape
-    one, other = one.double(), other.double()
-    rounding = 0 if one.device.type == "cpu" else 1e-3 * float(one.abs().max().nan_to_num())
-    return torch.allclose(one, other, rtol=0, atol=rounding, equal_nan=True)
+    compared = Comparison()
+    compared.add(one, other, "")
+    allowed = 0.0 if one.device.type == "cpu" else BRANCH_TOLERANCE
+    return compared.difference("").relative <= allowed
 
 
 def _graph_plan(

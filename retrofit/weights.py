@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError
+from retrofit.layers import is_dense
 
 PICKLED = (".pth", ".pt")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -79,9 +80,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def _fits(tensor: Tensor, own: Tensor) -> bool:
     """Numbers that can take the place of the model's own."""
-    dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
     alike = tensor.is_floating_point() or not own.is_floating_point()
-    return dense and alike and tensor.is_complex() == own.is_complex()
+    return is_dense(tensor) and alike and tensor.is_complex() == own.is_complex()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

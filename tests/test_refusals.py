@@ -94,6 +94,15 @@ def test_a_part_that_does_not_copy_is_named_and_left_as_it_is():
     assert str(model) == text
 
 
+def test_a_model_that_does_not_copy_is_left_as_it_is():
+    model = Kept(nn.Conv2d(3, 4, 3), nn.ReLU())
+    text = str(model)
+    with pytest.raises(RetrofitError, match=r"^a Kept cannot be copied"):
+        retrofit.plan(model)
+    assert model.training
+    assert str(model) == text
+
+
 def test_a_model_on_the_meta_device_is_told_to_get_its_tensors(tmp_path):
     with torch.device("meta"):
         model = nets.root_sequential()

@@ -20,7 +20,7 @@ from retrofit.comparison import Difference
 from retrofit.drifting import DriftReport
 from retrofit.errors import RetrofitError
 from retrofit.identity import scale_and_shift
-from retrofit.layers import are_statistics
+from retrofit.layers import are_channels, are_statistics
 from retrofit.moments import CONSTANT
 from retrofit.parity import ParityReport
 from retrofit.plain import from_plain
@@ -229,9 +229,10 @@ def _channels(tensors: Mapping[str, Tensor], norm: str, eps: float) -> Channels:
     missing = [key for key in _keys(norm) if key not in tensors]
     if missing:
         raise RetrofitError(f"it has no {missing[0]}")
-    own = [tensors[key].detach().cpu() for key in _keys(norm)]
-    if own[0].dim() != 1 or not len(own[0]) or len({tensor.shape for tensor in own}) > 1:
+    own = [tensors[key] for key in _keys(norm)]
+    if not are_channels(own):
         raise RetrofitError(f"the tensors of {norm} are not those of a BatchNorm")
+    own = [tensor.detach().cpu() for tensor in own]
     # Of a BatchNorm in half precision torch computes in float32.
     wide = torch.float64 if own[0].dtype == torch.float64 else torch.float32
     own = [tensor.to(wide) for tensor in own]
