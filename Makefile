@@ -13,6 +13,7 @@ test: .venv/installed-dev
 check: docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 docs: .venv/installed-dev

@@ -10,20 +10,23 @@ report   = retrofit.verify(vgg, bn_vgg, images)   # equal bit for bit?
 vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
 """
 
-from retrofit.calibration import calibrate
-from retrofit.checkpoint import load, save
-from retrofit.comparison import Difference
+from retrofit.calibration.calibrate import calibrate
+from retrofit.calibration.observer import MomentObserver, channel_moments
+from retrofit.calibration.recalibrate import Recalibration, recalibrate
+from retrofit.calibration.sample_errors import Calibration, SiteSample
+from retrofit.checking.drift import BatchDrift, Drift, drift
+from retrofit.checking.verify import Verification, verify
 from retrofit.conversion import add_batchnorm, convert, insert, prepare
-from retrofit.drifting import BatchDrift, DriftReport, drift
 from retrofit.errors import NonFiniteError, PeerError, RetrofitError
+from retrofit.files.checkpoint import load, save
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
-from retrofit.folding import fold
-from retrofit.observer import ChannelMoments, MomentObserver, channel_moments
-from retrofit.parity import ParityReport, verify
-from retrofit.planning import plan
+from retrofit.numerics.comparison import Difference
+from retrofit.numerics.moments import ChannelMoments
+from retrofit.planning.plan import plan
 from retrofit.plans import Plan, Site
-from retrofit.recalibration import Recalibration, recalibrate
-from retrofit.sampling import Calibration, SiteSample
+from retrofit.surgery.batchnorm import LastAxisBatchNorm
+from retrofit.surgery.folding import fold
+from retrofit.surgery.record import plan_of
 from retrofit.version import __version__
 
 __all__ = [
@@ -31,16 +34,17 @@ __all__ = [
     "Calibration",
     "ChannelMoments",
     "Difference",
-    "DriftReport",
+    "Drift",
+    "LastAxisBatchNorm",
     "MomentObserver",
     "NonFiniteError",
-    "ParityReport",
     "PeerError",
     "Plan",
     "Recalibration",
     "RetrofitError",
     "Site",
     "SiteSample",
+    "Verification",
     "__version__",
     "add_batchnorm",
     "calibrate",
@@ -53,9 +57,15 @@ __all__ = [
     "load",
     "param_groups",
     "plan",
+    "plan_of",
     "prepare",
     "recalibrate",
     "save",
     "unfreeze_statistics",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names; the modules behind them are found in the source."""
+    return sorted(__all__)

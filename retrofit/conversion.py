@@ -8,32 +8,31 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrofit import planning
-from retrofit.batches import ForwardFn, refuse_single_tensor
-from retrofit.calibration import calibrate
-from retrofit.collecting import uncollected
-from retrofit.comparison import BRANCH_TOLERANCE
-from retrofit.copies import refuse_inference_mode, shared_copy
+from retrofit.calibration.calibrate import calibrate
+from retrofit.calibration.observer import MomentObserver, observers_of
+from retrofit.checking.verify import verify
 from retrofit.errors import RetrofitError
-from retrofit.identity import Identity, exact_identity
-from retrofit.layers import LastAxisBatchNorm, are_statistics, batchnorm_class
-from retrofit.observer import MomentObserver
-from retrofit.parity import verify
-from retrofit.planning import Patterns
-from retrofit.plans import LayoutName, Placement, Plan, Site
-from retrofit.record import Record, attach, record_of, required_record
-from retrofit.rewrite import find_site, put_after_sites, replace, take_out
+from retrofit.numerics.comparison import BRANCH_TOLERANCE
+from retrofit.numerics.moments import ChannelMoments
+from retrofit.numerics.tensor_checks import are_statistics
+from retrofit.planning.plan import plan as planned
+from retrofit.planning.plan import without
+from retrofit.plans import LayoutName, Patterns, Placement, Plan, Site
+from retrofit.running.call_arguments import ForwardFn, refuse_single_tensor
+from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
+from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
+from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
+from retrofit.surgery.record import Record, attach, record_of, required_record
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @uncollected()
 def prepare(model: M, plan: Plan | None = None) -> M:
-    """A copy of `model` with a `MomentObserver` wherever a BatchNorm will be, in eval mode.
+    """Copy `model`, with a `MomentObserver` wherever a BatchNorm will be, in eval mode.
 
     The copy has modules of its own and shares the parameters' storage, so it costs little memory;
     do not train it. The original is not changed.
@@ -46,14 +45,14 @@ def prepare(model: M, plan: Plan | None = None) -> M:
         RetrofitError: the plan is not one of this model, or the model is already prepared.
     """
     refuse_inference_mode()
-    if _observers(model):
+    if observers_of(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
-    plan = planning.plan(model) if plan is None else plan
+    plan = planned(model) if plan is None else plan
     record = _extended(model, plan)
     copied = shared_copy(model)
 
     def observer(site: Site, layer: nn.Module | None) -> nn.Module:
-        device = _weight(layer, copied).device
+        device = weight_of(layer, copied).device
         return MomentObserver(site.path, site.channels, site.dims, device, last_axis=site.last_axis)
 
     prepared = cast("M", put_after_sites(copied, plan, observer))
@@ -71,10 +70,10 @@ def convert(
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     match: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    copy: bool = True,
+    share_storage: bool = False,
     skip_unused: bool = False,
 ) -> M:
-    """The prepared model with each observer replaced by a BatchNorm that is the exact identity.
+    """Replace each observer of a prepared model by a BatchNorm that is the exact identity.
 
     running_mean and running_var are the calibrated moments, weight is sqrt(running_var + eps)
     and bias is running_mean, so that in eval mode on a CPU the outputs are those of the original
@@ -94,7 +93,8 @@ def convert(
             architecture this is REPAIR (Jordan et al., 2022), once
             `recalibrate(converted, data, layerwise=True)` has measured each layer anew behind those
             that are changed.
-        copy: False shares the parameters' storage with the original instead of copying it.
+        share_storage: let the parameters share their storage with the original's, instead of
+            copying it; training either then changes both.
         skip_unused: leave out the sites that saw no data, rather than refuse.
 
     Raises:
@@ -109,50 +109,69 @@ def convert(
             "that loads these weights computes something else",
             stacklevel=2,
         )
-    learned = [t for m in prepared.modules() if isinstance(m, MomentObserver) for t in m.buffers()]
+    learned = [tensor for observer in observers_of(prepared) for tensor in observer.buffers()]
     model, plan = shared_copy(prepared, keep=learned), record.plan
-    targets = {
-        path: (torch.as_tensor(mean).double(), torch.as_tensor(var).double())
-        for path, (mean, var) in (match or {}).items()
-    }
-    _refuse_misfit(plan, targets)
+    targets = _targets(plan, match or {})
     training = set(record.training)
     for path, module in model.named_modules():
         module.training = path in training
+    observed = bool(observers_of(model))
     if unused := [site.path for site in plan.inserted if _saw_nothing(model, site)]:
         if not skip_unused:
-            raise RetrofitError(
-                f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} saw no data: run "
-                "calibration data through the prepared model; if that was done, the data does not "
-                "reach these layers: exclude them, or pass skip_unused=True (--skip-unused)"
-            )
+            raise _unused(unused)
         plan = _leave_out(model, plan, unused)
-    batchnorms: dict[nn.Module, nn.Module] = {}
-    images = 0
-    for site in plan.inserted if _observers(model) else ():
-        layer, observer = find_site(model, site)
-        if not isinstance(observer, MomentObserver):
-            raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
-        moments = observer.moments()
-        own = target = (moments.mean, moments.var)
-        if site.path in targets:
-            mean, var = (tensor.cpu() for tensor in targets[site.path])
-            constant = moments.constant
-            target = (own[0].where(constant, mean), own[1].where(constant, var))
-        batchnorm = _batchnorm(site, layer, model, own, target, observer.batches, eps, momentum)
-        batchnorms[observer] = batchnorm.train(observer.training)
-        images = images or int(observer.images) // max(site.calls, 1)
-    replace(model, batchnorms)
-    if batchnorms or unused:
-        record = Record(plan, eps, momentum, images)
+    sites = plan.inserted if observed else ()
+    replace(model, dict(_batchnorm(model, s, targets.get(s.path), eps, momentum) for s in sites))
+    if observed:
+        record = Record(plan, eps, momentum, _images(prepared, record.plan))
     attach(model, dataclasses.replace(record, training=()))
-    return copying.deepcopy(model) if copy else model
+    return model if share_storage else copying.deepcopy(model)
+
+
+def _batchnorm(
+    model: nn.Module,
+    site: Site,
+    target: ChannelMoments | None,
+    eps: float,
+    momentum: float | None,
+) -> tuple[nn.Module, nn.Module]:
+    """Return the observer at `site`, and the BatchNorm in its place."""
+    layer, observer = find_site(model, site)
+    if not isinstance(observer, MomentObserver):
+        raise RetrofitError(f"{site.norm} is no observer: convert takes what prepare made")
+    moments = observer.moments()
+    own = ChannelMoments(moments.mean, moments.var)
+    if target is not None:  # no scale makes a constant channel vary
+        pairs = zip(own, target, strict=True)
+        target = ChannelMoments(*(a.where(moments.constant, b.cpu()) for a, b in pairs))
+    batches = int(observer.statistics.batches[0])
+    batchnorm = matching_batchnorm(
+        site, layer, model, own, target, eps=eps, momentum=momentum, batches=batches
+    )
+    return observer, batchnorm.train(observer.training)
+
+
+def _images(prepared: nn.Module, plan: Plan) -> int:
+    """Count the images behind the statistics: a shared layer has several samples of each."""
+    for site in plan.inserted:
+        observer = find_site(prepared, site)[1]
+        if isinstance(observer, MomentObserver) and observer.seen:
+            return observer.seen // max(site.calls, 1)
+    return 0
+
+
+def _unused(paths: list[str]) -> RetrofitError:
+    return RetrofitError(
+        f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''} saw no data: run "
+        "calibration data through the prepared model; if that was done, the data does not "
+        "reach these layers: exclude them, or pass skip_unused=True (--skip-unused)"
+    )
 
 
 def insert(
     model: M, plan: Plan | None = None, *, eps: float = 1e-5, momentum: float | None = 0.1
 ) -> M:
-    """A copy of `model` with BatchNorms of mean 0 and variance 1, each the exact identity.
+    """Copy `model`, with BatchNorms of mean 0 and variance 1, each the exact identity.
 
     No data is needed: for loading a checkpoint of a converted model into, and as the uncalibrated
     baseline. In eval mode it computes what `model` computes; in train mode, where batch statistics
@@ -166,15 +185,14 @@ def insert(
         RetrofitError: as for `prepare`.
     """
     refuse_inference_mode()
-    plan = planning.plan(model) if plan is None else plan
+    plan = planned(model) if plan is None else plan
     record = _extended(model, plan)
     copied = shared_copy(model)
 
     def standard(site: Site, layer: nn.Module | None) -> nn.Module:
         zero = torch.zeros(site.channels, dtype=torch.float64)
-        none = torch.zeros((), dtype=torch.int64)
-        own = (zero, zero + 1)
-        return _batchnorm(site, layer, copied, own, own, none, eps, momentum)
+        own = ChannelMoments(zero, zero + 1)
+        return matching_batchnorm(site, layer, copied, own, eps=eps, momentum=momentum)
 
     result = cast("M", put_after_sites(copied, plan, standard))
     attach(result, Record(plan, eps, momentum) if plan.inserted else record)
@@ -201,7 +219,7 @@ def add_batchnorm(
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> M:
-    """`model` with a calibrated BatchNorm after each convolution, and the same outputs.
+    """Put a calibrated BatchNorm after each convolution of `model`; its outputs stay the same.
 
     Plan (with the first batch as the example), prepare, calibrate and convert in one call. The
     original is not changed, unless it is asked for.
@@ -234,9 +252,9 @@ def add_batchnorm(
     refuse_single_tensor(data)
     batches = iter(data)
     first = next(batches, None)
-    plan = planning.plan(
+    plan = planned(
         model,
-        example_inputs=first,
+        example=first,
         forward_fn=forward_fn,
         include=include,
         exclude=exclude,
@@ -255,7 +273,9 @@ def add_batchnorm(
         forward_fn=forward_fn,
         progress=progress,
     )
-    converted = convert(prepared, eps=eps, momentum=momentum, copy=False, skip_unused=skip_unused)
+    converted = convert(
+        prepared, eps=eps, momentum=momentum, share_storage=True, skip_unused=skip_unused
+    )
     # Into the model, or a copy of it, that has not seen the data: forward may count or cache.
     target = model if inplace else copying.deepcopy(shared_copy(model))
     result = _transplanted(target, converted)
@@ -280,7 +300,7 @@ class _Again:
 def _refuse_other_graph(
     model: nn.Module, converted: nn.Module, batch: Any, forward_fn: ForwardFn | None
 ) -> None:
-    """torch.fx may take another branch than a run does, and nothing else would tell."""
+    """Raise RetrofitError where torch.fx took another branch than a run does."""
     if not verify(model, converted, [batch], forward_fn=forward_fn).passed(BRANCH_TOLERANCE):
         raise RetrofitError(
             f"the graph that torch.fx makes of {type(model).__name__} computes something else than "
@@ -289,7 +309,7 @@ def _refuse_other_graph(
 
 
 def _transplanted(model: M, converted: nn.Module) -> M:
-    """`model` itself (but for the graph layout), with the BatchNorms of its converted copy."""
+    """Give `model` itself (but for the graph layout) the BatchNorms of its converted copy."""
     record = required_record(converted, "convert")
     norms = {site.path: find_site(converted, site)[1] for site in record.plan.inserted}
     result: nn.Module = model
@@ -299,12 +319,8 @@ def _transplanted(model: M, converted: nn.Module) -> M:
     return cast("M", result)
 
 
-def _observers(model: nn.Module) -> bool:
-    return any(isinstance(module, MomentObserver) for module in model.modules())
-
-
 def _extended(model: nn.Module, plan: Plan) -> Record:
-    """The record for `model` once `plan` is carried out: its own if there is nothing to do."""
+    """Make the record for `model` once `plan` is carried out: its own if there is nothing to do."""
     earlier = record_of(model)
     if earlier and plan.inserted:
         raise RetrofitError(
@@ -314,24 +330,25 @@ def _extended(model: nn.Module, plan: Plan) -> Record:
 
 
 def _leave_out(prepared: nn.Module, plan: Plan, paths: Collection[str]) -> Plan:
-    """Take the observers of these sites out of a prepared model; returns the plan without them."""
+    """Take the observers of these sites out of a prepared model; return the plan without them."""
     observers = {site.path: find_site(prepared, site)[1] for site in plan.inserted}
     take_out(prepared, plan)
-    plan = planning.without(prepared, plan, paths)
+    plan = without(prepared, plan, paths)
     put_after_sites(prepared, plan, lambda site, _layer: observers[site.path])
     return plan
 
 
 def _saw_nothing(model: nn.Module, site: Site) -> bool:
     observer = find_site(model, site)[1]
-    return isinstance(observer, MomentObserver) and not observer.count.any()
+    return isinstance(observer, MomentObserver) and not observer.seen
 
 
-def _refuse_misfit(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """RetrofitError for moments of another architecture."""
+def _targets(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ChannelMoments]:
+    """Check and unpack the argument of `convert`; RetrofitError for another architecture's."""
     channels = {site.path: site.channels for site in plan.inserted}
-    wrong = []
-    for path, (mean, var) in match.items():
+    wrong, targets = [], {}
+    for path, pair in match.items():
+        mean, var = (torch.as_tensor(tensor).double() for tensor in pair)
         expected = channels.get(path)
         if expected is None:
             wrong.append(f"{path} gets no BatchNorm")
@@ -340,60 +357,8 @@ def _refuse_misfit(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> No
             wrong.append(f"{path} has {expected} channels, its mean and variance {shapes}")
         elif not are_statistics(mean, var):
             wrong.append(f"{path} has a NaN, an Inf or a negative variance")
+        targets[path] = ChannelMoments(mean, var)
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RetrofitError(f"match does not fit this network: {'; '.join(wrong[:3])}{more}")
-
-
-def _batchnorm(
-    site: Site,
-    layer: nn.Module | None,
-    model: nn.Module,
-    own: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
-    batches: Tensor,
-    eps: float,
-    momentum: float | None,
-) -> nn.Module:
-    """The BatchNorm that gives channels of these moments, of so many batches, the target's.
-
-    The identity, bit for bit, where the two are the same.
-    """
-    weight = _weight(layer, model)
-    # float32 whatever the network's precision: 16 bits cannot hold the exact identity.
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    batchnorm = batchnorm_class(site.dims)(
-        site.channels, eps=eps, momentum=momentum, device=weight.device, dtype=dtype
-    )
-    numbers = np.float64 if dtype == torch.float64 else np.float32
-    try:
-        with np.errstate(over="ignore"):
-            normal = _identity(own, numbers, eps)
-            back = normal if target is own else _identity(target, numbers, eps)
-    except RetrofitError as error:
-        raise RetrofitError(f"{site.path}: {error}") from error
-    arrays = {
-        "running_mean": normal.mean,
-        "running_var": normal.var,
-        "weight": back.weight,
-        "bias": back.bias,
-    }
-    batchnorm.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in arrays.items()}
-        | {"num_batches_tracked": batches}
-    )
-    weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
-    batchnorm.requires_grad_(any(p.requires_grad for p in weights))
-    return LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm
-
-
-def _identity(moments: tuple[Tensor, Tensor], dtype: type[np.floating], eps: float) -> Identity:
-    mean, var = (tensor.detach().cpu().numpy().astype(dtype) for tensor in moments)
-    return exact_identity(mean, var, eps)
-
-
-def _weight(layer: nn.Module | None, model: nn.Module) -> Tensor:
-    """Says device and precision; for a function, any of the model's parameters does."""
-    if layer is not None:
-        return layer.weight  # type: ignore[return-value]
-    return next(model.parameters(), torch.empty(0))
+    return targets

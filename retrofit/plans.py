@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from retrofit.errors import RetrofitError
+from retrofit.json_values import from_plain, to_plain
 from retrofit.tables import table
 
 LayoutName = Literal["native", "graph"]
 Placement = Literal["pre_activation", "post_activation"]
 LAYOUTS = ("native", "graph")
 PLACEMENTS = ("pre_activation", "post_activation")
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; see `plan`."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layout: LayoutName = "native"
+    placement: Placement = "pre_activation"
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class Site:
     path: str
     kind: str
     channels: int
-    dims: int
+    dims: Literal[0, 1, 2, 3]
     calls: int
     decision: Literal["insert", "skip"]
     reason: str
@@ -91,33 +105,13 @@ class Plan:
         return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
 
     def to_json(self) -> str:
-        """For `from_json`."""
-        return json.dumps(asdict(self))
+        """Write the plan for `from_json`."""
+        return json.dumps(to_plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; RetrofitError for anything else."""
         try:
-            raw: dict[str, Any] = json.loads(text)
-            sites = tuple(_checked(Site(**site)) for site in raw.pop("sites"))
-            renumbered = tuple(map(str, raw.pop("renumbered")))
-            read = cls(sites=sites, renumbered=renumbered, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return from_plain(cls, json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
             raise RetrofitError(f"this is not a plan: {error}") from error
-        if read.layout not in LAYOUTS or read.placement not in PLACEMENTS:
-            raise RetrofitError(f"this is not a plan: {read.layout}, {read.placement}")
-        return read
-
-
-_TYPES = {"channels": int, "dims": int, "calls": int, "last_axis": bool}
-
-
-def _checked(site: Site) -> Site:
-    """`site`, if its values have the types they should; else TypeError."""
-    for field in fields(Site):
-        value = getattr(site, field.name)
-        if not isinstance(value, _TYPES.get(field.name, str)):
-            raise TypeError(f"the {field.name} of a site is {value!r}")
-    if site.decision not in ("insert", "skip") or site.dims not in (0, 1, 2, 3):
-        raise TypeError(f"{site.path} is to be {site.decision} with {site.dims} spatial axes")
-    return site

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def one_line(text: str) -> str:
-    """Without line breaks, and with what a terminal would obey written out.
+    """Write a text without line breaks, and with what a terminal would obey written out.
 
     Names and messages may come from a file that somebody else has made.
     """
@@ -15,7 +15,7 @@ def one_line(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Columns two spaces apart, as wide as their widest cell.
+    """Align columns two spaces apart, each as wide as its widest cell.
 
     `right` lists the headings of the columns that are flush right.
     """

@@ -2,4 +2,4 @@
 
 from importlib.metadata import version
 
-__version__ = version("retrofit")
+__version__ = version("batchnorm-retrofit")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import retrofit
-from retrofit.zoo import build
+from retrofit.files.model_sources import build
 
 T = TypeVar("T")
 Pass = Callable[[], object]

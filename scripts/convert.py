@@ -2,7 +2,7 @@
 
 import sys
 
-from retrofit.cli import main
+from retrofit.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import retrofit
 from retrofit import demo
-from retrofit.identity import exact_identity, scale_and_shift
+from retrofit.numerics.exact_identity import exact_identity, scale_and_shift
 
 EPS = 1e-5
 LAYER = "features.8"  # a BatchNorm in the middle of the demo's network

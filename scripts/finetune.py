@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retrofit
-from retrofit.zoo import build
+from retrofit.files.model_sources import build
 
 
 @dataclass(frozen=True)

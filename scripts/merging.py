@@ -29,8 +29,8 @@ from torch import Tensor, nn
 import retrofit
 from retrofit.demo import trained_vgg
 from retrofit.demo.network import vgg_cifar10
-from retrofit.weights import load_weights
-from retrofit.weights import read as read_weights
+from retrofit.files.weights import load_weights
+from retrofit.files.weights import read as read_weights
 
 SHARES = tuple(i / 10 for i in range(11))  # of the second network in the average
 HALF = 0.5

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from retrofit.demo.network import CLASSES, MEAN, STD
-from retrofit.modes import evaluating
+from retrofit.running.modes import evaluating
 
 
 def read(folder: Path, classes: Sequence[str] = CLASSES) -> tuple[Tensor, Tensor]:

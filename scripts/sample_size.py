@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import retrofit
-from retrofit.images import PictureBatches, preprocessing, shuffled
-from retrofit.sampling import PERCENTILE
-from retrofit.sources import open_pictures
-from retrofit.zoo import build, transforms
+from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
+from retrofit.calibration.sample_errors import PERCENTILE
+from retrofit.pictures.sources import open_pictures
+from retrofit.files.model_sources import build, transforms
 
 
 def moments(model: torch.nn.Module) -> tuple[Tensor, Tensor]:

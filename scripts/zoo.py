@@ -35,8 +35,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 import retrofit
-import retrofit.zoo
-from retrofit.record import record_of
+import retrofit.files.model_sources
+from retrofit.surgery.record import record_of
 
 # Models whose BatchNorm is folded away for deployment: they come after that.
 MERGED = ("repvgg_a0", "mobileone_s0", "fastvit_t8")
@@ -145,7 +145,7 @@ def family(name: str) -> str:
 def fresh(name: str) -> nn.Module:
     """The model with the weights of its own initialisation."""
     if family(name) != "torchvision, detection":
-        return retrofit.zoo.build(name)
+        return retrofit.files.model_sources.build(name)
     options = RCNN_BOXES if "rcnn" in name else BOXES
     if "ssd" not in name:
         options = options | SCALE

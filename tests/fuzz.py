@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from networks import features, networks
-from test_random_networks import OPTIONS, check
+from promises import OPTIONS, check
 
 RARE = 100 / 5000
 

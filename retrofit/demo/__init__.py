@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from retrofit.calibration import calibrate
-from retrofit.checkpoint import load, save
+from retrofit.calibration.calibrate import calibrate
+from retrofit.checking.verify import verify
 from retrofit.conversion import convert, insert, prepare
 from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
-from retrofit.folding import fold
-from retrofit.images import PictureBatches, preprocessing, shuffled
-from retrofit.modes import batch_statistics, evaluating
-from retrofit.parity import verify
-from retrofit.planning import plan
-from retrofit.sources import open_pictures
+from retrofit.files.checkpoint import load, save
+from retrofit.files.weights import load_weights, read_weights
+from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
+from retrofit.pictures.sources import open_pictures
+from retrofit.planning.plan import plan
+from retrofit.running.modes import batch_statistics, evaluating
+from retrofit.surgery.folding import fold
 from retrofit.tables import table
-from retrofit.weights import load_weights, read
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "vgg-cifar10.safetensors"
@@ -31,7 +31,7 @@ BATCH = 128
 def trained_vgg() -> nn.Module:
     """The demo's plain VGG with its trained weights, in eval mode."""
     model: nn.Module = vgg_cifar10()
-    tensors, _ = read(WEIGHTS)
+    tensors, _ = read_weights(WEIGHTS)
     load_weights(model, tensors, str(WEIGHTS))
     model.eval()
     return model
@@ -48,7 +48,7 @@ def run(folder: Path, *, progress: bool = True) -> str:
     prepared = prepare(plain, plan(plain))
     calibration = calibrate(prepared, images.split(BATCH), progress=progress)
     retrofitted = convert(prepared)
-    parity = verify(plain, retrofitted, test[:512].split(BATCH))
+    verification = verify(plain, retrofitted, test[:512].split(BATCH))
     file = folder / "vgg-cifar10-bn.safetensors"
     save(
         retrofitted,
@@ -56,7 +56,7 @@ def run(folder: Path, *, progress: bool = True) -> str:
         name="retrofit.demo:trained_vgg",
         data="1,024 training pictures of CIFAR-10",
         calibration=calibration,
-        parity=parity,
+        verification=verification,
         overwrite=True,
     )
     folded = fold(load(file, plain))
@@ -75,12 +75,13 @@ def run(folder: Path, *, progress: bool = True) -> str:
         ),
     ]
     head = ("network", "statistics", "accuracy")
-    exact = "equal bit for bit" if parity.exact else "NOT equal"
+    exact = "equal bit for bit" if verification.exact else "NOT equal"
     return (
         f"{len(test):,} test pictures of CIFAR-10 (whole batches where statistics are theirs)\n\n"
         f"{table(head, [(*names, f'{right:.2%}') for *names, right in rows], right=head[2])}\n\n"
-        f"retrofitted and plain: {exact} on {parity.images:,} pictures, at "
-        f"{len(parity.sites)} sites and the output; the same top-1 on {parity.top1:.2%}\n"
+        f"retrofitted and plain: {exact} on {verification.images:,} pictures, at "
+        f"{len(verification.sites)} sites and the output; the same top-1 on "
+        f"{verification.top1:.2%}\n"
         f"calibrated on {calibration.images:,} pictures in {calibration.seconds:.1f} s; "
         f"{time.perf_counter() - start:.1f} s in all\nwritten: {file}"
     )

@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retrofit.checkpoint import check_output
-from retrofit.drifting import DriftReport, drift
+from retrofit.atomic_write import write_whole
+from retrofit.checking.drift import Drift, drift
 from retrofit.errors import RetrofitError
+from retrofit.files.checkpoint import check_output
+from retrofit.files.provenance import Provenance
 from retrofit.report.facts import gather
-from retrofit.writing import write_whole
 
 
 def check_report(path: Path, *, overwrite: bool) -> None:
-    """RetrofitError if `write_report` could not do its work; for asking before other work."""
+    """Raise RetrofitError if `write_report` could not do its work: asked before other work."""
     check_output(path, overwrite=overwrite, suffixes=(".html",))
     if importlib.util.find_spec("matplotlib") is None:
         raise RetrofitError("the report's figures need matplotlib: pip install matplotlib")
@@ -25,8 +26,8 @@ def check_report(path: Path, *, overwrite: bool) -> None:
 
 def measured_drift(
     original: nn.Module, converted: nn.Module, data: Iterable[Any]
-) -> tuple[DriftReport | None, str]:
-    """What batch statistics change, or why that cannot be said.
+) -> tuple[Drift | None, str]:
+    """Measure what batch statistics change, or say why that cannot be done.
 
     The rest of the report does not depend on it, and is worth having when it fails: for pictures
     of several sizes, a model of several inputs, or a memory too small for a batch of 128. What is
@@ -43,7 +44,7 @@ def write_report(
     path: Path,
     source: str,
     tensors: Mapping[str, Tensor],
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     *,
     no_drift: str = "",
     overwrite: bool = False,
@@ -53,7 +54,7 @@ def write_report(
     Args:
         path: an `.html` file.
         source: the file that the page is about.
-        tensors, provenance: what is in it, as `weights.read` returns them.
+        tensors, provenance: what is in it, as `read_weights` returns them.
         no_drift: why the drift could not be measured.
         overwrite: replace an existing file.
 

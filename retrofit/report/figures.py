@@ -21,21 +21,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from retrofit.drifting import BatchDrift
-from retrofit.report.facts import NEAR_CONSTANT, Channels
-from retrofit.sampling import TOLERANCES, Calibration
+from retrofit.calibration.sample_errors import TOLERANCES, Calibration
+from retrofit.checking.drift import BatchDrift
+from retrofit.numerics.batchnorm_summary import NEAR_CONSTANT, BatchNormSummary
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 MANY = 2000  # dots; more are drawn as a picture within the figure
 ERROR = "standard error (% of \N{GREEK SMALL LETTER SIGMA})"
 BLUE, RED, DARK, GREY = "#0072b2", "#b8400a", "#1d1d1d", "#8a8a8a"
 
-Layers = Sequence[tuple[int, Channels]]
+Layers = Sequence[tuple[int, BatchNormSummary]]
 
 
 @contextmanager
 def _figure(name: str, title: str, description: str) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on; afterwards the list holds the SVG."""
+    """Give axes to draw on; afterwards the list holds the SVG."""
     svg: list[str] = []
     of_one_size = {"savefig.bbox": None, "font.size": 9.5}
     with matplotlib.style.context(["retrofit.plots", of_one_size]):
@@ -48,6 +48,7 @@ def _figure(name: str, title: str, description: str) -> Iterator[tuple[Axes, lis
 
 
 def means(layers: Layers) -> str:
+    """Draw the mean of each channel over the number of its layer."""
     title = "Mean of each channel, by layer"
     lowest = min(float(c.mean.min()) for _, c in layers)
     highest = max(float(c.mean.max()) for _, c in layers)
@@ -65,7 +66,10 @@ def means(layers: Layers) -> str:
 
 
 def deviations(layers: Layers) -> str:
-    """Constant channels have no place on the logarithmic axis: they are drawn at its foot."""
+    """Draw the standard deviation of each channel over the number of its layer.
+
+    Constant channels have no place on the logarithmic axis: they are drawn at its foot.
+    """
     title = "Standard deviation of each channel, by layer"
     constant = sum(int(c.constant.sum()) for _, c in layers)
     near = sum(int(c.near.sum()) for _, c in layers)
@@ -96,7 +100,7 @@ def deviations(layers: Layers) -> str:
 
 
 def quiet_channels(layers: Layers) -> str:
-    """Share of dead channels; only where there are any."""
+    """Draw the share of dead channels, where there are any."""
     title = "Constant and near-constant channels, by layer"
     parts = [(n, int(c.constant.sum()), int(c.near.sum())) for n, c in layers]
     told = [f"layer {n}: {dead} constant, {near} near" for n, dead, near in parts if dead + near]
@@ -118,6 +122,7 @@ def quiet_channels(layers: Layers) -> str:
 
 
 def by_images(calibration: Calibration) -> str:
+    """Draw the standard error over the number of pictures."""
     title = "Standard error by number of pictures"
     images, error = calibration.images, calibration.standard_error
     needed = {t: calibration.images_needed(t) for t in TOLERANCES}
@@ -150,6 +155,7 @@ def by_images(calibration: Calibration) -> str:
 
 
 def by_layer(calibration: Calibration, numbers: Sequence[int]) -> str:
+    """Draw the standard errors of each layer over its number."""
     title = "Standard error of mean and standard deviation, by layer"
     sites = calibration.sites
     worst = max(range(len(sites)), key=lambda i: max(sites[i].mean_error, sites[i].std_error))
@@ -172,6 +178,7 @@ def by_layer(calibration: Calibration, numbers: Sequence[int]) -> str:
 
 
 def by_batch_size(rows: Sequence[BatchDrift]) -> str:
+    """Draw the drift over the batch size."""
     title = "Drift of the outputs under batch statistics, by batch size"
     description = "; ".join(f"batches of {r.batch_size}: {r.error:.3f}" for r in rows) + "."
     with _figure("drift", title, description) as (axes, svg):
@@ -206,7 +213,7 @@ def _dots(
     label: str = "",
     faint: bool = True,
 ) -> None:
-    """A column of dots for each layer, spread a little to the sides so that they do not hide."""
+    """Draw a column of dots for each layer, spread to the sides so that they do not hide."""
     x = np.concatenate([n + _spread(len(values)) for n, values in columns])
     y = np.concatenate([values for _, values in columns])
     axes.plot(
@@ -217,7 +224,7 @@ def _dots(
 
 
 def _spread(count: int) -> NDArray[np.floating]:
-    """Within 0.3 to the sides, evenly but in no visible order: the golden ratio's sequence."""
+    """Spread within 0.3 to the sides, evenly in no visible order: the golden ratio's sequence."""
     return 0.6 * ((np.arange(count) * 0.6180339887 + 0.5) % 1 - 0.5)
 
 
@@ -234,7 +241,7 @@ def _medians(
 
 
 def _legend(axes: Axes) -> None:
-    """Above the axes, where it can hide nothing."""
+    """Put a legend above the axes, where it can hide nothing."""
     legend = axes.legend(
         loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=3, fontsize=8, columnspacing=1.2,
         handletextpad=0.4, borderaxespad=0.2, handlelength=1.4,
@@ -252,7 +259,7 @@ def _by_layer(axes: Axes, numbers: Sequence[int]) -> None:
 
 
 def _inline(svg: bytes, name: str, title: str, description: str) -> str:
-    """`svg` to stand in a page: an image with a name, and ids that no other figure has."""
+    """Make `svg` an image with a name, and ids that no other figure on the page has."""
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(svg)  # noqa: S314 - just made by matplotlib

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import jinja2
 from markupsafe import Markup
 
+from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.report import figures
 from retrofit.report.facts import Facts, Layer
-from retrofit.sampling import TOLERANCES
 from retrofit.version import __version__
 
 NOT_KNOWN = "\N{EN DASH}"
@@ -18,10 +18,12 @@ NOT_KNOWN = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Figure:
-    """Attributes:
-    question: its heading.
-    svg: the picture.
-    caption: what to see.
+    """A figure on the page.
+
+    Attributes:
+        question: its heading.
+        svg: the picture.
+        caption: what to see.
     """
 
     question: str
@@ -30,7 +32,7 @@ class Figure:
 
 
 def render(facts: Facts) -> str:
-    """The whole page."""
+    """Make the whole page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retrofit.report", "."),
         autoescape=True,
@@ -40,12 +42,14 @@ def render(facts: Facts) -> str:
     )
     filters = (number, percent, span, count, count_of, breakable)
     environment.filters.update({function.__name__: function for function in filters})
+    told, verification = facts.provenance, facts.provenance.verification
     layers = [layer for layer in facts.layers if layer.channels]
     channels = [layer.channels for layer in layers if layer.channels]
     return environment.get_template("page.html").render(
         facts=facts,
-        name=facts.texts.get("model") or facts.source,
-        by_code=":" in facts.texts.get("model", ":"),
+        told=told,
+        name=told.model or facts.source,
+        by_code=":" in (told.model or ":"),
         inserted=len(layers),
         left=len(facts.layers) - len(layers),
         channels=sum(map(len, channels)),
@@ -56,48 +60,50 @@ def render(facts: Facts) -> str:
         channel_figures=_of_channels(facts),
         sample_figures=_of_sample(facts, layers),
         drift_figure=_of_drift(facts),
-        sites_equal=sum(d.exact for d in facts.parity.sites) if facts.parity else 0,
+        sites_equal=sum(d.exact for d in verification.sites) if verification else 0,
         provenance=_provenance(facts),
         version=__version__,
     )
 
 
 def number(value: float) -> str:
-    """Three significant digits, with a true minus sign."""
+    """Write three significant digits, with a true minus sign."""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}").replace("inf", "∞")
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """The space does not break."""
+    """Write a share as a percentage, with a space that does not break."""
     if value is None:
         return NOT_KNOWN
     return "∞" if math.isinf(value) else f"{value * 100:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def span(values: object) -> str:
+    """Write the lowest and the highest of an array."""
     low, high = (number(float(x)) for x in (values.min(), values.max()))  # type: ignore[attr-defined]
     return f"{low} to {high}"
 
 
 def count(value: float | None) -> str:
+    """Write a number with its thousands apart."""
     if value is None:
         return NOT_KNOWN
     return "∞" if math.isinf(value) else f"{value:,}"
 
 
 def count_of(value: int) -> str:
-    """The beginning of a sentence: None of 960 channels is."""
+    """Begin a sentence with a number: None of 960 channels is."""
     return "None" if value == 0 else f"{value:,}"
 
 
 def breakable(path: str) -> Markup:
-    """A long module path may be broken after its dots."""
+    """Let a long module path be broken after its dots."""
     return Markup(".<wbr>").join(path.split("."))
 
 
 def _needed(facts: Facts) -> list[str]:
-    """The easiest first."""
-    calibration = facts.calibration
+    """Say how many pictures each tolerance needs, the easiest first."""
+    calibration = facts.provenance.calibration
     if calibration is None:
         return []
     easy_first = sorted(TOLERANCES, reverse=True)
@@ -133,7 +139,7 @@ def _of_channels(facts: Facts) -> list[Figure]:
 
 
 def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
-    calibration = facts.calibration
+    calibration = facts.provenance.calibration
     if calibration is None:
         return []
     made = []
@@ -162,7 +168,8 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
 
 
 def _of_drift(facts: Facts) -> Figure | None:
-    rows = facts.drift.rows if facts.drift else ()
+    drift = facts.provenance.drift
+    rows = drift.rows if drift else ()
     if not rows or not all(math.isfinite(row.error) for row in rows):
         return None
     return Figure(
@@ -175,23 +182,23 @@ def _of_drift(facts: Facts) -> Figure | None:
 
 
 def _provenance(facts: Facts) -> list[tuple[str, str]]:
-    """What is known, in order; what the file does not say is a dash."""
-    plan, texts = facts.plan, facts.texts
+    """List what is known, in order; what the file does not say is a dash."""
+    told, plan = facts.provenance, facts.provenance.plan
     layout = f"{plan.layout}, {plan.placement.replace('_', '-')}" if plan else None
     rows = {
         "file": facts.source,
-        "model": texts.get("model"),
-        "class": texts.get("class"),
-        "calibrated on": texts.get("data"),
-        "pictures": None if facts.images is None else f"{facts.images:,}",
-        "measured anew": texts.get("measured"),
+        "model": told.model,
+        "class": told.model_class,
+        "calibrated on": told.data,
+        "pictures": None if told.images is None else f"{told.images:,}",
+        "measured anew": told.measured,
         "plan": layout,
-        "eps": None if facts.eps is None else f"{facts.eps:g}",
-        "momentum": None if facts.momentum is None else f"{facts.momentum:g}",
-        "written": texts.get("date"),
-        "retrofit": texts.get("retrofit"),
-        "torch": texts.get("torch"),
-        "torchvision": texts.get("torchvision"),
+        "eps": None if told.eps is None else f"{told.eps:g}",
+        "momentum": None if told.momentum is None else f"{told.momentum:g}",
+        "written": told.date,
+        "retrofit": told.retrofit,
+        "torch": told.torch,
+        "torchvision": told.torchvision,
     }
     if rows["measured anew"] is None:
         del rows["measured anew"]

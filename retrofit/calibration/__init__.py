@@ -1,0 +1,1 @@
+"""Data through a model: the moments at each site, how sure they are; running statistics anew."""

@@ -1,0 +1,213 @@
+"""Feed the batches of `data` through a model: counted, on a device, with a progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from retrofit.calibration.observer import MomentObserver, observers_of
+from retrofit.calibration.site_samples import SiteSamples
+from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.running.call_arguments import (
+    Arguments,
+    ForwardFn,
+    arguments_of,
+    home,
+    images_in,
+    refuse_single_tensor,
+)
+from retrofit.running.modes import eager
+
+_END = object()
+
+
+@dataclass(frozen=True)
+class Fed:
+    """How much was fed, and how many seconds were spent waiting for it."""
+
+    images: int = 0
+    batches: int = 0
+    waited: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches, and how they go through a model.
+
+    Attributes:
+        data, device, max_images, forward_fn, progress: as for `calibrate`.
+    """
+
+    data: Iterable[Any]
+    device: torch.device | str | None = None
+    max_images: int | None = None
+    forward_fn: ForwardFn | None = None
+    progress: bool = True
+
+    def run(
+        self,
+        model: nn.Module,
+        samples: SiteSamples,
+        *,
+        call: Callable[[Arguments], object] | None = None,
+        start: Fed = Fed(),
+        until: Callable[[Fed], bool] = lambda _: False,
+    ) -> Fed:
+        """Run all batches through `model`, without gradients; modes are the caller's.
+
+        Images are counted by the structure of the batch; where that tells nothing, by what the
+        first site got.
+
+        Args:
+            model: what is run.
+            samples: what hooks or observers in it fill.
+            call: runs the model; by default with nothing more than its arguments.
+            start: what was fed before; the rest is counted on from there.
+            until: asked after each batch, with all that was fed, whether that is enough.
+
+        Raises:
+            NonFiniteError: with the image's place in the data, if the site gets one sample for
+                each image.
+        """
+        refuse_single_tensor(self.data)
+        if self.max_images is not None and self.max_images < 1:
+            raise RetrofitError(f"max_images must be positive, not {self.max_images}")
+        call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
+        fed, batches, began = start, iter(self.data), time.perf_counter()
+        with (
+            self._bar(start) as bar,
+            _moved(model, self.device) as device,
+            torch.no_grad(),
+            eager(),
+        ):
+            while self.max_images is None or fed.images < self.max_images:
+                asked = time.perf_counter()
+                batch = next(batches, _END)
+                fed = replace(fed, waited=fed.waited + time.perf_counter() - asked)
+                if batch is _END:
+                    break
+                samples.clear()
+                count = self._one(model, batch, samples, call, device, fed.images)
+                fed = Fed(fed.images + count, fed.batches + 1, fed.waited)
+                share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
+                bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
+                bar.update(count)
+                if until(fed):
+                    break
+        return fed
+
+    def _one(
+        self,
+        model: nn.Module,
+        batch: Any,
+        samples: SiteSamples,
+        call: Callable[[Arguments], object],
+        device: torch.device | None,
+        earlier: int,
+    ) -> int:
+        """Run one batch, after so many earlier images; return how many it has."""
+        count = 0
+        try:
+            if self.forward_fn is not None:
+                count = images_in(model, batch, self.forward_fn)
+                self.forward_fn(model, batch)
+            else:
+                most = None if self.max_images is None else self.max_images - earlier
+                arguments = arguments_of(model, batch).head(most)
+                count = arguments.images
+                call(arguments.to(device, copy=True))
+        except NonFiniteError as error:
+            if error.samples != (count or samples.length):
+                raise
+            raise NonFiniteError(error.site, error.item, earlier + error.item) from None
+        return count or samples.length
+
+    def _bar(self, start: Fed) -> tqdm[Any]:
+        """Make a progress bar over the images, as far as their number is known."""
+        total = self.max_images
+        try:
+            known = len(self.data.dataset)  # type: ignore[attr-defined]
+            total = known if total is None else min(known, total)
+        except (AttributeError, TypeError, NotImplementedError):
+            pass
+        return tqdm(total=total, initial=start.images, unit="img", disable=not self.progress)
+
+
+class _Done(BaseException):
+    """Leaves a forward pass; a BaseException, so that `except Exception` in the model cannot."""
+
+
+class leaving_after:  # noqa: N801 - used like contextmanager's functions
+    """End the block, and a forward pass within it, when `layer` has been called that often.
+
+    No generator: from Python 3.12 on, contextlib leaves the exception that one has caught in a
+    cycle with its frames, and so the activations that they hold.
+    """
+
+    def __init__(self, layer: nn.Module, calls: int) -> None:
+        self.layer, self.left = layer, calls
+
+    def __enter__(self) -> None:
+        self.handle = self.layer.register_forward_hook(self._count)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.handle.remove()
+        return kind is _Done
+
+    def _count(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            raise _Done
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
+    """Move the model to `device`, and afterwards every tensor back to where it was."""
+    origin = home(model)
+    if origin is not None and origin.type == "meta":
+        raise RetrofitError(
+            f"this {type(model).__name__} is on the meta device: give it tensors first (to_empty, "
+            "load_state_dict)"
+        )
+    if device is None or origin is None or str(device) == str(origin):
+        yield origin
+        return
+    target = _usable(device)
+    parameters = [(p, p.data, p.grad) for p in model.parameters()]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if not isinstance(module, MomentObserver)
+    ]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # which would move along
+        model.to(target)
+        yield target
+    finally:
+        for parameter, data, grad in parameters:
+            parameter.data = data
+            parameter.grad = grad
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for observer in observers_of(model):
+            observer.to(origin)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Return the device that this names; RetrofitError if nothing can be computed on it."""
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target).item()  # meta has no items
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
+    return target

@@ -1,0 +1,136 @@
+"""One forward pass of a calibration: in the faster memory format, and no further than needed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
+
+from retrofit.calibration.feeding import leaving_after
+from retrofit.calibration.kept_memory import kept_memory
+from retrofit.calibration.observer import observers_of
+from retrofit.calibration.site_samples import SiteSamples
+from retrofit.errors import NonFiniteError
+from retrofit.plans import Plan
+from retrofit.running.call_arguments import Arguments
+
+
+class ForwardPass:
+    """Runs a prepared model up to its last site; a context, in which freed memory is reused.
+
+    On a CPU in channels_last, if the model can; on a GPU in as many parts as its memory asks for.
+
+    Args:
+        model, plan: prepared by this plan.
+        samples: what the observers of the model fill.
+        part_done: called after each part, once its samples are complete and finite.
+    """
+
+    channels_last = True  # until the model fails in it
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, samples: SiteSamples, part_done: Callable[[], None]
+    ) -> None:
+        self.model, self.samples, self.part_done = model, samples, part_done
+        # None if it is not known which call is the last.
+        self.last = next((site for site in plan.inserted if site.path == plan.last), None)
+        self.most: int | None = None  # images at once
+        self.held = ExitStack()
+        self.first = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.close()
+
+    def __call__(self, arguments: Arguments) -> None:
+        """Run one batch, in parts if need be."""
+        images, first = arguments.images, 0
+        while True:
+            end = images if self.most is None else min(first + self.most, images)
+            if not self._fits(arguments.part(first, end), first, images):
+                self.most = (end - first) // 2
+                warnings.warn(
+                    f"out of memory with {end - first} images at once: going on with {self.most}",
+                    stacklevel=2,
+                )
+                torch.cuda.empty_cache()
+                continue
+            self.part_done()
+            if end == images:
+                break
+            first = end
+        if self.first:  # what it leaves behind, such as packed weights, should not lie in between
+            self.held.enter_context(kept_memory())
+            self.first = False
+
+    def _fits(self, arguments: Arguments, first: int, of: int) -> bool:
+        """Run a part. False, with nothing learned, if the memory is too small for its images."""
+        try:
+            self._in_fast_format(arguments)
+        except torch.OutOfMemoryError:
+            if arguments.images < 2:
+                raise
+            self.samples.clear()
+            return False
+        except NonFiniteError as error:
+            if error.samples != arguments.images:  # not one for each image
+                raise
+            raise NonFiniteError(error.site, first + error.item, samples=of) from None
+        return True
+
+    def _in_fast_format(self, arguments: Arguments) -> None:
+        """Run in channels_last; where the model cannot (`view`), as it came, now and later."""
+        if self.channels_last:
+            try:
+                return self._checked(arguments)
+            except (NonFiniteError, torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception:  # noqa: BLE001 - the model's own; if it remains, it is raised below
+                self.samples.clear()
+            self.channels_last = False
+        return self._checked(arguments)
+
+    def _checked(self, arguments: Arguments) -> None:
+        """Look for NaN only at the end: on a GPU, to look at each site's result is to wait for it.
+
+        What is found then is repeated with a look at each.
+        """
+        try:
+            self._run(arguments, checks=False)
+        except Exception:
+            if self.samples.are_finite():
+                raise
+        else:
+            if self.samples.are_finite():
+                return
+        self.samples.clear()
+        self._run(arguments, checks=True)
+
+    def _run(self, arguments: Arguments, *, checks: bool) -> None:
+        # A copy for each run: the model may write to it, and another run may follow.
+        copied: Arguments = tree_map_only(Tensor, self._copy, arguments)
+        self.samples.checks = checks
+        try:
+            with self._leaving():
+                self.model(*copied.args, **copied.kwargs)
+        finally:
+            self.samples.checks = True
+
+    def _copy(self, x: Tensor) -> Tensor:
+        """Copy to the memory format that is the faster one on a CPU, where x has pictures."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        fast = self.channels_last and x.device.type == "cpu" and x.dim() in formats
+        return x.clone(memory_format=formats[x.dim()]) if fast else x.clone()
+
+    def _leaving(self) -> AbstractContextManager[None]:
+        if self.last is None:
+            return nullcontext()
+        observer = next(o for o in observers_of(self.model) if o.site == self.last.path)
+        return leaving_after(observer, self.last.calls)

@@ -1,0 +1,1 @@
+"""Two models compared: `verify`, and what batch statistics change: `drift`."""

@@ -1,0 +1,126 @@
+"""What batch statistics change: the first step of fine-tuning will see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.numerics.comparison import Comparison, Top1
+from retrofit.running.call_arguments import arguments_of, refuse_single_tensor, run, tensors
+from retrofit.running.modes import batch_statistics, evaluating
+from retrofit.tables import table
+
+
+@dataclass(frozen=True)
+class BatchDrift:
+    """What batch statistics of one size change.
+
+    Attributes:
+        batch_size: images in a batch.
+        images: how many were measured, in whole batches.
+        error: root mean square of the difference from the original's outputs, divided by their
+            standard deviation.
+        top1: share of images with the same largest output; None if the output is not (N, classes).
+    """
+
+    batch_size: int
+    images: int
+    error: float
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What `drift` found: what batch statistics change.
+
+    Attributes:
+        rows: one for each batch size measured.
+        left_out: batch sizes for which there were too few images.
+    """
+
+    rows: tuple[BatchDrift, ...]
+    left_out: tuple[int, ...]
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                str(r.batch_size),
+                str(r.images),
+                f"{r.error:.3f}",
+                "" if r.top1 is None else f"{r.top1:.2%}",
+            )
+            for r in self.rows
+        ]
+        head = ("batch size", "images", "error", "same top-1")
+        text = table(head, cells, right=",".join(head))
+        if self.left_out:
+            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
+        return text
+
+
+def drift(
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    batch_sizes: Iterable[int] = (8, 32, 128),
+) -> Drift:
+    """Measure how far the outputs move when BatchNorm uses the statistics of the batch.
+
+    That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
+    statistics are afterwards as they were.
+
+    Args:
+        original: as for `verify`.
+        converted: as for `verify`.
+        data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
+            last batch that is not full is left out.
+        batch_sizes: those with more images than there are come back in `left_out`.
+
+    Returns:
+        A `Drift`, one row for each batch size, the smallest first.
+
+    Raises:
+        RetrofitError: no data; too few images for the smallest batch size; a batch size below 1;
+            images of several sizes; or a model that takes more than one tensor.
+    """
+    refuse_single_tensor(data)
+    batches = [_picture_batch(original, batch) for batch in data]
+    sizes = sorted(set(batch_sizes))
+    total = sum(map(len, batches))
+    if sizes and sizes[0] < 1:
+        raise RetrofitError(f"a batch size must be positive, not {sizes[0]}")
+    if len({x.shape[1:] for x in batches}) > 1:
+        raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
+    if not batches or not sizes or total < sizes[0]:
+        raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
+    images = torch.cat(batches)
+    rows = []
+    for size in (s for s in sizes if s <= total):
+        error, top1 = Comparison(), Top1()
+        for x in images[: total // size * size].split(size):
+            with torch.no_grad(), evaluating(original):
+                expected = tensors(run(original, x, None), "output")
+            with torch.no_grad(), batch_statistics(converted):
+                actual = tensors(run(converted, x, None), "output")
+            for name, tensor in expected.items():
+                error.add(tensor, actual[name], name)
+            top1.add(expected, actual, len(x))
+        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
+    return Drift(tuple(rows), tuple(s for s in sizes if s > total))
+
+
+def _picture_batch(model: nn.Module, batch: Any) -> Tensor:
+    """Return the one tensor that the model takes; RetrofitError if it takes more."""
+    arguments = arguments_of(model, batch)
+    values = (*arguments.args, *arguments.kwargs.values())
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise RetrofitError(
+            f"{type(model).__name__} takes more than one tensor: drift regroups pictures, and does "
+            "so for models of one input alone"
+        )
+    return values[0]

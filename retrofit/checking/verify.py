@@ -1,0 +1,260 @@
+"""Two models compared on data, at every site and at the end: the proof of a conversion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.numerics.comparison import Comparison, Difference, Top1
+from retrofit.plans import Plan, Site
+from retrofit.running.call_arguments import ForwardFn, images_in, refuse_single_tensor, run, tensors
+from retrofit.running.modes import eager, evaluating
+from retrofit.surgery.native import find_site
+from retrofit.surgery.record import record_of
+from retrofit.tables import table
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: whether two models compute the same.
+
+    Attributes:
+        images: how many they were compared on.
+        outputs: one entry for each tensor in the output.
+        sites: one for each site of the converted model's plan, in order; what the convolution (or,
+            in post-activation placement, the activation) gives in the original against what its
+            BatchNorm gives. Functions have none: they count by the outputs alone.
+        top1: share of images with the same largest output, where an output of shape (N, classes)
+            comes first; else None.
+    """
+
+    images: int
+    outputs: tuple[Difference, ...]
+    sites: tuple[Difference, ...]
+    top1: float | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether all outputs and sites are equal bit for bit; 0 equals -0, and NaN equals NaN."""
+        return all(d.exact for d in (*self.outputs, *self.sites))
+
+    @property
+    def worst(self) -> Difference:
+        """The largest difference, relative to the original's root mean square."""
+        return max((*self.sites, *self.outputs), key=lambda d: d.relative)
+
+    def passed(self, tolerance: float = 0.0) -> bool:
+        """Tell whether no output or site differs by more than `tolerance` of its root mean square."""
+        return all(d.relative <= tolerance for d in (*self.outputs, *self.sites))
+
+    def summary(self) -> dict[str, Any]:
+        """Summarise the figures as plain values, for a file's metadata."""
+        return {
+            "exact": self.exact,
+            "images": self.images,
+            "max_abs": max(d.max_abs for d in self.outputs),
+            "worst_relative": self.worst.relative,
+            "top1_agreement": self.top1,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (d.name, "yes" if d.exact else "no", f"{d.max_abs:.3g}", f"{d.relative:.3g}")
+            for d in (*self.sites, *self.outputs)
+        ]
+        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
+        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
+        return (
+            f"{table(('tensor', 'exact', 'max abs', 'relative'), rows, right='max abs,relative')}\n"
+            f"{verdict} on {self.images} images{top1}"
+        )
+
+
+def verify(
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward_fn: ForwardFn | None = None,
+) -> Verification:
+    """Compare a converted model with its original, at every site and every output.
+
+    Both run in eval mode without gradients on each batch, where they are, and are left as they
+    were.
+
+    Args:
+        original: the model without the BatchNorms.
+        converted: the model with them. Sites are compared when it was made by this package; any
+            other two models are compared by their outputs.
+        data: batches, as for `calibrate`.
+        forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
+
+    Raises:
+        RetrofitError: no data; outputs of different structure or shape; an original that is
+            random, whose outputs differ between two runs on the same batch; or one that lacks a
+            layer of the plan, or calls it another number of times.
+    """
+    refuse_single_tensor(data)
+    record = record_of(converted)
+    points = _points(record.plan if record else None)
+    at_sites = {point.site.path: Comparison() for point in points}
+    at_outputs: dict[str, Comparison] = {}
+    images, top1, repeats = 0, Top1(), False
+    with evaluating(original, converted), torch.no_grad(), eager():
+        for batch in data:
+            with _recorded(original, points) as seen:
+                expected = tensors(run(original, batch, forward_fn), "output")
+            try:
+                with _compared(converted, points, seen, at_sites):
+                    actual = tensors(run(converted, batch, forward_fn), "output")
+                exact = _compare(expected, actual, at_outputs)
+            except RetrofitError:  # other shapes, other calls: the original's fault, perhaps
+                _refuse_random(original, batch, forward_fn, expected)
+                raise
+            if not (exact or repeats):  # once is enough
+                _refuse_random(original, batch, forward_fn, expected)
+                repeats = True
+            count = images_in(original, batch, forward_fn)
+            images += count
+            top1.add(expected, actual, count)
+    if not at_outputs:
+        raise RetrofitError(
+            "there is no data, or no tensor in the output, to compare the models on"
+        )
+    return Verification(
+        images=images,
+        outputs=tuple(c.difference(name) for name, c in at_outputs.items()),
+        sites=tuple(c.difference(name) for name, c in at_sites.items()),
+        top1=top1.share,
+    )
+
+
+def _compare(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], pooled: dict[str, Comparison]
+) -> bool:
+    """Add the outputs for one batch to what is pooled; return whether these are equal."""
+    if expected.keys() != actual.keys():
+        raise RetrofitError(
+            f"the outputs differ in structure: {', '.join(expected)} against {', '.join(actual)}"
+        )
+    exact = True
+    for name, tensor in expected.items():
+        exact &= pooled.setdefault(name, Comparison()).add(tensor, actual[name], name)
+    return exact
+
+
+def _refuse_random(
+    original: nn.Module, batch: Any, forward_fn: ForwardFn | None, first: dict[str, Tensor]
+) -> None:
+    """Raise RetrofitError if the original does not even agree with itself."""
+    second = tensors(run(original, batch, forward_fn), "output")
+    try:
+        repeats = _compare(first, second, {})
+    except RetrofitError:
+        repeats = False
+    if not repeats:
+        raise RetrofitError(
+            f"this {type(original).__name__} is random in eval mode, or keeps state: its outputs "
+            "differ between two runs on the same batch (a functional dropout without "
+            "training=self.training, say), so there is nothing to compare with"
+        )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where both models are compared.
+
+    What `host` gives at its `number`-th call in the original, or at every call, against what `site`
+    gives in the converted model.
+    """
+
+    site: Site
+    host: str
+    number: int | None
+
+
+def _points(plan: Plan | None) -> list[_Point]:
+    """List the sites that have a module to look at in the original.
+
+    In the graph layout each call of a convolution has a site of its own; functions and, after a
+    shared activation, the call that belongs to a site cannot be told by looking at modules.
+    """
+    if plan is None:
+        return []
+    if plan.layout == "native":
+        return [_Point(site, site.host, None) for site in plan.inserted]
+    return [
+        _Point(site, site.layer, int(site.path.partition("@")[2] or 0))
+        for site in plan.inserted
+        if site.layer and plan.placement == "pre_activation"
+    ]
+
+
+@contextmanager
+def _recorded(model: nn.Module, points: Iterable[_Point]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record what each host returns, call by call. Copies, since a ReLU may be in place."""
+    seen: dict[str, list[Tensor]] = {point.host: [] for point in points}
+    handles = []
+    try:
+        for path, outputs in seen.items():
+
+            def keep(_m: nn.Module, _i: Any, y: Tensor, to: list[Tensor] = outputs) -> None:
+                to.append(y.clone())
+
+            try:
+                host = model.get_submodule(path)
+            except AttributeError as error:
+                raise RetrofitError(
+                    f"the original, a {type(model).__name__}, has no {path}: compare the converted "
+                    "model with the one that it was made from"
+                ) from error
+            handles.append(host.register_forward_hook(keep))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _compared(
+    model: nn.Module,
+    points: Iterable[_Point],
+    seen: dict[str, list[Tensor]],
+    comparisons: dict[str, Comparison],
+) -> Iterator[None]:
+    """Compare what each BatchNorm returns with what was seen."""
+    handles = []
+    calls: Counter[str] = Counter()
+    try:
+        for point in points:
+
+            def compare(_m: nn.Module, _i: Any, y: Tensor, point: _Point = point) -> None:
+                path = point.site.path
+                number = calls[path] if point.number is None else point.number
+                calls[path] += 1
+                if number >= len(seen[point.host]):
+                    raise RetrofitError(
+                        f"the converted model calls the BatchNorm of {path} more often than the "
+                        f"original calls {path}"
+                    )
+                comparisons[path].add(seen[point.host][number], y, path)
+
+            handles.append(find_site(model, point.site)[1].register_forward_hook(compare))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for point in points:
+        expected = len(seen[point.host]) if point.number is None else 1
+        if calls[point.site.path] < expected:
+            raise RetrofitError(
+                f"the converted model calls the BatchNorm of {point.site.path} "
+                f"{calls[point.site.path]} times, not {expected}"
+            )

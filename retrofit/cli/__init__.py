@@ -1,0 +1,76 @@
+"""The command line: `arguments` to a request, `commands` to calls of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+from retrofit.cli.arguments import parse
+from retrofit.cli.commands import run
+from retrofit.cli.text import fail, show_warning
+from retrofit.errors import PeerError, RetrofitError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 1 for a conversion that failed, 2 for a bad request.
+
+    Args:
+        argv: the words after `retrofit`; by default those that were typed.
+    """
+    request, debug = parse(argv)
+    warnings.showwarning = show_warning
+    try:
+        with _terminable():
+            code = run(request)
+        sys.stdout.flush()
+    except PeerError as error:
+        return fail(str(error), 1)
+    except RetrofitError as error:
+        return fail(str(error), 2)
+    except _Terminated:
+        return fail("terminated", 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output, such as head, has left
+        _silence()
+        return 128 + signal.SIGPIPE
+    except Exception as error:  # the user's model may raise anything
+        try:
+            sys.stdout.flush()
+        except OSError:  # on a full disk, say; Python would try again, and exit with 120
+            _silence()
+        if debug:
+            raise
+        return fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does: everything is put back on the way out."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise _Terminated in the block on SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silence() -> None:
+    """Send what is still to be printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

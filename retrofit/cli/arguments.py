@@ -1,0 +1,300 @@
+"""What can be typed after `retrofit`, and the request that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from retrofit.cli import requests
+from retrofit.cli.convert import DEFAULT_IMAGES, DRIFT_IMAGES
+from retrofit.files.model_sources import NAMES
+from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.tables import one_line
+from retrofit.version import __version__
+
+DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
+FILE = ".safetensors, .pth or .pt file"
+DEBUG = "show where an error came from"
+
+R = TypeVar("R")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, bool]:
+    """Parse the words after `retrofit`: a request, and whether tracebacks are asked for.
+
+    Exits with 2 and one line for what cannot be parsed.
+    """
+    found = _parser().parse_args(argv)
+    return _made(found.request, found), found.debug
+
+
+def _made(kind: type[R], found: argparse.Namespace) -> R:
+    """Fill a dataclass, and those in it, with the values of options of the same names."""
+    values: dict[str, Any] = {}
+    types = get_type_hints(kind)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(types[field.name]):
+            values[field.name] = _made(types[field.name], found)
+        elif field.default is MISSING or hasattr(found, field.name):
+            values[field.name] = getattr(found, field.name)
+    return kind(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Exit with one line, as for every other bad request."""
+        self.exit(2, f"retrofit: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    whole = _Parser(
+        prog="retrofit",
+        description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
+    )
+    whole.add_argument("--version", action="version", version=f"retrofit {__version__}")
+    whole.add_argument("--debug", action="store_true", help=DEBUG)
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (request, text, describe, more) in COMMANDS.items():
+        one = commands.add_parser(name, help=text, description=text + more)
+        one.add_argument("--debug", action="store_true", help=DEBUG, default=argparse.SUPPRESS)
+        one.set_defaults(request=request)
+        describe(one)
+    return whole
+
+
+def _describe_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=NAMES)
+    _add_plan(parser)
+    text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
+    parser.add_argument("--data", type=Path, help=text)
+    _add_pictures(parser)
+    parser.set_defaults(batch_size=2)
+
+
+def _describe_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help=NAMES)
+    _add_output(parser, FILE)
+    add("--device", type=_device, help="for the calibration; default: cpu")
+    text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
+    add("--tolerance", type=_fraction, metavar="T", help=text)
+    text = "kept while calibrating; a killed run goes on from it"
+    add("--state", type=Path, metavar="FILE", help=text)
+    text = "leave out layers that no picture reaches, rather than refuse"
+    add("--skip-unused", action="store_true", help=text)
+    text = "a page about the conversion; also measures what batch statistics change"
+    add("--report", type=Path, metavar="FILE.html", help=text)
+    _add_plan(parser)
+    _add_weights(parser)
+    _add_data(parser, images=None, default=f"{DEFAULT_IMAGES}; with --tolerance: all")
+
+
+def _describe_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="what convert wrote")
+    _add_model(parser)
+    text = "largest difference allowed, of the root mean square; default: 0, bit for bit"
+    parser.add_argument("--tolerance", type=_number, default=0.0, help=text)
+    _add_weights(parser)
+    _add_data(parser, images=16, default="16")
+
+
+def _describe_fold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="what convert or a training run wrote")
+    _add_output(parser, FILE)
+    _add_model(parser)
+
+
+def _describe_adapt(parser: argparse.ArgumentParser) -> None:
+    _describe_fold(parser)
+    text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
+    parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
+    parser.add_argument("--device", type=_device, help="default: cpu")
+    _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+
+
+def _describe_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help=FILE)
+
+
+def _describe_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help=FILE)
+    _add_output(parser, ".html file")
+    _add_model(parser)
+    _add_weights(parser)
+    _add_data(parser, images=DRIFT_IMAGES, default=f"{DRIFT_IMAGES}", required=False)
+
+
+def _describe_demo(parser: argparse.ArgumentParser) -> None:
+    default = Path("retrofit-demo")
+    parser.add_argument("--output", type=Path, default=default, help="folder; default: %(default)s")
+
+
+ADAPTED = (
+    " of a new domain, layer by layer (they are read once for each BatchNorm), prepared as convert "
+    "had them"
+)
+# name: what it asks for, the help, what adds its options, and more of the description.
+COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "plan": (
+        requests.PlanRequest,
+        "show what happens to every convolution, and why",
+        _describe_plan,
+        "",
+    ),
+    "convert": (
+        requests.ConvertRequest,
+        "insert calibrated BatchNorms, verify, save",
+        _describe_convert,
+        "",
+    ),
+    "verify": (
+        requests.VerifyRequest,
+        "compare a converted file with the original weights",
+        _describe_verify,
+        "",
+    ),
+    "fold": (
+        requests.FoldRequest,
+        "absorb the BatchNorms of a file into its convolutions",
+        _describe_fold,
+        "",
+    ),
+    "adapt": (
+        requests.AdaptRequest,
+        "re-estimate the BatchNorm statistics of a file on unlabelled pictures",
+        _describe_adapt,
+        ADAPTED,
+    ),
+    "inspect": (
+        requests.InspectRequest,
+        "show where a file comes from and what its BatchNorms hold",
+        _describe_inspect,
+        "",
+    ),
+    "report": (
+        requests.ReportRequest,
+        "write a page about a file that convert wrote",
+        _describe_report,
+        "",
+    ),
+    "demo": (
+        requests.DemoRequest,
+        "the whole pipeline on a small VGG and pictures of CIFAR-10",
+        _describe_demo,
+        "",
+    ),
+}
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--output", type=Path, required=True, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    text = f"{NAMES}; default: what the file says, if torchvision has it"
+    parser.add_argument("--model", help=text)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    for name, text in (("include", "only these, heads too"), ("exclude", "all but these")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="GLOB",
+            help=f"{text}; of module paths, may be repeated",
+        )
+    add = parser.add_argument
+    text = "native (default): the model's own class; graph: torch.fx's, also after functions"
+    add("--layout", choices=LAYOUTS, default="native", help=text)
+    text = "BatchNorm before the activation (default) or after it"
+    add("--placement", choices=PLACEMENTS, default="pre_activation", help=text)
+    add("--linear", action="store_true", help="after Linear layers too")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    text = f"name (DEFAULT), or {FILE}; default: those that the model's own factory loads"
+    parser.add_argument("--weights", help=text)
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, *, images: int | None, default: str, required: bool = True
+) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=required, help=DATA)
+    text = f"use at most N; default: {default}"
+    add("--images", type=_positive, metavar="N", default=images, help=text)
+    add("--batch-size", type=_positive, default=8, help="default: %(default)s")
+    workers = min(4, os.cpu_count() or 1)
+    text = "processes that read pictures; default: %(default)s"
+    add("--workers", type=_whole, default=workers, help=text)
+    _add_pictures(parser)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
+    text = "shorter side, before the crop; default: as the model was trained, or as --crop"
+    add("--resize", type=_positive, metavar="PIXELS", help=text)
+    text = "centre crop; default: as the model was trained"
+    add("--crop", type=_positive, metavar="PIXELS", help=text)
+    text = "of pixels in 0 to 1; default: as the model was trained"
+    add("--mean", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
+    add("--std", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
+    text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
+    add("--skip-bad-images", action="store_true", help=text)
+
+
+def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from error
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+    return number
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
+    return number
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device such as cpu or cuda") from error

@@ -1,0 +1,227 @@
+"""The commands, one function each: from a request to calls of the library; `convert` has a file.
+
+Each returns the exit code: 0, or 1 for a conversion or comparison that failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError, Verification, demo
+from retrofit.cli.convert import convert, planned
+from retrofit.cli.requests import (
+    AdaptRequest,
+    ConvertRequest,
+    DemoRequest,
+    FoldRequest,
+    InspectRequest,
+    PlanRequest,
+    ReportRequest,
+    Request,
+    VerifyRequest,
+)
+from retrofit.cli.sample import naming_pictures, sample_for
+from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table
+from retrofit.files.checkpoint import check_output
+from retrofit.files.model_sources import build, trained
+from retrofit.files.provenance import Provenance
+from retrofit.files.weights import read_weights
+from retrofit.json_values import to_plain
+from retrofit.report import check_report, measured_drift, write_report
+from retrofit.surgery.record import attach, record_of
+from retrofit.tables import one_line
+
+
+def run(request: Request) -> int:
+    """Do what is asked for; returns the exit code."""
+    return COMMANDS[type(request)](request)
+
+
+def plan(request: PlanRequest) -> int:
+    """Print the plan of a model, whose weights do not matter."""
+    model = build(request.model)
+    example = None
+    if request.pictures.data is not None:
+        sample = sample_for(model, request.model, request.pictures)
+        example = sample.example(sample.order)
+    print(planned(model, example, request.plan))
+    return 0
+
+
+def verify(request: VerifyRequest) -> int:
+    """Compare the model of a file with the original; 1 where they differ by more than allowed."""
+    converted, name, _ = _load(request.file, request.model)
+    original = trained(name, request.weights)
+    sample = sample_for(original, name, request.pictures, request.weights)
+    batches = sample.batches(sample.chosen)
+    found = retrofit.verify(original, converted, batches)
+    print(found, flush=True)
+    list_bad(sample.pictures, batches.bad)
+    passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
+    return 0 if passed else fail(_failure(found, request.tolerance), 1)
+
+
+def fold(request: FoldRequest) -> int:
+    """Fold the model of a file, and save it."""
+    check_output(request.output, overwrite=request.overwrite)
+    model, name, _ = _load(request.file, request.model)
+    folded = retrofit.fold(model)
+    before, after = (sum(_is_batchnorm(m) for m in x.modules()) for x in (model, folded))
+    if before == after:
+        raise RetrofitError(f"{request.file} has no BatchNorm that can be folded")
+    # What was not converted here is not the plain model after folding: it has new biases.
+    plain = name if record_of(model) else None
+    retrofit.save(folded, request.output, name=plain, overwrite=request.overwrite)
+    print(f"{before - after} BatchNorms folded, {after} left; written: {request.output}")
+    return 0
+
+
+def adapt(request: AdaptRequest) -> int:
+    """Recalibrate the model of a file layer by layer, and save it."""
+    check_output(request.output, overwrite=request.overwrite)
+    model, name, provenance = _load(request.file, request.model)
+    if not any(_is_batchnorm(m) for m in model.modules()):
+        raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
+    sample = sample_for(model, name, request.pictures)
+    batches = sample.batches(sample.chosen)
+    start = time.perf_counter()
+    with naming_pictures(batches):
+        found = retrofit.recalibrate(
+            model, batches, layerwise=True, prior=request.prior, device=request.pictures.device
+        )
+    seconds = time.perf_counter() - start
+    if (record := record_of(model)) is not None:
+        attach(model, dataclasses.replace(record, images=found.images))
+    weighed = f", the old statistics counting as {request.prior:g}" if request.prior else ""
+    done = f"adapted on {found.images} pictures of {sample.source}{weighed}"
+    data = "; ".join(filter(None, (provenance.data, done)))
+    retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
+    list_bad(sample.pictures, batches.bad)
+    print(
+        facts_table(
+            [
+                ("adapted on", f"{found.images} pictures in {seconds:.1f} s{weighed}"),
+                ("BatchNorms", f"{len(found.layers)} of them, one after another"),
+                ("standard error", error_in_words(found.standard_error)),
+                ("written", str(request.output)),
+            ]
+        )
+    )
+    return 0
+
+
+def inspect(request: InspectRequest) -> int:
+    """Print where a file comes from, and a table of its BatchNorms."""
+    tensors, provenance = read_weights(request.file)
+    for key, value in _described(provenance).items():
+        print(f"{one_line(key):<13}{'-' if value is None else one_line(str(value))}")
+    sites = provenance.plan.inserted if provenance.plan else ()
+    print(norm_table(tensors, provenance.eps or 1e-5, first=[site.norm for site in sites]))
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{one_line(str(request.file))}: {len(tensors)} tensors, {elements:,} numbers")
+    return 0
+
+
+def report(request: ReportRequest) -> int:
+    """Write a page about a file, with drift and comparison measured anew where asked for."""
+    check_report(request.output, overwrite=request.overwrite)
+    tensors, provenance = read_weights(request.file)
+    no_drift = ""
+    if request.pictures.data is not None:
+        provenance, no_drift = _measured_anew(request, provenance)
+    elif request.weights is not None:
+        raise RetrofitError("--weights needs --data: pictures to compare the networks on")
+    write_report(
+        request.output,
+        request.file.name,
+        tensors,
+        provenance,
+        no_drift=no_drift,
+        overwrite=request.overwrite,
+    )
+    print(f"written: {request.output}")
+    return 0
+
+
+def run_demo(request: DemoRequest) -> int:
+    """Run the demo in a folder."""
+    folder = request.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(demo.run(folder))
+    except OSError as error:
+        raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
+    return 0
+
+
+COMMANDS: dict[type[Any], Callable[[Any], int]] = {
+    PlanRequest: plan,
+    ConvertRequest: convert,
+    VerifyRequest: verify,
+    FoldRequest: fold,
+    AdaptRequest: adapt,
+    InspectRequest: inspect,
+    ReportRequest: report,
+    DemoRequest: run_demo,
+}
+
+
+def _load(file: Path, model: str | None) -> tuple[nn.Module, str, Provenance]:
+    """Load the model of a file, its name as given or as the file says, and its provenance."""
+    provenance = read_weights(file)[1]
+    name = model or provenance.model
+    if name is None:
+        raise RetrofitError(f"{file} does not say what model it is: give --model")
+    # Code is imported for what the user typed, never for what a file says.
+    return retrofit.load(file, build(name) if model else None), name, provenance
+
+
+def _measured_anew(request: ReportRequest, provenance: Provenance) -> tuple[Provenance, str]:
+    """Measure drift, and with --weights how the outputs compare; and why there is no drift."""
+    converted, name, _ = _load(request.file, request.model)
+    original = trained(name, request.weights) if request.weights else converted
+    sample = sample_for(original, name, request.pictures, request.weights)
+    batches = sample.batches(sample.chosen)
+    # Without the original: under running statistics the file's own network computes the same.
+    drift, no_drift = measured_drift(original, converted, batches)
+    what = "drift and parity" if request.weights else "drift"
+    measured = f"{what}, on {len(sample.chosen)} pictures of {sample.source}"
+    found = dataclasses.replace(provenance, drift=drift, measured=measured)
+    if request.weights:
+        verification = retrofit.verify(original, converted, batches)
+        found = dataclasses.replace(found, verification=verification)
+    list_bad(sample.pictures, batches.bad)
+    return found, no_drift
+
+
+def _described(provenance: Provenance) -> dict[str, Any]:
+    """List the facts of a file that fit a line each; `report` shows the others."""
+    if provenance == Provenance():
+        return {}
+    facts = {
+        k: v for k, v in provenance.to_json().items() if k not in ("plan", "drift", "measured")
+    }
+    for key in ("calibration", "verification"):
+        found = getattr(provenance, key)
+        values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}
+        texts = (f"{k} {v}" for k, v in values.items() if not isinstance(v, list))
+        facts[key] = ", ".join(texts) if found else None
+    return facts
+
+
+def _failure(found: Verification, tolerance: float) -> str:
+    return (
+        f"the models differ: {found.worst.name} by {found.worst.relative:.3g} of its root mean "
+        f"square (tolerance {tolerance:g})"
+    )
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

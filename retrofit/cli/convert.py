@@ -1,0 +1,263 @@
+"""The command `convert`: a sample, calibrated, checked, written; by one process or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import retrofit
+from retrofit import Calibration, Plan, RetrofitError, Verification
+from retrofit.calibration.processes import Processes, launched
+from retrofit.calibration.sample_errors import TOLERANCES
+from retrofit.cli.requests import ConvertRequest, PictureOptions, PlanOptions
+from retrofit.cli.sample import Sample, naming_pictures, open_data, sample_for
+from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table
+from retrofit.files.checkpoint import check_output
+from retrofit.files.model_sources import trained
+from retrofit.files.provenance import provenance_of
+from retrofit.report import check_report, measured_drift, write_report
+from retrofit.tables import table
+
+DEFAULT_IMAGES = 1024
+DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
+TEST_IMAGES = 16
+# Options that the processes of one conversion may have different values of.
+OF_A_PROCESS = {"data", "output", "overwrite", "report", "weights", "workers", "device", "state"}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A prepared model that has learned its moments.
+
+    Attributes:
+        model, prepared, plan: the original, its prepared copy, and the plan between them.
+        report: what `calibrate` found.
+        chosen, others: indices of the pictures used, and of those that were not.
+        bad: names of pictures that could not be read.
+    """
+
+    model: nn.Module
+    prepared: nn.Module
+    plan: Plan
+    report: Calibration
+    chosen: Sequence[int]
+    others: Sequence[int]
+    bad: list[str]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A converted model that was compared with the original.
+
+    Attributes:
+        converted: the model with BatchNorm.
+        verification: how it compares.
+        on_others: on pictures that it was not calibrated on.
+        bad: names of pictures that could not be read.
+    """
+
+    converted: nn.Module
+    verification: Verification
+    on_others: bool
+    bad: list[str]
+
+
+def convert(request: ConvertRequest) -> int:
+    """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
+    with launched() as processes, processes.failing_together():
+        _refuse_bad_files(request, processes)
+        sample = _sample(request, processes)
+        chosen = _chosen(request, sample, processes)
+        plan = planned(sample.model, sample.example(chosen), request.plan)
+        if not plan.inserted:
+            if processes.rank == 0:
+                print(plan, flush=True)
+            return fail("there is nothing to convert, and nothing was written", 1)
+        calibrated = _calibrated(request, sample, plan, chosen, processes)
+        if processes.rank > 0:
+            return 0
+        checked = _checked(request, sample, calibrated)
+        if not checked.verification.exact:
+            print(checked.verification, flush=True)
+            return fail("the converted model is not equal to the original: nothing was written", 1)
+        _write(request, sample, calibrated, checked)
+        print(_summary(checked.converted, calibrated.plan))
+        list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
+        print(_facts(request, calibrated.report, checked))
+        return 0
+
+
+def planned(model: nn.Module, example: Any, options: PlanOptions) -> Plan:
+    """Plan as the command was asked to."""
+    return retrofit.plan(
+        model,
+        example=example,
+        include=options.include,
+        exclude=options.exclude,
+        layout=options.layout,
+        placement=options.placement,
+        linear=options.linear,
+    )
+
+
+def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
+    """Raise RetrofitError for files that could not be written, before the work is done."""
+    if processes.rank == 0:
+        check_output(request.output, overwrite=request.overwrite)
+        if request.report:
+            check_report(request.report, overwrite=request.overwrite)
+    if request.state and request.state.resolve() == request.output.resolve():
+        raise RetrofitError(f"--state and --output are both {request.output}")
+
+
+def _sample(request: ConvertRequest, processes: Processes) -> Sample:
+    """Open the pictures and build the model; all processes must be asked for the same."""
+    options = request.pictures
+    pictures = open_data(options)
+    processes.agree({**_alike(request), "number of pictures": len(pictures)})
+    if len(pictures) < 2:
+        raise RetrofitError(
+            f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
+        )
+    model = trained(request.model, request.weights)
+    options = replace(options, device=_own_device(options.device))
+    return sample_for(model, request.model, options, request.weights, pictures)
+
+
+def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, str]:
+    """List the options that all processes must have the same values of."""
+    found: dict[str, str] = {}
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if is_dataclass(value):
+            found |= _alike(value)  # type: ignore[arg-type]
+        elif field.name not in OF_A_PROCESS:
+            found[f"--{field.name.replace('_', '-')}"] = str(value)
+    return found
+
+
+def _own_device(device: torch.device | None) -> torch.device | None:
+    """Choose the GPU of this process: of those of a machine, each has one."""
+    local = os.environ.get("LOCAL_RANK")
+    shared = device is not None and device.type == "cuda" and device.index is None
+    if not (shared and local and torch.cuda.is_available()):
+        return device
+    torch.cuda.set_device(int(local))  # where memory is pinned, and what nccl uses
+    return torch.device("cuda", int(local))
+
+
+def _chosen(request: ConvertRequest, sample: Sample, processes: Processes) -> Sequence[int]:
+    """Choose the pictures to calibrate on: with a tolerance as many as there are."""
+    most = len(sample.order) if request.tolerance else DEFAULT_IMAGES
+    chosen = sample.order[: request.pictures.images or most]
+    if len(chosen) < processes.size:
+        raise RetrofitError(
+            f"{processes.size} processes cannot share {len(chosen)} pictures: start fewer, or use "
+            "more pictures (--data, --images)"
+        )
+    return chosen
+
+
+def _calibrated(
+    request: ConvertRequest,
+    sample: Sample,
+    plan: Plan,
+    chosen: Sequence[int],
+    processes: Processes,
+) -> Calibrated:
+    batches = sample.batches(chosen[processes.rank :: processes.size])
+    prepared = retrofit.prepare(sample.model, plan)
+    with naming_pictures(batches):
+        report = retrofit.calibrate(
+            prepared,
+            batches,
+            device=sample.options.device,
+            tolerance=request.tolerance,
+            state=request.state,
+            process_group=processes.group,
+        )
+    bad = [name for names in processes.gather(batches.bad) for name in names]
+    used = len(chosen)
+    if request.tolerance:  # perhaps fewer, but with the rest of what the last round may have had
+        read = report.images + len(bad)
+        used = min(used, read + sample.options.batch_size * (processes.size - 1))
+    return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)
+
+
+def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) -> Checked:
+    """Convert and compare, on pictures that were not calibrated on if there are enough."""
+    converted = retrofit.convert(
+        calibrated.prepared, share_storage=True, skip_unused=request.skip_unused
+    )
+    others = calibrated.others[:TEST_IMAGES]
+    on_others = len(others) == TEST_IMAGES
+    tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
+    verification = retrofit.verify(calibrated.model, converted, tests)
+    if not all(output.finite for output in verification.outputs):
+        raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
+    return Checked(converted, verification, on_others, tests.bad)
+
+
+def _write(
+    request: ConvertRequest, sample: Sample, calibrated: Calibrated, checked: Checked
+) -> None:
+    """Save the model, and where it is asked for a page about it."""
+    drift, no_drift = None, ""
+    if request.report:
+        beyond = calibrated.others[:DRIFT_IMAGES]
+        # A batch that is much of the sample has nearly its statistics, and so too little drift.
+        few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
+        data = sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
+        drift, no_drift = measured_drift(calibrated.model, checked.converted, data)
+    told: dict[str, Any] = {
+        "name": request.model,
+        "data": f"{calibrated.report.images} pictures of {sample.source}",
+        "calibration": calibrated.report,
+        "verification": checked.verification,
+        "drift": drift,
+    }
+    retrofit.save(checked.converted, request.output, **told, overwrite=request.overwrite)
+    if request.state is not None:
+        request.state.unlink(missing_ok=True)
+    if request.report:
+        write_report(
+            request.report,
+            request.output.name,
+            checked.converted.state_dict(),
+            provenance_of(checked.converted, **told),
+            no_drift=no_drift,
+            overwrite=request.overwrite,
+        )
+
+
+def _summary(converted: nn.Module, plan: Plan) -> str:
+    sites = (retrofit.plan_of(converted) or plan).sites
+    skipped = [(site.path, site.kind, site.reason) for site in sites if site.decision == "skip"]
+    text = norm_table(converted.state_dict(), 1e-5)
+    if skipped:
+        text += f"\n\n{table(('left as it is', 'type', 'reason'), skipped)}"
+    return text + "\n"
+
+
+def _facts(request: ConvertRequest, calibration: Calibration, checked: Checked) -> str:
+    seconds, worst = calibration.seconds, calibration.disagreement
+    rate, waited = calibration.images / seconds, calibration.waited / seconds
+    needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
+    which = "other " if checked.on_others else ""
+    return facts_table(
+        [
+            ("calibrated on", f"{calibration.images} pictures in {seconds:.1f} s"),
+            ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
+            ("standard error", error_in_words(calibration.standard_error)),
+            ("pictures needed", ", ".join(needed)),
+            ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
+            ("verified on", f"{checked.verification.images} {which}pictures"),
+            ("outputs", "equal bit for bit, at every site and at the end"),
+            ("written", " and ".join(map(str, filter(None, (request.output, request.report))))),
+        ]
+    )

@@ -1,0 +1,144 @@
+"""What a command is asked to do: one dataclass for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from retrofit.plans import LayoutName, Placement
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures, in which order, and how they become the input of a model.
+
+    Attributes:
+        data: where they are; None if the command goes without.
+        images: use at most so many; None for the command's own choice.
+        seed: of the shuffle.
+        batch_size, workers: pictures in a batch, and processes that read them.
+        resize, crop, mean, std: what differs from how the model was trained.
+        skip_bad_images: leave out what cannot be read.
+        device: where the model runs.
+    """
+
+    data: Path | None
+    seed: int
+    resize: int | None
+    crop: int | None
+    mean: list[float] | None
+    std: list[float] | None
+    skip_bad_images: bool
+    batch_size: int
+    images: int | None = None
+    workers: int = 0
+    device: torch.device | None = None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Where BatchNorms go; see `retrofit.plan`."""
+
+    include: list[str] | None
+    exclude: list[str] | None
+    layout: LayoutName
+    placement: Placement
+    linear: bool
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Show what happens to every convolution of a model, and why."""
+
+    model: str
+    plan: PlanOptions
+    pictures: PictureOptions
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """Insert calibrated BatchNorms, verify, save."""
+
+    model: str
+    weights: str | None
+    plan: PlanOptions
+    pictures: PictureOptions
+    output: Path
+    overwrite: bool
+    tolerance: float | None
+    state: Path | None
+    skip_unused: bool
+    report: Path | None
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Compare a converted file with the original weights."""
+
+    file: Path
+    model: str | None
+    weights: str | None
+    tolerance: float
+    pictures: PictureOptions
+
+
+@dataclass(frozen=True)
+class FoldRequest:
+    """Absorb the BatchNorms of a file into its convolutions."""
+
+    file: Path
+    model: str | None
+    output: Path
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class AdaptRequest:
+    """Re-estimate the BatchNorm statistics of a file on unlabelled pictures."""
+
+    file: Path
+    model: str | None
+    output: Path
+    overwrite: bool
+    prior: float
+    pictures: PictureOptions
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """Show where a file comes from and what its BatchNorms hold."""
+
+    file: Path
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """Write a page about a file that convert wrote."""
+
+    file: Path
+    model: str | None
+    weights: str | None
+    output: Path
+    overwrite: bool
+    pictures: PictureOptions
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """Run the whole pipeline on a small VGG and pictures of CIFAR-10."""
+
+    output: Path
+
+
+Request = (
+    PlanRequest
+    | ConvertRequest
+    | VerifyRequest
+    | FoldRequest
+    | AdaptRequest
+    | InspectRequest
+    | ReportRequest
+    | DemoRequest
+)

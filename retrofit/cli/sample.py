@@ -1,0 +1,104 @@
+"""The pictures that a command runs a model on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrofit.cli.requests import PictureOptions
+from retrofit.errors import NonFiniteError
+from retrofit.files.model_sources import transforms
+from retrofit.pictures.batches import PictureBatches, Transform, preprocessing, shuffled
+from retrofit.pictures.sources import Pictures, open_pictures
+from retrofit.running.call_arguments import takes_lists
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures in an order, as input of a model.
+
+    Attributes:
+        model: takes them.
+        pictures: where they come from.
+        transform: from a picture to the model's input.
+        order: indices of all pictures, shuffled.
+        options: as the command was given them.
+    """
+
+    model: nn.Module
+    pictures: Pictures
+    transform: Transform
+    order: Sequence[int]
+    options: PictureOptions
+
+    @property
+    def chosen(self) -> Sequence[int]:
+        """The first pictures, as many as were asked for."""
+        return self.order[: self.options.images]
+
+    @property
+    def source(self) -> str:
+        """Where the pictures are, and how they were drawn."""
+        return f"{self.options.data}, seed {self.options.seed}"
+
+    def batches(self, indices: Sequence[int]) -> PictureBatches:
+        """Make batches of some of the pictures."""
+        device = self.options.device
+        return PictureBatches(
+            self.pictures,
+            indices,
+            self.transform,
+            batch_size=self.options.batch_size,
+            workers=self.options.workers,
+            lists=takes_lists(self.model),
+            skip_bad=self.options.skip_bad_images,
+            pin=device is not None and device.type == "cuda" and torch.cuda.is_available(),
+        )
+
+    def example(self, indices: Sequence[int]) -> Any:
+        """Read two pictures, or one, to plan with; None if none can be read."""
+        few = dataclasses.replace(
+            self.options, batch_size=min(self.options.batch_size, 2), workers=0
+        )
+        return next(iter(dataclasses.replace(self, options=few).batches(indices)), None)
+
+
+def open_data(options: PictureOptions) -> Pictures:
+    """Open the pictures that the options name."""
+    return open_pictures(Path(options.data or ""), skip_bad=options.skip_bad_images)
+
+
+def sample_for(
+    model: nn.Module,
+    spec: str,
+    options: PictureOptions,
+    weights: str | None = None,
+    pictures: Pictures | None = None,
+) -> Sample:
+    """Open the pictures and prepare them as the model `spec` with these weights was trained."""
+    transform = preprocessing(
+        transforms(spec, model, weights),
+        resize=options.resize,
+        crop=options.crop,
+        mean=options.mean,
+        std=options.std,
+    )
+    pictures = pictures or open_data(options)
+    return Sample(model, pictures, transform, shuffled(len(pictures), options.seed), options)
+
+
+@contextmanager
+def naming_pictures(batches: PictureBatches) -> Iterator[None]:
+    """Say which picture it was that gave a NaN in the block."""
+    try:
+        yield
+    except NonFiniteError as error:
+        name = None if error.image is None else batches.names[error.item]
+        raise NonFiniteError(error.site, error.item, error.image, name) from None

@@ -1,0 +1,183 @@
+"""Save and load: safetensors with provenance, or a plain state dict.
+
+Nothing that is read here is ever unpickled into code, and nothing that a file names is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.atomic_write import write_whole
+from retrofit.calibration.sample_errors import Calibration
+from retrofit.checking.drift import Drift
+from retrofit.checking.verify import Verification
+from retrofit.conversion import insert
+from retrofit.errors import RetrofitError
+from retrofit.files.model_sources import torchvision_model
+from retrofit.files.provenance import Provenance, provenance_of
+from retrofit.files.weights import PICKLED, SUFFIXES, load_weights, read_weights
+from retrofit.numerics.tensor_checks import is_dense
+from retrofit.planning.plan import plan
+from retrofit.plans import Plan
+from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
+from retrofit.surgery.record import attach
+
+
+def check_output(path: Path, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Raise RetrofitError if a file could not be written there: asked before the work is done."""
+    if path.suffix not in suffixes:
+        allowed = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+        raise RetrofitError(f"{path} must end in {allowed}")
+    if path.exists() and not overwrite:
+        raise RetrofitError(f"{path} exists: choose another name, or --overwrite (overwrite=True)")
+    if path.is_dir():
+        raise RetrofitError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise RetrofitError(f"the folder {path.parent} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RetrofitError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    calibration: Calibration | None = None,
+    verification: Verification | None = None,
+    drift: Drift | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model's state dict, whole or not at all.
+
+    Args:
+        model: converted or folded by this package, or any other.
+        path: `.safetensors`, with provenance in its metadata (versions, plan, eps, number of
+            images, and what follows here), or `.pth` / `.pt`, a plain state dict for torch.load.
+            Tensors that are shared are stored once.
+        name: what the model is, e.g. "vgg16", or "package.module:factory"; `load` rebuilds
+            torchvision's models from it.
+        data: what it was calibrated on, in words.
+        calibration: what `calibrate` found; `retrofit report` shows it.
+        verification: what `verify` found, likewise.
+        drift: what `drift` found, likewise.
+        overwrite: replace an existing file.
+
+    Raises:
+        RetrofitError: the suffix is none of these; the path cannot be written, or exists without
+            `overwrite`; an entry of the state dict is no tensor (`.safetensors`).
+        OSError: writing failed half-way; an existing file is then as it was.
+    """
+    path = Path(path).resolve()  # what a link points to is what gets replaced
+    check_output(path, overwrite=overwrite)
+    state = model.state_dict()
+    if path.suffix in PICKLED:
+        write_whole(path, lambda file: torch.save(state, file))
+        return
+    from safetensors.torch import save as serialized  # noqa: PLC0415 - keeps the import fast
+
+    tensors, aliases = _unshared(state)
+    told = provenance_of(
+        model, name=name, data=data, calibration=calibration, verification=verification, drift=drift
+    ).to_json()
+    metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
+    # Not its save_file, whose temporary file a kill would leave.
+    try:
+        write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
+    except KeyError as error:  # of a dtype, by safetensors before 0.5 for complex numbers
+        raise RetrofitError(f"safetensors cannot store {error}: save as .pth instead") from error
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Load the model that `save` wrote, in eval mode, on the device of `model` (else the CPU).
+
+    Args:
+        path: a `.safetensors`, `.pth` or `.pt` file.
+        model: the plain architecture, without the inserted BatchNorms; not changed. It can be
+            left out for torchvision's models when the file says which one it is.
+
+    Returns:
+        A model of the same class, with BatchNorms if the file has them. For a plain state dict,
+        which carries no plan, they stand where `plan(model)` puts them and the file has one.
+
+    Raises:
+        RetrofitError: the file cannot be read or does not fit (with the keys), or the model is
+            not known, or on the meta device. No code in the file is run (`weights_only=True`), and
+            nothing that it names is imported.
+    """
+    refuse_inference_mode()
+    path = Path(path)
+    tensors, provenance = read_weights(path)
+    if model is None:
+        model = _rebuild(path, provenance)
+    plain = model.state_dict(keep_vars=True)
+    for key, own in plain.items():
+        if isinstance(own, Tensor) and own.is_meta:
+            raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
+    record = provenance.record
+    if record is not None:
+        result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
+        attach(result, record)
+    elif tensors.keys() == plain.keys():  # folded, or never converted
+        result = copy.deepcopy(shared_copy(model))
+    else:
+        result = insert(model, _planned_for(model, tensors))
+    for key, own in result.state_dict(keep_vars=True).items():
+        # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
+        if key in tensors and isinstance(own, Tensor) and tensors[key].is_floating_point():
+            own.data = own.data.to(tensors[key].dtype)
+    load_weights(result, tensors, str(path))
+    return result.eval()
+
+
+def _planned_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Plan:
+    """Make the default plan, less what was excluded, or left out for what its data showed."""
+    default = plan(model)
+    absent = [s.path for s in default.inserted if f"{s.norm}.running_mean" not in tensors]
+    return plan(model, exclude=absent) if absent else default
+
+
+def _rebuild(path: Path, provenance: Provenance) -> nn.Module:
+    name = provenance.model
+    if name is None or ":" in name:
+        raise RetrofitError(
+            f"{path} does not name a torchvision model ({name}): pass the plain model, on the "
+            "command line with --model"
+        )
+    return torchvision_model(name)
+
+
+def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """List each tensor once, contiguous; and the keys that are the same tensor as another key."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise RetrofitError(f"the state dict entry {key} is no tensor: save as .pth instead")
+        if not is_dense(tensor):
+            raise RetrofitError(f"the tensor {key} is not dense: save as .pth instead")
+        tensor = tensor.resolve_conj().resolve_neg()  # noqa: PLW2901
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+            tensors[key] = tensor.contiguous()
+    overlapping = [t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()]
+    if len(set(overlapping)) < len(overlapping):  # different views of one storage
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    return tensors, aliases

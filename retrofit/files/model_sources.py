@@ -1,0 +1,330 @@
+"""A model by name, by import path, or from a file: with its weights, and with its transforms."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torchvision
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.files.weights import SUFFIXES, load_weights, read_weights
+from retrofit.pictures.batches import DETECTION_PRESET, PRESET, Transform, Transforms
+from retrofit.running.call_arguments import takes_lists
+
+NAMES = (
+    "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "
+    "package.module:factory, or path/to/file.py:factory"
+)
+
+
+def build(spec: str) -> nn.Module:
+    """Build the model that `spec` names.
+
+    Args:
+        spec: a torchvision name (`vgg16`); `timm:NAME`, with or without the tag of weights
+            (`timm:vgg11.tv_in1k`); `timm-reparameterized:NAME` for the same after
+            `timm.utils.reparameterize_model`; `package.module:factory` or
+            `path/to/file.py:factory`, where the factory is called without arguments. This imports
+            and runs that code.
+
+    Raises:
+        RetrofitError: no such model, module, file or factory, or no nn.Module came of it.
+    """
+    return _source(spec).build()
+
+
+def trained(spec: str, weights: str | None) -> nn.Module:
+    """Build the model that `spec` names, with its weights, in eval mode.
+
+    Args:
+        spec: as for `build`.
+        weights: a `.safetensors`, `.pth` or `.pt` file, or the name of torchvision weights
+            (`DEFAULT`, `IMAGENET1K_V1`); `DEFAULT` for timm, whose names may carry a tag. None if
+            the user's factory brings its own. For a reparameterised model a file may have the keys
+            of the model as trained or those after merging.
+
+    Raises:
+        RetrofitError: as `build`; no such weights, or they do not fit or cannot be downloaded.
+    """
+    source = _source(spec)
+    if weights is None:
+        if source.random:
+            raise RetrofitError(
+                f"{spec} without weights is random: give --weights DEFAULT or a file"
+            )
+        model = source.build()
+    elif Path(weights).suffix in SUFFIXES:
+        model = source.loaded(read_weights(Path(weights))[0], weights)
+    else:
+        model = source.pretrained(weights)
+    return model.eval()
+
+
+def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Transforms:
+    """Find what makes the transform from a picture to the input of that model.
+
+    That of torchvision's weights, or of its default weights where those are a file's; timm's data
+    config; for other code torchvision's preset for classification, or for detection if the model
+    takes lists of pictures.
+    """
+    return _source(spec).transforms(model, weights)
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """Build a torchvision model with fresh weights; RetrofitError for an unknown name."""
+    return _Torchvision(name).build()
+
+
+def _source(spec: str) -> _Source:
+    prefix, _, name = spec.partition(":")
+    if not name:
+        return _Torchvision(spec)
+    if prefix in (timm := {"timm": _Timm, "timm-reparameterized": _Reparameterized}):
+        return timm[prefix](name)
+    return _Code(spec)
+
+
+class _Source(ABC):
+    """Where models come from. `random`: not trained before weights are loaded."""
+
+    random = True
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Build the model, with fresh weights where it has no others."""
+
+    @abstractmethod
+    def pretrained(self, weights: str) -> nn.Module:
+        """Build the model with the weights of that name."""
+
+    def loaded(self, tensors: dict[str, Tensor], file: str) -> nn.Module:
+        """Build the model with the weights of a file."""
+        model = self.build()
+        load_weights(model, tensors, file)
+        return model
+
+    def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
+        """Find the transforms for the model; `weights` may name some that bring their own."""
+        return DETECTION_PRESET if takes_lists(model) else PRESET
+
+
+class _Torchvision(_Source):
+    def __init__(self, name: str) -> None:
+        known = torchvision.models.list_models()
+        if name not in known:
+            raise RetrofitError(
+                f"torchvision has no model {name!r}{_nearest(name, known)}; other models are given "
+                "as timm:NAME, package.module:factory or path/to/file.py:factory"
+            )
+        self.name = name
+        self.entries = torchvision.models.get_model_weights(name)
+
+    def build(self) -> nn.Module:
+        builder = torchvision.models.get_model_builder(self.name)
+        known = inspect.signature(builder).parameters
+        options: dict[str, Any] = {"weights": None}
+        if "weights_backbone" in known:
+            options["weights_backbone"] = None
+        if self.name in ("googlenet", "inception_v3"):  # they warn of a slow start otherwise
+            options["init_weights"] = False
+        model: nn.Module = builder(**options)
+        return model
+
+    def pretrained(self, weights: str) -> nn.Module:
+        names = list(self.entries.__members__)
+        if weights not in names:
+            raise RetrofitError(
+                f"{weights!r} is no file and no weights of {self.name}; those are "
+                f"{', '.join(names)}"
+            )
+        entry = self.entries[weights]
+        try:
+            tensors = entry.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise RetrofitError(f"{entry} cannot be downloaded: {error}") from error
+        return self.loaded(tensors, str(entry))
+
+    def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
+        entry = weights if weights in self.entries.__members__ else "DEFAULT"
+        made: Transforms = self.entries[entry].transforms
+        return made
+
+
+class _Timm(_Source):
+    def __init__(self, name: str) -> None:
+        try:
+            import timm.data  # noqa: PLC0415 - an extra, and slow to import
+            import timm.utils  # noqa: PLC0415
+        except ImportError as error:
+            raise RetrofitError(f"timm is needed for its model {name}: pip install timm") from error
+        # Names that it lists, and no others: it would take those of hubs and folders too.
+        known = [*timm.list_models(), *timm.list_models(include_tags=True)]
+        if name not in known:
+            raise RetrofitError(f"timm has no model {name!r}{_nearest(name, known)}")
+        self.name = name
+        self.timm: Any = timm
+
+    def build(self) -> nn.Module:
+        model: nn.Module = self.timm.create_model(self.name)
+        return model
+
+    def pretrained(self, weights: str) -> nn.Module:
+        if weights != "DEFAULT":
+            raise RetrofitError(
+                f"{weights!r} is no file: timm's weights are DEFAULT, or named by a tag as in "
+                f"timm:vgg11.tv_in1k"
+            )
+        if self.name not in (
+            *self.timm.list_models(pretrained=True, include_tags=False),
+            *self.timm.list_models(pretrained=True),
+        ):
+            raise RetrofitError(f"timm has no weights for {self.name}: give a file")
+        try:
+            with _quiet("huggingface_hub"):  # it tells of every retry
+                model: nn.Module = self.timm.create_model(self.name, pretrained=True)
+        except Exception as error:  # the hub's client raises errors of many kinds
+            reason = " ".join(str(error).split())
+            raise RetrofitError(
+                f"the weights of timm's {self.name} cannot be loaded: {type(error).__name__}: "
+                f"{reason}"
+            ) from error
+        return model
+
+    def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
+        config = self.timm.data.resolve_model_data_config(model)
+
+        def made(
+            *,
+            resize_size: int | None = None,
+            crop_size: int | None = None,
+            mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None,
+        ) -> Transform:
+            changed = {**config}
+            if crop_size is not None:
+                changed["input_size"] = (3, crop_size, crop_size)
+            if resize_size is not None:  # timm resizes to the crop / crop_pct, rounded down
+                changed["crop_pct"] = min(changed["input_size"][1:]) / (resize_size + 0.5)
+            changed.update({k: v for k, v in (("mean", mean), ("std", std)) if v is not None})
+            transform: Transform = self.timm.data.create_transform(**changed, is_training=False)
+            return transform
+
+        return made
+
+
+class _Reparameterized(_Timm):
+    """BatchNorm and parallel branches merged into single convolutions."""
+
+    def build(self) -> nn.Module:
+        return self._merged(super().build())
+
+    def loaded(self, tensors: dict[str, Tensor], file: str) -> nn.Module:
+        plain = super().build()
+        merged = self._merged(plain)
+        # The file is of the one that shares more keys with it, and is judged by that.
+        fits = min((plain, merged), key=lambda m: len(m.state_dict().keys() ^ tensors.keys()))
+        load_weights(fits, tensors, file)
+        return self._merged(plain) if fits is plain else merged
+
+    def pretrained(self, weights: str) -> nn.Module:
+        return self._merged(super().pretrained(weights))
+
+    def _merged(self, model: nn.Module) -> nn.Module:
+        merged: nn.Module = self.timm.utils.reparameterize_model(model)
+        if merged.state_dict().keys() == model.state_dict().keys():
+            raise RetrofitError(
+                f"{self.name} has nothing to reparameterise: name it timm:{self.name}"
+            )
+        return merged
+
+
+class _Code(_Source):
+    """A user's factory, which may load weights by itself."""
+
+    random = False
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    def build(self) -> nn.Module:
+        source, _, name = self.spec.rpartition(":")
+        module = _from_file(Path(source)) if source.endswith(".py") else _from_import(source)
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            callables = [
+                n for n, v in vars(module).items() if callable(v) and not n.startswith("_")
+            ]
+            raise RetrofitError(f"{source} has no factory {name!r}{_nearest(name, callables)}")
+        try:
+            model = factory()
+        except (Exception, SystemExit) as error:
+            raise RetrofitError(f"{self.spec}() failed: {_said(error)}") from error
+        if not isinstance(model, nn.Module):
+            raise RetrofitError(f"{self.spec} returned a {type(model).__name__}, not an nn.Module")
+        return model
+
+    def pretrained(self, weights: str) -> nn.Module:
+        raise RetrofitError(
+            f"{weights!r} is no .safetensors, .pth or .pt file, and {self.spec} is no model that "
+            "has weights by name"
+        )
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RetrofitError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # of a name that ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
+    sys.path.insert(0, str(path.parent.resolve()))  # as for a script: its neighbours are found
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise RetrofitError(f"{path} cannot be imported: {_said(error)}") from error
+    return module
+
+
+def _from_import(name: str) -> ModuleType:
+    if "" not in sys.path:  # as python -m does: modules beside the user come first
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise RetrofitError(f"{name} cannot be imported: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):  # a script, which does its work when it is imported
+        return "it ends the process: put what a script does under if __name__ == '__main__'"
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Let a logger log nothing but errors."""
+    of = logging.getLogger(logger)
+    level = of.level
+    of.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        of.setLevel(level)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else ""

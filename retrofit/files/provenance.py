@@ -1,0 +1,138 @@
+"""Where a file of weights comes from: what `save` writes beside the tensors, checked when read."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
+
+import torch
+import torchvision
+from torch import nn
+
+from retrofit.calibration.sample_errors import Calibration
+from retrofit.checking.drift import Drift
+from retrofit.checking.verify import Verification
+from retrofit.errors import RetrofitError
+from retrofit.json_values import from_plain, to_plain
+from retrofit.plans import Plan
+from retrofit.surgery.record import Record, record_of
+from retrofit.version import __version__
+
+# Names in files that differ from those of the attributes.
+KEYS = {"model_class": "class"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from. None is what a file does not say; a plain state dict says nothing.
+
+    Attributes:
+        retrofit, torch, torchvision: versions that wrote the file.
+        date: when, in ISO 8601 and UTC.
+        model: what the model is, as for `save(name=...)`.
+        model_class: its class.
+        eps, momentum: of the inserted BatchNorms.
+        images: how many are behind their statistics.
+        data: what the statistics are of, in words.
+        measured: what `retrofit report` has measured anew, in words.
+        calibration, verification, drift: what these functions found.
+        plan: where the BatchNorms are.
+    """
+
+    retrofit: str | None = None
+    torch: str | None = None
+    torchvision: str | None = None
+    date: str | None = None
+    model: str | None = None
+    model_class: str | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    images: int | None = None
+    data: str | None = None
+    measured: str | None = None
+    calibration: Calibration | None = None
+    verification: Verification | None = None
+    drift: Drift | None = None
+    plan: Plan | None = None
+
+    @property
+    def record(self) -> Record | None:
+        """What a model that is loaded from the file carries; None without a plan."""
+        if self.plan is None or self.eps is None:
+            return None
+        return Record(self.plan, self.eps, self.momentum, self.images or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn it into plain values, for `from_json`."""
+        return {KEYS.get(key, key): value for key, value in to_plain(self).items()}
+
+    @classmethod
+    def from_json(cls, values: object) -> Provenance:
+        """Read what `to_json` made, and what earlier versions wrote.
+
+        Raises RetrofitError for a value of another type, with its key; other keys are passed over.
+        """
+        if not isinstance(values, dict):
+            raise RetrofitError(f"its metadata is damaged: a {type(values).__name__}, no object")
+        values = _today(values)
+        read: dict[str, Any] = {}
+        for name, kind in _types().items():
+            key = KEYS.get(name, name)
+            try:
+                read[name] = from_plain(kind, values.get(key))
+            except (RetrofitError, RecursionError) as error:
+                raise RetrofitError(f"its metadata is damaged, {key}: {error}") from error
+        found = cls(**read)
+        if found.plan is not None and not (found.eps is not None and 0 < found.eps < 1):
+            raise RetrofitError(f"its metadata is damaged, eps: {found.eps} of a converted model")
+        return found
+
+
+def provenance_of(
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    calibration: Calibration | None = None,
+    verification: Verification | None = None,
+    drift: Drift | None = None,
+) -> Provenance:
+    """Say where a model comes from; the arguments are those of `save`."""
+    found = Provenance(
+        retrofit=__version__,
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        model=name,
+        model_class=type(model).__name__,
+        data=data,
+        calibration=calibration,
+        verification=verification,
+        drift=drift,
+    )
+    record = record_of(model)
+    if record is None:
+        return found
+    return replace(
+        found,
+        eps=record.eps,
+        momentum=record.momentum,
+        images=record.images,
+        plan=record.plan,
+    )
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(Provenance)
+
+
+def _today(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename what the version before 0.1.0 called otherwise."""
+    parity = values.get("parity")
+    if "verification" in values or not isinstance(parity, dict) or "outputs" not in parity:
+        return values
+    tensors = {key: parity.get(key) for key in ("images", "outputs", "sites")}
+    return {**values, "verification": {**tensors, "top1": parity.get("top1_agreement")}}

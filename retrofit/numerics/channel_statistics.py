@@ -1,0 +1,282 @@
+"""All that is known of any number of channels: their moments, and how far they can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.numerics.moments import Moments, merged, pooled
+from retrofit.numerics.reductions import Samples
+
+STRETCHES = 16
+Sites = Sequence[Sequence[Samples]]  # for each site, what each call of it in the batch gave
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Statistics of C channels, those of one site or of many side by side. It never changes.
+
+    The data is kept as up to 16 consecutive stretches, so that its beginning can be compared with
+    its end. For standard errors it is kept how samples differ: pixels of one image resemble each
+    other, so that images, not pixels, are the independent samples. Of each there are two figures
+    per channel, its mean a and its mean square b, both about `centre`, weighted with the square of
+    the sample's number of elements, as their errors are in the moments of all.
+
+    Attributes:
+        lengths: (16,) int64, on the CPU whatever the device; samples in each stretch.
+        count, mean, M2: (16, C); the moments of each stretch.
+        samples, batches: (C,) int64; how many of each have been added.
+        weight: (C,); sum of the weights of the samples.
+        centre: (C,); any values near the mean of the channels.
+        spread: (5, C); the means of a and b, and the sums of aa, ab and bb about those.
+    """
+
+    lengths: Tensor
+    count: Tensor
+    mean: Tensor
+    M2: Tensor
+    samples: Tensor
+    batches: Tensor
+    weight: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | None = None) -> ChannelStatistics:
+        """Begin with nothing."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            lengths=torch.zeros(STRETCHES, dtype=torch.int64),
+            count=zeros(STRETCHES, channels),
+            mean=zeros(STRETCHES, channels),
+            M2=zeros(STRETCHES, channels),
+            samples=zeros(channels, dtype=torch.int64),
+            batches=zeros(channels, dtype=torch.int64),
+            weight=zeros(channels),
+            centre=zeros(channels),
+            spread=zeros(5, channels),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """List the fields by name; `ChannelStatistics(**tensors)` is the way back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: torch.device | None) -> ChannelStatistics:
+        """Move everything but `lengths` to a device."""
+        if device is None or self.mean.device == device:
+            return self
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return ChannelStatistics(**{**moved, "lengths": self.lengths})
+
+    def columns(self, first: int, end: int) -> ChannelStatistics:
+        """Take the channels from `first` up to `end`, exclusive."""
+        taken = {name: tensor[..., first:end].clone() for name, tensor in self.tensors().items()}
+        return ChannelStatistics(**{**taken, "lengths": self.lengths})
+
+    def add(self, sites: Sites) -> ChannelStatistics:
+        """Add one batch: for each site in the order of the columns, what its calls gave.
+
+        The first batch counts as two stretches, so that even a single one has two halves.
+        """
+        rows = _side_by_side(sites)
+        parts = [rows]
+        if not self.lengths[0]:
+            parts = [part for part in map(_side_by_side, _halved(sites)) if len(part.mean)]
+        known = self.to(rows.mean.device)
+        for part in parts:
+            known = known._appended(merged(part), len(part.mean))._compared(part)
+        return replace(known, batches=known.batches + (rows.count > 0).any(0))
+
+    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
+        """Merge with the statistics of later data, about this centre (Chan et al., weighted)."""
+        if not other.lengths[0]:
+            return self
+        other = other.to(self.mean.device)
+        if not self.lengths[0]:
+            return other
+        used, more = int((self.lengths > 0).sum()), int((other.lengths > 0).sum())
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        lengths, *tables = (torch.cat([a[:used], b[:more]]) for a, b in list(pairs)[:4])
+        stretches = Moments(*tables)
+        while len(lengths) > STRETCHES:
+            lengths, stretches = _paired(lengths, stretches)
+        joined = self._with_stretches(lengths, stretches)
+        centre = self.centre.where(self.weight > 0, other.centre)
+        return replace(
+            joined,
+            samples=self.samples + other.samples,
+            batches=self.batches + other.batches,
+            weight=self.weight + other.weight,
+            centre=centre,
+            spread=_pooled_spread(
+                self.weight,
+                _moved(self.spread, centre - self.centre),
+                other.weight,
+                _moved(other.spread, centre - other.centre),
+            ),
+        )
+
+    def moments(self) -> Moments:
+        """Compute the moments of everything added, on the CPU; count is 0 where nothing was."""
+        return merged(self._stretches(0, STRETCHES))
+
+    def halves(self) -> tuple[Moments, Moments] | None:
+        """Compute the moments of the first and second half of the data, as nearly as kept.
+
+        They are on the CPU. For the channels of one site, which have the same samples; None where
+        there are no halves: of a single sample, or none.
+        """
+        counts = self.count[:, 0].cpu()
+        used = counts.nonzero().flatten().tolist()
+        if len(used) < 2:
+            return None
+        so_far = counts.cumsum(0)[used]
+        cut = used[1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())]
+        return merged(self._stretches(0, cut)), merged(self._stretches(cut, STRETCHES))
+
+    def standard_errors(self) -> tuple[Tensor, Tensor]:
+        """Estimate the standard errors of mean and standard deviation, (C,) each, on the CPU.
+
+        The mean is a ratio of sums over samples, and the variance nearly one, so that their errors
+        are those of a ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4); the error
+        of sigma is that of its square, divided by 2 sigma. 0 for a constant channel; infinity for
+        one of less than two samples.
+        """
+        own = self.to(torch.device("cpu"))
+        moments = own.moments()
+        count = moments.count.clamp(min=1)
+        d = moments.mean - own.centre
+        var = moments.M2 / count
+        a, b, aa, ab, bb = own.spread
+        of_mean = aa + own.weight * (a - d).square()
+        square = b - 2 * d * a + d * d  # about the mean, for each sample
+        of_square = bb - 4 * d * (ab - d * aa) + own.weight * (square - var).square()
+        samples = own.samples.double()
+        scale = (samples / (samples - 1).clamp(min=1)).sqrt() / count
+        scale = scale.where(samples > 1, torch.inf)
+        mean, square_error = (x.clamp(min=0).sqrt() for x in (of_mean, of_square))
+        sigma = var.sqrt()
+        std = torch.where(sigma > 0, square_error / (2 * sigma), 0.0)
+        unknown = samples < 2
+        return (
+            torch.where(unknown, torch.inf, mean * scale),
+            torch.where(unknown, torch.inf, std * scale),
+        )
+
+    def _stretches(self, first: int, end: int) -> Moments:
+        """Take some stretches to the CPU: a GPU takes longer for each of the small steps."""
+        return Moments(*(t[first:end].cpu() for t in (self.count, self.mean, self.M2)))
+
+    def _appended(self, new: Moments, samples: int) -> ChannelStatistics:
+        """Add to the last stretch while that is shorter than the first, else begin another."""
+        lengths = self.lengths.tolist()
+        row = sum(length > 0 for length in lengths)
+        stretches = Moments(self.count, self.mean, self.M2)
+        if row and lengths[row - 1] < lengths[0]:
+            row -= 1
+            samples += lengths[row]
+            new = pooled(Moments(self.count[row], self.mean[row], self.M2[row]), new)
+        elif row == STRETCHES:
+            row //= 2
+            paired_lengths, stretches = _paired(self.lengths, stretches)
+            lengths = paired_lengths.tolist()
+        lengths = [*lengths[:row], samples]
+        kept = stretches.rows(0, row)
+        tables = zip((kept.count, kept.mean, kept.M2), (new.count, new.mean, new.M2), strict=True)
+        grown = Moments(*(torch.cat([table, one.unsqueeze(0)]) for table, one in tables))
+        return self._with_stretches(torch.tensor(lengths), grown)
+
+    def _with_stretches(self, lengths: Tensor, rows: Moments) -> ChannelStatistics:
+        """Replace the stretches; those that are missing are empty."""
+        free = STRETCHES - len(lengths)
+        none = torch.zeros_like(self.mean[:free])
+        count, mean, M2 = (torch.cat([t, none]) for t in (rows.count, rows.mean, rows.M2))
+        lengths = torch.cat([lengths, torch.zeros(free, dtype=torch.int64)])
+        return replace(self, lengths=lengths, count=count, mean=mean, M2=M2)
+
+    def _compared(self, rows: Moments) -> ChannelStatistics:
+        """Note how the samples of a batch differ from each other and from the earlier ones."""
+        present = rows.count > 0
+        weights = rows.count.square()
+        weight = weights.sum(0)
+        first = (weights * rows.mean).sum(0) / weight.clamp(min=1)
+        centre = self.centre.where(self.weight > 0, first)
+        a = (rows.mean - centre) * present
+        b = rows.M2 / rows.count.clamp(min=1) + a.square()
+        figures = torch.stack([a, b])  # (2, N, C)
+        means = (weights * figures).sum(1) / weight.clamp(min=1)
+        a, b = figures - means.unsqueeze(1)
+        sums = [(weights * product).sum(0) for product in (a * a, a * b, b * b)]
+        spread = torch.cat([means, torch.stack(sums)])
+        return replace(
+            self,
+            samples=self.samples + present.sum(0),
+            weight=self.weight + weight,
+            centre=centre,
+            spread=_pooled_spread(self.weight, self.spread, weight, spread),
+        )
+
+
+def _side_by_side(sites: Sites) -> Moments:
+    """Make one table of a batch, (N, C): a row for each sample, the channels of all sites.
+
+    A site with fewer samples than others has rows of count 0 at the end.
+    """
+    length = max(sum(len(call.mean) for call in calls) for calls in sites)
+    device = sites[0][0].mean.device
+    columns: list[tuple[Tensor, ...]] = []
+    for calls in sites:
+        counts = [call.mean.new_full(call.mean.shape, call.size) for call in calls]
+        tables = (counts, [call.mean for call in calls], [call.M2 for call in calls])
+        site = [table[0] if len(table) == 1 else torch.cat(table) for table in tables]
+        missing = length - len(site[0])
+        columns.append(tuple(F.pad(t, (0, 0, 0, missing)) if missing else t for t in site))
+    count, mean, M2 = (
+        torch.cat([t.to(device) for t in ts], 1) for ts in zip(*columns, strict=True)
+    )
+    return Moments(count, mean, M2)
+
+
+def _halved(sites: Sites) -> tuple[Sites, Sites]:
+    """Cut each call's samples into a first and a second half."""
+    cuts = [[(call, (len(call.mean) + 1) // 2) for call in calls] for calls in sites]
+    first = [[Samples(c.size, c.mean[:cut], c.M2[:cut]) for c, cut in calls] for calls in cuts]
+    second = [[Samples(c.size, c.mean[cut:], c.M2[cut:]) for c, cut in calls] for calls in cuts]
+    return first, second
+
+
+def _paired(lengths: Tensor, rows: Moments) -> tuple[Tensor, Moments]:
+    """Halve the number of stretches by taking neighbours together; an odd last one stays."""
+    even, odd = (
+        Moments(r.count[k::2], r.mean[k::2], r.M2[k::2]) for r, k in ((rows, 0), (rows, 1))
+    )
+    pairs = len(odd.mean)
+    both = pooled(even.rows(0, pairs), odd)
+    alone = even.rows(pairs, pairs + 1)
+    sums = lengths[::2].clone()
+    sums[:pairs] += lengths[1::2]
+    tables = zip((both.count, both.mean, both.M2), (alone.count, alone.mean, alone.M2), strict=True)
+    return sums, Moments(*(torch.cat(pair) for pair in tables))
+
+
+def _moved(spread: Tensor, d: Tensor) -> Tensor:
+    """Re-centre a spread: `d` is the new centre less the old one."""
+    a, b, aa, ab, bb = spread
+    return torch.stack(
+        (a - d, b - 2 * d * a + d * d, aa, ab - 2 * d * aa, bb - 4 * d * (ab - d * aa))
+    )
+
+
+def _pooled_spread(weight: Tensor, one: Tensor, more: Tensor, other: Tensor) -> Tensor:
+    """Merge two spreads about one centre, of these weights: Chan's formula with weights."""
+    share = more / (weight + more).clamp(min=1)
+    a, b = difference = other[:2] - one[:2]
+    between = torch.stack([a * a, a * b, b * b]) * (weight * share)
+    return torch.cat([one[:2] + difference * share, one[2:] + other[2:] + between])

@@ -1,0 +1,111 @@
+"""How far tensors are from those they should equal, pooled over batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrofit.errors import RetrofitError
+
+# Of the root mean square: more than a GPU's rounding, less than another branch of a model's code.
+BRANCH_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor of the converted model differs from that of the original.
+
+    Attributes:
+        name: module path of a site, or where the tensor stands in the model's output.
+        exact: equal everywhere, where NaN equals NaN and 0 equals -0.
+        max_abs: largest absolute difference; inf where one has a NaN and the other a number.
+        relative: the same divided by the original's root mean square.
+        finite: the original has no NaN or Inf there.
+    """
+
+    name: str
+    exact: bool
+    max_abs: float
+    relative: float
+    finite: bool = True
+
+
+class Comparison:
+    """Differences between pairs of tensors, pooled over batches."""
+
+    def __init__(self) -> None:
+        self.exact = self.finite = True
+        self.max_abs = 0.0
+        self.count = 0
+        self.sum = self.squares = self.squared_errors = 0.0
+
+    def add(self, expected: Tensor, actual: Tensor, name: str) -> bool:
+        """Add a pair; return whether it is equal."""
+        if expected.shape != actual.shape:
+            raise RetrofitError(
+                f"{name} has shape {tuple(expected.shape)} in the original and "
+                f"{tuple(actual.shape)} in the converted model"
+            )
+        actual = actual.to(expected.device)
+        if expected.is_complex() and actual.is_complex():
+            expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
+        self.count += expected.numel()
+        wide = expected if expected.dtype == torch.float64 else expected.float()
+        self.sum += float(wide.sum())
+        norm = float(torch.linalg.vector_norm(wide))
+        if not math.isfinite(norm):  # infinities, NaN, or an overflow
+            finite = wide.isfinite()
+            self.finite &= bool(finite.all())
+            norm = float(torch.linalg.vector_norm(wide[finite].double()))
+        self.squares += norm * norm  # which may be infinite, while ** would raise
+        if torch.equal(expected, actual):
+            return True
+        equal = (expected == actual) | (expected.isnan() & actual.isnan())
+        if bool(equal.all()):
+            return True
+        error = expected.double() - actual.double()
+        error = error.masked_fill(equal, 0.0).nan_to_num(nan=math.inf).abs()
+        self.exact = False
+        self.max_abs = max(self.max_abs, float(error.max()))
+        self.squared_errors += float(error.square().sum())
+        return False
+
+    def difference(self, name: str) -> Difference:
+        """Summarise all pairs added."""
+        rms = math.sqrt(self.squares / max(self.count, 1))
+        known = 0 < rms < math.inf
+        relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if known else math.inf
+        return Difference(name, self.exact, self.max_abs, relative, self.finite)
+
+    def rms_over_std(self) -> float:
+        """Divide the root mean square of the errors by the standard deviation expected."""
+        if not self.count:
+            return 0.0
+        variance = self.squares / self.count - (self.sum / self.count) ** 2
+        return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
+
+
+class Top1:
+    """How often the largest output is the same, where the first output is (images, classes)."""
+
+    def __init__(self) -> None:
+        self.same = self.ranked = 0
+
+    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor], images: int) -> None:
+        """Add the outputs for one batch; other outputs than (images, classes) do not count."""
+        name, first = next(iter(expected.items()), ("", None))
+        nested = name.count("[") + name.count(".") > 1  # such as a detector's boxes
+        if first is None or nested or first.is_complex():
+            return
+        if first.dim() == 2 and len(first) == images:
+            other = actual[name].to(first.device)
+            self.same += int((first.argmax(1) == other.argmax(1)).sum())
+            self.ranked += len(first)
+
+    @property
+    def share(self) -> float | None:
+        """Share of equal answers; None where there were none."""
+        return self.same / self.ranked if self.ranked else None

@@ -1,0 +1,1 @@
+"""Pictures from folders, arrays and tar shards, to batches."""

@@ -1,0 +1,349 @@
+"""Pictures to batches."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
+from torchvision.models import VGG16_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
+
+from retrofit.errors import PeerError, RetrofitError
+from retrofit.pictures.sources import Pictures
+
+Transform = Callable[[Image.Image], Tensor]
+Transforms = Callable[..., Transform]
+PRESET: Transforms = VGG16_Weights.IMAGENET1K_V1.transforms
+DETECTION_PRESET: Transforms = SSD300_VGG16_Weights.COCO_V1.transforms
+
+
+def preprocessing(
+    transforms: Transforms = PRESET,
+    *,
+    resize: int | None = None,
+    crop: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Transform:
+    """From a picture to the model's input (3, H, W).
+
+    Args:
+        transforms: makes the transform that the model was trained for, and takes the steps that
+            are to be replaced as torchvision's weights do: resize_size, crop_size, mean, std. By
+            default torchvision's classification preset (shorter side to 256, centre crop of 224,
+            ImageNet's mean and std).
+        resize, crop: pixels; where the transform has no such step, one is added: the resize before
+            it, the crop after it. The default of `resize` is then `crop`.
+        mean, std: of the channels, for pixels in 0 to 1.
+    """
+    if std is not None and min(std) <= 0:
+        raise RetrofitError(f"the std must be positive, not {' '.join(map(str, std))}")
+    given = {"resize_size": resize or crop, "crop_size": crop, "mean": mean, "std": std}
+    changes = {name: value for name, value in given.items() if value is not None}
+    own = inspect.signature(transforms).parameters
+    transform = transforms(**{name: value for name, value in changes.items() if name in own})
+    _try_out(transform)
+    if not own.keys() >= changes.keys() & {"mean", "std"}:
+        raise RetrofitError(
+            f"{type(transform).__name__} leaves it to the model to normalise: leave out --mean and "
+            "--std"
+        )
+    steps: list[Transform] = [transform]
+    if "resize_size" in changes.keys() - own.keys():
+        steps.insert(0, Resize(changes["resize_size"]))
+    if "crop_size" in changes.keys() - own.keys():
+        steps.append(CenterCrop(changes["crop_size"]))
+    return Compose(steps) if len(steps) > 1 else transform
+
+
+def _try_out(transform: Transform) -> None:
+    """Those of videos and of optical flow take other things than a picture."""
+    try:
+        transform(Image.new("RGB", (64, 64)))
+    except (AttributeError, TypeError) as error:
+        raise RetrofitError(
+            f"the model takes no single pictures (its transform is {type(transform).__name__}): "
+            "convert it in Python, with batches of your own"
+        ) from error
+    except Exception as error:
+        raise RetrofitError(
+            f"pictures cannot be prepared like that: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _first_resize(transform: Transform) -> Any:
+    """The torchvision Resize that a transform begins with; None where it is none, or not smooth."""
+    from torchvision.transforms import v2  # noqa: PLC0415 - slow to import
+
+    step: Any = transform
+    while isinstance(step, (Compose, v2.Compose)) and step.transforms:
+        step = step.transforms[0]
+    if isinstance(step, (ImageClassification, SemanticSegmentation)) and step.resize_size:
+        step = Resize(step.resize_size, step.interpolation)
+    nearest = (InterpolationMode.NEAREST, InterpolationMode.NEAREST_EXACT, Image.Resampling.NEAREST)
+    known = (
+        isinstance(step, (Resize, v2.Resize)) and step.size and step.interpolation not in nearest
+    )
+    return step if known else None
+
+
+def _resized(resize: Any, width: int, height: int) -> tuple[int, int]:
+    """The size that torchvision's Resize gives a picture of that size."""
+    size = [resize.size] if isinstance(resize.size, int) else resize.size
+    if len(size) == 2:
+        return size[1], size[0]
+    short, long = size[0], int(size[0] * max(width, height) / min(width, height))
+    if resize.max_size is not None and long > resize.max_size:
+        short, long = int(resize.max_size * short / long), resize.max_size
+    return (short, long) if width <= height else (long, short)
+
+
+def _draft(picture: Image.Image, resize: Any) -> None:
+    """Let a JPEG be decoded at 1/8, 1/4 or 1/2 of its size, if `resize` gives nearly the same then.
+
+    As in PIL's thumbnail: no smaller than twice the size that is needed. Rounding of the reduced
+    size must not change the size that the transform gives.
+    """
+    width, height = picture.size
+    target = _resized(resize, width, height)
+    for scale in (8, 4, 2):
+        reduced = -(-width // scale), -(-height // scale)
+        enough = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
+        if enough and _resized(resize, *reduced) == target:
+            picture.draft(None, (width // scale, height // scale))
+            return
+
+
+class _Item(NamedTuple):
+    name: str
+    tensor: Tensor | None
+    problem: str
+
+
+class _Items(Dataset[_Item]):
+    """Reads and transforms; an unreadable picture is an item too, for the loader to judge."""
+
+    def __init__(self, pictures: Pictures, indices: Sequence[int], transform: Transform) -> None:
+        self.pictures, self.indices, self.transform = pictures, indices, transform
+        self.resize = _first_resize(transform)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> _Item:
+        index = self.indices[position]
+        name = self.pictures.name(index)
+        try:
+            with self.pictures.read(index) as picture:
+                if self.resize is not None:
+                    _draft(picture, self.resize)
+                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+                return _Item(name, self.transform(rgb), "")
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            MemoryError,
+            Image.DecompressionBombError,
+        ) as error:
+            return _Item(name, None, str(error).splitlines()[0] if str(error) else "unreadable")
+
+
+class _Batch(NamedTuple):
+    """What a worker hands over.
+
+    Pictures of one size are one tensor, hence one piece of shared memory and one open file, of
+    which a process may have only some hundreds.
+    """
+
+    names: list[str]
+    pictures: Tensor | list[Tensor]
+    bad: list[tuple[str, str]]  # names, and what is wrong
+
+
+def _collate(items: list[_Item]) -> _Batch:
+    names = [item.name for item in items if item.tensor is not None]
+    tensors = [item.tensor for item in items if item.tensor is not None]
+    alike = len({tensor.shape for tensor in tensors}) == 1
+    bad = [(item.name, item.problem) for item in items if item.tensor is None]
+    return _Batch(names, default_collate(tensors) if alike else tensors, bad)
+
+
+def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
+    """What the loader gives; PeerError, out of next() alone, for a worker process that is gone."""
+    with _without_torchs_signal_handler():
+        batches = iter(loader)
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not _OF_A_READER.match(str(error)):
+            raise
+        raise PeerError(
+            f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
+            "enough memory? --workers 0 does without"
+        ) from error
+
+
+_OF_A_READER = re.compile(r"DataLoader worker \(pid|Pin memory thread")
+
+
+@contextmanager
+def _without_torchs_signal_handler() -> Iterator[None]:
+    """In the block torch's loader may set one, for the process. It raises out of whatever runs, for
+    each worker that is gone, also when the error for the first one is being handled. Without it the
+    loader looks after its workers every five seconds.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = number and signal.getsignal(number)
+    yield
+    if number and before is not None and signal.getsignal(number) is not before:
+        signal.signal(number, before)
+
+
+class PictureBatches:
+    """Batches of pictures, read by worker processes: tensors (N, 3, H, W), or lists of (3, H, W).
+
+    An iteration starts at the beginning, or where `load_state_dict` says.
+
+    Args:
+        pictures, indices: which pictures, in which order.
+        transform: see `preprocessing`. Where it begins with a resize, a large JPEG is decoded at a
+            reduced size.
+        batch_size, workers: pictures in a batch, and processes that read ahead two batches each.
+        lists: the model takes pictures of different sizes, as a list; such a batch is one.
+        skip_bad: leave unreadable pictures out, and list them in `bad`, instead of raising.
+        pin: give batches in pinned memory, from which copies to a GPU need not be waited for.
+
+    Attributes:
+        names: of the pictures in the batch yielded last.
+        bad: names of the unreadable pictures left out so far.
+
+    Raises RetrofitError, while iterating, with the name of an unreadable picture, or when pictures
+    have different sizes and the model takes no lists.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        indices: Sequence[int],
+        transform: Transform,
+        *,
+        batch_size: int,
+        workers: int,
+        lists: bool = False,
+        skip_bad: bool = False,
+        pin: bool = False,
+    ) -> None:
+        self.dataset = _Items(pictures, indices, transform)
+        self.batch_size, self.workers, self.pin = batch_size, workers, pin
+        self.lists, self.skip_bad = lists, skip_bad
+        self.names: list[str] = []
+        self.bad: list[str] = []
+        self._done = 0  # batches of this iteration, those without a readable picture too
+        self._start = 0  # where the next iteration begins
+
+    @property
+    def left(self) -> int:
+        """How many pictures the next iteration reads."""
+        return max(0, len(self.dataset) - self._start * self.batch_size)
+
+    def __len__(self) -> int:
+        """How many batches the next iteration has, if each has a readable picture."""
+        return math.ceil(self.left / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        loader: DataLoader[_Item] = DataLoader(
+            self.dataset,
+            batch_sampler=BatchSampler(
+                range(len(self.dataset) - self.left, len(self.dataset)),
+                self.batch_size,
+                drop_last=False,
+            ),
+            num_workers=min(self.workers, len(self)),
+            collate_fn=_collate,
+            pin_memory=self.pin,
+        )
+        self._done, self._start = self._start, 0
+        return self._batches(loader)
+
+    def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
+        done = self._done
+        for names, pictures, bad in _read(loader):
+            for name, problem in bad:
+                if not self.skip_bad:
+                    raise RetrofitError(
+                        f"{name} cannot be read: {problem} (--skip-bad-images leaves such pictures "
+                        "out)"
+                    )
+                if name not in self.bad:
+                    self.bad.append(name)
+            if isinstance(pictures, list) and pictures and not self.lists:
+                raise _different_sizes(pictures)
+            done += 1
+            self._done = done  # before the yield: who has got a batch is to have what follows it
+            if len(pictures):
+                self.names = names
+                yield pictures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands, for JSON: how many batches it has given, and of what."""
+        return {"batches": self._done, "bad": list(self.bad), **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where the state was taken; the pictures before are not read.
+
+        RetrofitError if it is of other pictures or another order, batch size or transform.
+        """
+        if missing := {"batches", "bad", *self._identity} - state.keys():
+            raise RetrofitError(f"this is no state of PictureBatches: {min(missing)} is missing")
+        differences = [
+            f"another {what.replace('_', ' ')}: {state[what]}, not {here}"
+            for what, here in self._identity.items()
+            if state[what] != here
+        ]
+        if differences:
+            raise RetrofitError(f"the state is of {'; of '.join(differences)} (start without it)")
+        self._start = self._done = state["batches"]
+        self.bad = list(state["bad"])
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree in."""
+        order = hashlib.sha256()
+        for index in self.dataset.indices:
+            name = self.dataset.pictures.name(index)
+            order.update(name.encode(errors="surrogateescape") + b"\0")
+        transform = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.dataset.transform))
+        return {
+            "data_set": f"{len(self.dataset)} pictures with names of SHA-256 {order.hexdigest()}",
+            "batch_size": self.batch_size,
+            "transform": " ".join(transform.split()),
+        }
+
+
+def _different_sizes(pictures: list[Tensor]) -> RetrofitError:
+    sizes = list(dict.fromkeys(tuple(picture.shape[1:]) for picture in pictures))
+    shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
+    return RetrofitError(
+        f"the pictures have different sizes ({shown}{', ...' if len(sizes) > 3 else ''}) "
+        "and the model takes them as one tensor: give --crop, or --batch-size 1"
+    )
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 ... count - 1 in an order that depends on the seed alone."""
+    order: list[Any] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order

@@ -1,0 +1,1 @@
+"""Where BatchNorms go, and why."""

@@ -1,0 +1,1 @@
+"""How a model is called, copied, and put in a mode for a while."""

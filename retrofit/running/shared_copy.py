@@ -1,0 +1,109 @@
+"""Copies of a model that share its tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+
+M = TypeVar("M", bound=nn.Module)
+# By name, since importing torch.distributed and torch._dynamo takes long.
+WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
+    """Copy the modules over the same parameter storage; those in `keep` are not even copied.
+
+    Parameters are new objects, or moving the copy would move the original; ties stay ties.
+    Buffers are copied, since forward may write to them. Gradients are left behind.
+
+    Raises RetrofitError when the model holds something that cannot be copied, such as a lock, or a
+    module that gives itself as its copy; or is, or holds, a wrapper (DataParallel, torch.compile's)
+    that hides the modules inside.
+    """
+    _refuse_wrappers(model)
+    memo: dict[int, object] = {id(thing): thing for thing in keep}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter:
+                shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                memo.setdefault(id(parameter), shared)
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # weight_norm's weight, say
+                memo.setdefault(id(value), value.detach())
+            elif type(value) in (OrderedDict, dict, set) and not value:
+                # A dozen tables of hooks for each module: most of the time that deepcopy takes.
+                memo.setdefault(id(value), type(value)())
+    try:
+        copied = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise RetrofitError(f"this {type(model).__name__} cannot be copied: {error}") from error
+    copies = set(map(id, copied.modules()))
+    for path, module in model.named_modules():
+        if id(module) in copies:
+            what = f"{path} of this {type(model).__name__}" if path else f"a {type(model).__name__}"
+            raise RetrofitError(
+                f"{what} cannot be copied: its __deepcopy__ gives the module itself, which a "
+                "retrofit would change; take it out, or let it copy"
+            )
+    return copied
+
+
+def refuse_inference_mode() -> None:
+    """Raise RetrofitError in torch.inference_mode(), whose tensors can never be trained."""
+    if torch.is_inference_mode_enabled():
+        raise RetrofitError(
+            "what is made in torch.inference_mode() can never be trained: call this outside of it, "
+            "or under torch.no_grad()"
+        )
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Raise RetrofitError for modules that hide what is inside: see `WRAPPERS`, and TorchScript."""
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        inside = WRAPPERS.get(name) if type(module).__module__.startswith("torch.") else None
+        if inside is not None:
+            inner = f"{path}.{inside}".lstrip(".")
+            where = f"{path} of this {type(model).__name__}" if path else "this model"
+            raise RetrofitError(
+                f"{where} is a {name} around a {type(getattr(module, inside)).__name__}: pass what "
+                f"is inside (model.{inner}), and wrap the result anew"
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RetrofitError(
+            "this model is a TorchScript module, whose layers are fixed: pass the Python model "
+            "that it was made from"
+        )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Hold garbage collection back in the block, or in the function that this decorates.
+
+    A copy or a trace of a network is ten thousands of new objects, none of them garbage. They make
+    Python look through all that torch has loaded several times over: 40 % of the time it takes to
+    plan a network of 1,000 convolutions.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

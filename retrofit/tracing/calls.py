@@ -1,0 +1,190 @@
+"""What a forward pass does: the calls it makes, in order, and which feeds which.
+
+Read with torch.fx (`symbolic`) or off a real run (`example_run`); the rules see no difference.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from retrofit.plans import Options
+from retrofit.tracing.operations import (
+    CONVOLUTIONS,
+    is_activation,
+    is_affine,
+    is_conv,
+    is_linear,
+    is_norm,
+)
+
+_ONE_AT_A_TIME = threading.RLock()
+Way = Literal["symbolic", "run"]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operation of the forward pass.
+
+    Attributes:
+        name: the operation as `operations` names it; "input", "output" and "attribute" too, and
+            "unknown" for a module that could not be followed and for the end of one that was
+            followed on its own.
+        path: module path of the called module; of the calling module for a function.
+        module: the called module, None for a function.
+        inside: paths of the modules whose forward makes this call, outermost first.
+        alone: it is called with its one input and nothing more, as an nn.Sequential can be.
+        keepdim: the function's keepdim argument.
+        channels: of a function's weight, as a convolution has it; 0 where unknown.
+        shape: of its result, if that is one tensor and known.
+        arguments: of a traced function, or of the output, as they are written, but for tensors.
+        users: the calls that this one feeds, in order.
+    """
+
+    name: str
+    path: str
+    module: nn.Module | None = None
+    inside: tuple[str, ...] = ()
+    alone: bool = True
+    keepdim: bool = False
+    channels: int = 0
+    shape: tuple[int, ...] | None = None
+    arguments: str = ""
+    users: tuple[Call, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All calls of a forward pass. Nothing in it changes once it is made.
+
+    Attributes:
+        calls: in order, so that each comes before its users.
+        way: how they were read, with torch.fx ("symbolic") or off a run on an example ("run").
+        opaque: modules that could not be followed: path to the reason.
+        reads: what the model's own code reads of its layers that an nn.Sequential in their place
+            would lack: path to attribute names.
+        asks_mode: the model's own code reads `training`, so that it may do something else in train
+            mode.
+        outputs: of a run, the tensors in what the model returned, by their place.
+    """
+
+    calls: tuple[Call, ...]
+    way: Way
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    asks_mode: bool = False
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("opaque", "reads", "outputs"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def static(self) -> bool:
+        """The calls are the same for every input, and these are all."""
+        return self.way == "symbolic" and not self.opaque
+
+    @property
+    def modules_called(self) -> list[str]:
+        """Paths of the called modules, in order."""
+        return [call.path for call in self.calls if call.module is not None]
+
+    def is_inside_opaque(self, path: str) -> bool:
+        """Tell whether the module at `path` is, or is part of, one that could not be followed."""
+        return any(not o or f"{path}.".startswith(f"{o}.") for o in self.opaque)
+
+
+def rebuilt(calls: Sequence[Call], change: Callable[[Call], Call]) -> tuple[Call, ...]:
+    """Copy `calls`, each changed by `change`, such that the copies feed each other as these do."""
+    new: dict[Call, Call] = {}
+    for call in reversed(calls):
+        new[call] = replace(change(call), users=tuple(new[user] for user in call.users))
+    return tuple(reversed(new.values()))
+
+
+class Reads:
+    """Notes what a model's own code reads of its modules.
+
+    Attributes:
+        by_path: of the layers, the names of attributes that an nn.Sequential in their place would
+            lack: path to names.
+        mode: `training` of any module was read.
+        muted: set while a layer's own code runs, which may read what it likes.
+    """
+
+    def __init__(self, model: nn.Module, candidates: Collection[nn.Module]) -> None:
+        self.paths = {id(m): path for path, m in model.named_modules() if m in candidates}
+        self.by_path: dict[str, set[str]] = {}
+        self.mode = False
+        self.muted = False
+
+    def frozen(self) -> dict[str, frozenset[str]]:
+        """Return `by_path` with sets that do not change."""
+        return {path: frozenset(names) for path, names in self.by_path.items()}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note reads for the length of the block, which changes nn.Module: other threads wait."""
+        kept = set(dir(nn.Sequential()))
+
+        def spy(module: nn.Module, name: str) -> Any:
+            if not self.muted:
+                if name == "training":
+                    self.mode = True
+                elif name not in kept and id(module) in self.paths:
+                    self.by_path.setdefault(self.paths[id(module)], set()).add(name)
+            return object.__getattribute__(module, name)
+
+        with _ONE_AT_A_TIME:
+            nn.Module.__getattribute__ = spy  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                del nn.Module.__getattribute__
+
+
+def hosts(model: nn.Module) -> set[nn.Module]:
+    """List the modules that something may be put after, or that may be put elsewhere."""
+    kinds = (is_affine, is_activation, is_norm)
+    return {module for module in model.modules() if any(kind(module) for kind in kinds)}
+
+
+def is_alone(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call with these arguments has one input and nothing more."""
+    return len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"}
+
+
+def is_candidate(module: nn.Module, options: Options) -> bool:
+    """Tell whether a module could get a BatchNorm: a convolution, or where asked for a Linear."""
+    return is_conv(module) or (options.linear and is_linear(module))
+
+
+def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, Call]]:
+    """Yield each call of a layer that could get a BatchNorm, with the path of its site.
+
+    In the native layout the calls of one module share a site; functions, and in the graph layout
+    all calls, are told apart by a number.
+    """
+    calls = list(calls)
+    modules = {call.path for call in calls if call.module is not None}
+    counted: dict[str, int] = {}
+    for call in calls:
+        if call.module is not None:
+            if call.name == "unknown" or not is_candidate(call.module, options):
+                continue
+            path = call.path
+        elif call.name in CONVOLUTIONS or (options.linear and call.name == "linear"):
+            path = f"{call.path}.{call.name}".lstrip(".")
+            if path in modules:  # self.conv2d, beside F.conv2d
+                path += "@function"
+        else:
+            continue
+        counted[path] = counted.get(path, -1) + 1
+        told_apart = call.module is None or options.layout == "graph"
+        yield f"{path}@{counted[path]}" if told_apart and counted[path] else path, call

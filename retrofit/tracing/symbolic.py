@@ -1,0 +1,247 @@
+"""The calls a model makes, read with torch.fx, without data."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.running.shared_copy import shared_copy
+from retrofit.tracing.calls import Call, Reads, Trace, hosts, is_alone, rebuilt
+from retrofit.tracing.operations import AFFINE_FUNCTIONS, function_name, is_leaf, module_name
+
+
+class UntraceableError(RetrofitError):
+    """torch.fx cannot follow the model.
+
+    Attributes:
+        place: in the model's code, what stopped it ("vgg.py:84").
+    """
+
+    def __init__(self, model: str, frame: traceback.FrameSummary, reason: str) -> None:
+        self.place = _place(frame)
+        super().__init__(
+            f"torch.fx cannot trace {model}: {frame.filename}:{frame.lineno}, in {frame.name}: "
+            f'"{frame.line}": {reason}'
+        )
+
+
+@dataclass(frozen=True)
+class Symbolic:
+    """What torch.fx made of a model.
+
+    Attributes:
+        graph: of `traced`, a copy of the model that shares its tensors.
+        opaque: submodules that count as one call each, since they could not be followed: path to
+            the place in the code that stopped it ("vgg.py:84").
+        reads: what the model's own code read of its modules.
+    """
+
+    graph: fx.Graph
+    traced: nn.Module
+    opaque: dict[str, str]
+    reads: Reads
+
+
+def defaults(model: nn.Module) -> dict[str, Any]:
+    """List the arguments of forward that keep their default when a model is traced.
+
+    All that have one, but not the only input, as in `forward(self, x=None)`.
+    """
+    signature = inspect.signature(model.forward).parameters
+    found = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    if found and len(found) == len(signature):
+        del found[next(iter(found))]
+    return found
+
+
+def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symbolic:
+    """Trace `model` in the given mode; arguments of forward that have a default keep it.
+
+    The seed is for what forward draws while it is traced; the generator is afterwards as it was. A
+    submodule that torch.fx cannot follow becomes opaque, and the rest is traced around it.
+
+    Raises UntraceableError when it cannot follow the model itself, with the line that stopped it.
+    """
+    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies;
+    for module in traced.modules():  # so may hooks
+        module.training = training
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    opaque: dict[str, str] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        while True:
+            tracer, reads = _Tracer(traced, opaque), Reads(traced, hosts(traced))
+            try:
+                with reads.noted():
+                    graph = tracer.trace(traced, concrete_args=defaults(model))
+                return Symbolic(graph, traced, opaque, reads)
+            except Exception as error:
+                frame, reason = _culprit(error)
+                if tracer.stopped_in is not None and tracer.stopped_in not in opaque:
+                    opaque[tracer.stopped_in] = _place(frame)
+                    continue
+                raise UntraceableError(type(model).__name__, frame, reason) from error
+
+
+def trace_whole(model: nn.Module) -> Trace:
+    """Trace `model` in eval mode, as one; what torch.fx cannot follow is opaque."""
+    try:
+        found = symbolic(model)
+    except UntraceableError as error:
+        return Trace((), "symbolic", opaque={"": error.place})
+    return Trace(
+        tuple(calls_of(model, found.graph, found.opaque).values()),
+        "symbolic",
+        opaque=found.opaque,
+        reads=found.reads.frozen(),
+        asks_mode=found.reads.mode,
+    )
+
+
+def with_pieces(model: nn.Module, whole: Trace) -> Trace:
+    """Add to the trace of `model` what is inside of its opaque modules, read piecewise.
+
+    The largest modules inside that torch.fx can follow are traced each on their own; what goes out
+    of them goes somewhere "unknown".
+    """
+    found = whole
+    for path in whole.opaque:
+        for name, child in model.get_submodule(path).named_children():
+            if not is_leaf(child):
+                piece = with_pieces(child, trace_whole(child))
+                found = _joined(found, f"{path}.{name}".lstrip("."), piece)
+    return found
+
+
+def _joined(whole: Trace, prefix: str, piece: Trace) -> Trace:
+    """Add the trace of the module at `prefix`, made of it alone, to that of the model."""
+
+    def below(path: str) -> str:
+        return f"{prefix}.{path}".rstrip(".")
+
+    def moved(call: Call) -> Call:
+        name = "unknown" if call.name in ("input", "output") else call.name
+        inside = (prefix, *map(below, call.inside))
+        return replace(call, name=name, path=below(call.path), inside=inside)
+
+    return replace(
+        whole,
+        calls=whole.calls + rebuilt(piece.calls, moved),
+        opaque={**whole.opaque, **{below(path): place for path, place in piece.opaque.items()}},
+        reads={**whole.reads, **{below(path): names for path, names in piece.reads.items()}},
+        asks_mode=whole.asks_mode or piece.asks_mode,
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Attributes:
+    stopped_in: path of the innermost submodule that raised; None if the model itself did.
+    """
+
+    def __init__(self, model: nn.Module, opaque: Collection[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.inside = set(model.modules())
+        self.stopped_in: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m) or module_qualified_name in self.opaque
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if m not in self.inside:  # of a list of the model's, or of another thread
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.stopped_in = self.stopped_in or self.path_of_module(m)
+            raise
+
+
+def calls_of(
+    model: nn.Module, graph: fx.Graph, opaque: Collection[str] = ()
+) -> dict[fx.Node, Call]:
+    """Make the neutral record of a graph: a call for each node, in order."""
+    calls: dict[fx.Node, Call] = {}
+    for node in reversed(graph.nodes):  # users first
+        calls[node] = replace(
+            _call(model, node, opaque), users=tuple(calls[user] for user in node.users)
+        )
+    return dict(reversed(calls.items()))
+
+
+def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
+    # Keys of the stack may repeat a path as "name@1"; the values hold the path itself.
+    stack = node.meta.get("nn_module_stack", {})
+    inside = tuple(path for path, _ in stack.values())
+    where = inside[-1] if inside else ""
+    if node.op == "call_module":
+        path = str(node.target)
+        module = model.get_submodule(path)
+        name = "unknown" if path in opaque else module_name(module)
+        return Call(name, path, module, inside, alone=is_alone(node.args, node.kwargs))
+    if node.op in ("call_function", "call_method"):
+        target = node.target if node.op == "call_method" else node.target.__name__  # type: ignore[union-attr]
+        name = function_name(str(target))
+        return Call(
+            name,
+            where,
+            None,
+            inside,
+            keepdim=bool(node.kwargs.get("keepdim", False)),
+            channels=_channels(model, node) if name in AFFINE_FUNCTIONS else 0,
+            arguments=_written(node),
+        )
+    names = {"placeholder": "input", "get_attr": "attribute"}
+    arguments = _written(node) if node.op == "output" else ""
+    return Call(names.get(node.op, node.op), "", None, inside, arguments=arguments)
+
+
+def _written(node: fx.Node) -> str:
+    written = fx.node.map_arg((node.args, node.kwargs), lambda _: "_")
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(written))
+
+
+def _channels(model: nn.Module, node: fx.Node) -> int:
+    """Output channels of a function whose weight is a parameter, else 0."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return 0
+    owner, _, name = str(weight.target).rpartition(".")
+    tensor = getattr(model.get_submodule(owner), name, None)
+    if tensor is None:  # a constant that forward made
+        return 0
+    shape = tensor.shape
+    if "transpose" not in node.target.__name__:  # type: ignore[union-attr]
+        return int(shape[0])
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return int(shape[1]) * groups if isinstance(groups, int) else 0
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _culprit(error: Exception) -> tuple[traceback.FrameSummary, str]:
+    """The line of the model's own code that stopped the tracing, and why."""
+    libraries = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
+    # Not extract_tb: it wants the columns, which fx's patched code of torch 2.6 does not have.
+    frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    return (own or list(frames))[-1], reason

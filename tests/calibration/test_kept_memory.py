@@ -1,0 +1,71 @@
+"""Large tensors reuse memory while calibrating, and the process behaves as usual afterwards."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.calibration.kept_memory import kept_memory
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+
+
+def faults(size=48):
+    """Pages that the system fills for the second and later of five tensors of so many MiB."""
+    counts = []
+    for _ in range(5):
+        torch.empty(size << 18).fill_(1)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return counts[-1] - counts[0]
+
+
+@glibc
+def test_only_in_the_block_is_memory_reused():
+    before = faults()
+    with kept_memory():
+        inside = faults()
+    assert inside <= before / 2  # the heap may settle with the second one
+    assert faults(200) > before / 2  # more than what is left in the heap
+
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def filled_and_failed():
+    before = resident()
+    torch.empty(256 << 18).fill_(1)
+    assert resident() > before + (200 << 20)
+    raise KeyError
+
+
+@glibc
+def test_memory_goes_back_to_the_system_at_the_end_and_after_an_error():
+    before = resident()
+    with pytest.raises(KeyError), kept_memory():
+        filled_and_failed()
+    assert resident() < before + (100 << 20)
+
+
+@glibc
+@pytest.mark.parametrize(
+    "chosen", [{"MALLOC_MMAP_THRESHOLD_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}]
+)
+def test_thresholds_chosen_in_the_environment_are_left_alone(chosen):
+    code = "import test_kept_memory as t; t.assert_nothing_changes()"
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, **chosen, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def assert_nothing_changes():
+    before = faults()
+    with kept_memory():
+        assert faults() > before / 2

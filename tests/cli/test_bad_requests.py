@@ -1,0 +1,254 @@
+"""What a user may get wrong: one line that names it, an exit code, and nothing written."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import contents, pictures
+from processes import command
+
+import retrofit
+from retrofit.files.model_sources import build
+
+NETS = """
+import torch
+from torch import nn
+
+def make(inputs=3, kernel=3):
+    torch.manual_seed(0)
+    convs = nn.Conv2d(inputs, 4, kernel), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+
+def other(): return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).eval()
+def wide(): return make(inputs=7)
+def huge(): return make(kernel=99)
+def normed(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 2)).eval()
+def nothing(): pass
+def failing(): raise OSError("no such\\nluck")
+def needy(width): pass
+constant = 3
+"""
+
+
+class Something:
+    """What no state dict holds."""
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    """A folder with files good and bad."""
+    kit = tmp_path_factory.mktemp("kit")
+    (kit / "net.py").write_text(NETS)
+    (kit / "broken.py").write_text("def make(:\n")
+    for name, count in (("pictures", 6), ("single", 1), ("mixed", 1), ("damaged", 3)):
+        pictures(kit / name, count)
+    (kit / "empty").mkdir()
+    (kit / "script.py").write_text("import sys\nsys.exit(0)\n")
+    whole = (kit / "damaged" / "1.png").read_bytes()
+    (kit / "damaged" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (kit / "texts").mkdir()
+    for name in ("texts/1.png", "texts/2.png", "text.pth", "text.safetensors", "there.pth",
+                 "there.html", "text.txt", "text.state", "texts.jpg", "text.tar"):  # fmt: skip
+        (kit / name).write_text("precious")
+    for name in ("none.pth", "none.safetensors", "none.npy"):
+        (kit / name).touch()
+
+    model = build(f"{kit}/net.py:make")
+    state = model.state_dict()
+    torch.save(state, kit / "w.pth")
+    (kit / "cut.pth").write_bytes((kit / "w.pth").read_bytes()[:700])
+    torch.save({"list": [1, 2]}, kit / "list.pth")
+    torch.save(Something(), kit / "object.pth")
+    (kit / "pickle.pth").write_bytes(pickle.dumps(Something()))
+    torch.save({**state, "0.weight": state["0.weight"][:2]}, kit / "shapes.pth")
+    torch.save({**state, "0.weight": state["0.weight"] * float("nan")}, kit / "nan.pth")
+    torch.save({**state, "more": torch.ones(2)}, kit / "more.pth")
+    torch.save({"0.weight": state["0.weight"]}, kit / "fewer.pth")
+    data = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))]
+    converted = retrofit.add_batchnorm(model, data, progress=False)
+    retrofit.save(converted, kit / "bn.safetensors", name="net.py:make")
+    retrofit.save(converted, kit / "bn.pth")
+    retrofit.save(model, kit / "plain.safetensors", name="net.py:make")
+    written = (kit / "bn.safetensors").read_bytes()
+    (kit / "cut.safetensors").write_bytes(written[:-100])
+    with torch.no_grad():
+        converted[0].conv.weight.mul_(1.5)
+    retrofit.save(converted, kit / "trained.safetensors", name="net.py:make")
+
+    np.save(kit / "floats.npy", np.zeros((3, 16, 16, 3)))
+    np.save(kit / "flat.npy", np.zeros((3, 16), dtype=np.uint8))
+    np.save(kit / "objects.npy", np.array([Something()]), allow_pickle=True)
+    np.savez(kit / "labels.npz", labels=np.arange(3))
+    (kit / "broken.npz").write_bytes(b"PK broken")
+    with tarfile.open(kit / "texts.tar", "w") as tar:
+        tar.add(kit / "text.txt", "text.txt")
+    shutil.copy(kit / "texts.tar", kit / "mixed" / "texts.tar")
+    return kit
+
+
+PICTURES = "--data pictures --crop 16 --workers 0"
+PLAN, DEMO = "plan net.py:make", "demo"
+CONVERT = f"convert net.py:make --weights w.pth --output out.safetensors {PICTURES}"
+VERIFY = f"verify bn.safetensors --model net.py:make --weights w.pth {PICTURES}"
+FOLD = "fold bn.safetensors --model net.py:make --output out.pth"
+ADAPT = f"adapt bn.safetensors --model net.py:make --output out.safetensors {PICTURES}"
+INSPECT = "inspect"
+REPORT = "report bn.safetensors --output out.html"
+
+# (command, exit code, what its line says); of an option given twice the last counts.
+CASES = [
+    ("", 2, "the following arguments are required: COMMAND"),
+    ("frobnicate", 2, "invalid choice: 'frobnicate'"),
+    ("plan", 2, "the following arguments are required: model"),
+    ("plan vgg61", 2, "torchvision has no model 'vgg61'; nearest: vgg19"),
+    ("plan nope.py:make", 2, "there is no file nope.py"),
+    ("plan net.py:maek", 2, "net.py has no factory 'maek'; nearest: make"),
+    ("plan net.py:constant", 2, "net.py has no factory 'constant'"),
+    ("plan net.py:", 2, "net.py"),
+    ("plan broken.py:make", 2, "broken.py cannot be imported: SyntaxError"),
+    ("plan no.such.module:make", 2, "no.such.module cannot be imported: ModuleNotFoundError"),
+    ("plan timm:vgg61", 2, "timm has no model 'vgg61'"),
+    ("plan net.py:failing", 2, "net.py:failing() failed: OSError: no such luck"),
+    ("plan net.py:nothing", 2, "net.py:nothing returned a NoneType, not an nn.Module"),
+    ("plan net.py:needy", 2, "net.py:needy() failed: TypeError"),
+    (f"{PLAN} --frobnicate", 2, "unrecognized arguments: --frobnicate"),
+    (f"{PLAN} --layout tree", 2, "argument --layout: invalid choice: 'tree'"),
+    (f"{PLAN} --placement before", 2, "argument --placement: invalid choice: 'before'"),
+    (f"{PLAN} --include nope.*", 2, "'nope.*' matches none of the 2 convolutions"),
+    (f"{PLAN} --exclude nope", 2, "'nope' matches none of the 2 convolutions"),
+    (f"{PLAN} --data nope", 2, "there is no folder or file nope"),
+    (f"{PLAN} --data pictures --mean 1 2", 2, "argument --mean: expected 3 arguments"),
+    (f"{PLAN} --data pictures --mean a b c", 2, "argument --mean: a is not a finite number"),
+    ("convert net.py:make", 2, "the following arguments are required: --output, --data"),
+    (f"convert vgg11 --output a.pth {PICTURES}", 2, "vgg11 without weights is random"),
+    (f"{CONVERT} --weights nope.pth", 2, "there is no file nope.pth"),
+    ("plan script.py:make", 2, "script.py cannot be imported: it ends the process"),
+    (f"{PLAN} --data pictures --crop 9999999999", 2, "pictures cannot be prepared like that"),
+    (f"{CONVERT} --device hpu", 2, "device hpu cannot be used here"),
+    (f"{PLAN} --data pictures --std inf 1 1", 2, "inf is not a finite number"),
+    (f"{CONVERT} --weights empty", 2, "'empty' is no .safetensors, .pth or .pt file"),
+    (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no .safetensors, .pth or .pt file"),
+    (f"{CONVERT} --weights none.pth", 2, "none.pth cannot be read as a state dict"),
+    (f"{CONVERT} --weights text.pth", 2, "text.pth cannot be read as a state dict"),
+    (f"{CONVERT} --weights cut.pth", 2, "cut.pth cannot be read as a state dict"),
+    (f"{CONVERT} --weights list.pth", 2, "list.pth holds no state dict"),
+    (f"{CONVERT} --weights object.pth", 2,
+     "object.pth cannot be read as a state dict: it is damaged or holds more"),
+    (f"{CONVERT} --weights pickle.pth", 2, "pickle.pth cannot be read as a state dict"),
+    (f"{CONVERT} --weights none.safetensors", 2, "none.safetensors cannot be read as safetensors"),
+    (f"{CONVERT} --weights text.safetensors", 2, "text.safetensors cannot be read as safetensors"),
+    (f"{CONVERT} --weights shapes.pth", 2, "0.weight (2, 3, 3, 3) instead of (4, 3, 3, 3)"),
+    (f"{CONVERT} --weights more.pth", 2, "1 unexpected (more)"),
+    (f"{CONVERT} --weights fewer.pth", 2, "5 missing (0.bias, 2.weight, 2.bias, ...)"),
+    (f"{CONVERT} --weights nan.pth", 2, "there is a NaN or Inf at 0 for pictures/"),
+    (f"{CONVERT} --data nope", 2, "there is no folder or file nope"),
+    (f"{CONVERT} --data empty", 2, "empty has no pictures in it"),
+    (f"{CONVERT} --data single", 2, "at least 2 pictures: single has 1"),
+    (f"{CONVERT} --data text.txt", 2, "text.txt is neither a folder of pictures nor"),
+    (f"{CONVERT} --data texts", 2, "texts/"),
+    (f"{CONVERT} --data texts --skip-bad-images", 2, "got 0 of the at least 2 images"),
+    (f"{CONVERT} --data damaged", 2, "damaged/1.png cannot be read"),
+    (f"{CONVERT} --data mixed", 2, "mixed has both pictures (mixed/0.png, ...) and tar shards"),
+    (f"{CONVERT} --data text.tar", 2, "text.tar"),
+    (f"{CONVERT} --data texts.tar", 2, "texts.tar"),
+    (f"{CONVERT} --data x-{{0..2}}.tar", 2, "stands for 3 shards, and 3 of them do not exist"),
+    (f"{CONVERT} --data none.npy", 2, "none.npy cannot be read as arrays"),
+    (f"{CONVERT} --data floats.npy", 2, "floats.npy must hold one uint8 array of shape"),
+    (f"{CONVERT} --data flat.npy", 2, "flat.npy must hold one uint8 array of shape"),
+    (f"{CONVERT} --data objects.npy", 2, "objects.npy cannot be read as arrays of plain numbers"),
+    (f"{CONVERT} --data labels.npz", 2, "labels.npz must hold one uint8 array"),
+    (f"{CONVERT} --data broken.npz", 2, "broken.npz cannot be read as arrays"),
+    (f"{CONVERT} --output there.pth", 2, "there.pth exists: choose another name, or --overwrite"),
+    (f"{CONVERT} --output empty --overwrite", 2, "empty must end in .safetensors"),
+    (f"{CONVERT} --output out.onnx", 2, "out.onnx must end in .safetensors, .pth or .pt"),
+    (f"{CONVERT} --output nope/out.pth", 2, "the folder nope does not exist"),
+    (f"{CONVERT} --report there.html", 2, "there.html exists"),
+    (f"{CONVERT} --report out.pdf", 2, "out.pdf must end in .html"),
+    (f"{CONVERT} --state out.safetensors", 2, "--state and --output are both out.safetensors"),
+    (f"{CONVERT} --state text.state", 2, "text.state is no state file of a calibration"),
+    (f"{CONVERT} --state nope/s", 2, "nope/s"),
+    (f"{CONVERT} --images 0", 2, "argument --images: 0 is not between 1 and"),
+    (f"{CONVERT} --images 1.5", 2, "argument --images: 1.5 is not a whole number"),
+    (f"{CONVERT} --images 1", 2, "at least 2 images"),
+    (f"{CONVERT} --batch-size -3", 2, "argument --batch-size: -3 is not between 1 and"),
+    (f"{CONVERT} --workers -1", 2, "argument --workers: -1 is not between 0 and"),
+    (f"{CONVERT} --seed nan", 2, "argument --seed: nan is not a whole number"),
+    (f"{CONVERT} --resize 0", 2, "argument --resize: 0 is not between 1 and"),
+    (f"{CONVERT} --crop -16", 2, "argument --crop: -16 is not between 1 and"),
+    (f"{CONVERT} --std 0 1 1", 2, "the std must be positive, not 0.0 1.0 1.0"),
+    (f"{CONVERT} --tolerance 2", 2, "argument --tolerance: 2 is not between 0 and 1"),
+    (f"{CONVERT} --tolerance nan", 2, "argument --tolerance: nan is not a number"),
+    (f"{CONVERT} --device gpu", 2, "argument --device: gpu is no device such as cpu or cuda"),
+    (f"{CONVERT} --device meta", 2, "device meta cannot be used here"),
+    (f"{CONVERT} --include nope", 2, "'nope' matches none of the 2 convolutions"),
+    (f"{CONVERT} --crop 4", 2, "Kernel size can't be greater than actual input size"),
+    (f"convert net.py:wide --output a.pth --weights w.pth {PICTURES}", 2, "(4, 7, 3, 3)"),
+    (f"{VERIFY} --model net.py:other", 2, "the plan does not fit this Sequential"),
+    (f"verify nope.safetensors --weights w.pth {PICTURES}", 2, "there is no file nope.safetensors"),
+    (f"verify bn.safetensors --weights w.pth {PICTURES}", 2, "--model"),
+    (f"{VERIFY} --tolerance -1", 2, "argument --tolerance: -1 is not a number from 0 up"),
+    (f"{VERIFY} --weights shapes.pth", 2, "shapes.pth do not fit"),
+    (VERIFY.replace("bn.", "trained."), 1, "the models differ: 0 by"),
+    (VERIFY.replace("bn.", "cut."), 2, "cut.safetensors cannot be read as safetensors"),
+    (f"{FOLD} --output there.pth", 2, "there.pth exists"),
+    (f"{FOLD} --output bn.safetensors", 2, "bn.safetensors exists"),
+    (FOLD.replace("bn.", "plain."), 2, "plain.safetensors has no BatchNorm that can be folded"),
+    ("fold bn.pth --output out.pth", 2, "bn.pth does not say what model it is: give --model"),
+    ("fold empty --output out.pth --model net.py:make", 2, "there is no file empty"),
+    ("fold text.txt --output out.pth", 2, "text.txt must end in .safetensors, .pth or .pt"),
+    (f"{ADAPT} --prior -1", 2, "argument --prior: -1 is not a number from 0 up"),
+    (f"{ADAPT} --prior inf", 2, "argument --prior: inf is not a number from 0 up"),
+    (f"{ADAPT} --data empty", 2, "empty has no pictures in it"),
+    (ADAPT.replace("bn.", "plain."), 2, "plain.safetensors has no BatchNorm to adapt"),
+    (f"{INSPECT} nope.pth", 2, "there is no file nope.pth"),
+    (f"{INSPECT} text.txt", 2, "text.txt must end in .safetensors, .pth or .pt"),
+    (f"{INSPECT} cut.safetensors", 2, "cut.safetensors cannot be read as safetensors"),
+    (f"{REPORT} --output there.html", 2, "there.html exists"),
+    (f"{REPORT} --weights w.pth", 2, "--weights needs --data"),
+    ("report w.pth --output out.html", 2, "w.pth cannot be reported on: it has no BatchNorm"),
+    ("report text.pth --output out.html", 2, "text.pth cannot be read as a state dict"),
+    (f"{DEMO} --output text.txt", 2, "cannot write to text.txt"),
+    (f"{DEMO} --output there.pth/x", 2, "cannot write to there.pth/x"),
+    ("convert net.py:normed --weights plain.safetensors --data pictures --output o.pth", 2,
+     "do not fit Sequential"),
+    (f"{CONVERT} --exclude *", 1, "there is nothing to convert, and nothing was written"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message"), CASES, ids=[words for words, _, _ in CASES])
+def test_a_bad_request_is_one_line_and_writes_nothing(kit, tmp_path, words, code, message):
+    folder = tmp_path / "kit"
+    shutil.copytree(kit, folder)
+    before = contents(folder)
+    found = command(folder, *words.split())
+    assert (found.code, len(found.err)) == (code, 1), found
+    assert found.err[0].startswith("retrofit: ")
+    assert message in found.err[0]
+    assert "Traceback" not in found.out
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none(kit, tmp_path):
+    test_a_bad_request_is_one_line_and_writes_nothing(
+        kit, tmp_path, f"{CONVERT} --device cuda", 2, "device cuda cannot be used here"
+    )
+
+
+def test_the_installed_program_too(kit):
+    program = Path(sys.executable).with_name("retrofit")
+    done = subprocess.run(
+        [program, *f"{CONVERT} --data empty".split()],
+        capture_output=True, text=True, cwd=kit, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("retrofit: empty has no pictures in it")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,36 @@
+"""What the documentation names is there, and what is public is documented."""
+
+import re
+from pathlib import Path
+
+import retrofit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = set(re.findall(r"^::: retrofit\.(\w+)$", page, re.MULTILINE))
+    assert documented == set(retrofit.__all__) - {"__version__"}
+
+
+def test_every_test_that_holds_a_guarantee_exists():
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named = set(re.findall(r"\btest_\w+", page))
+    assert len(named) > 20
+    assert {name for name in named if not (ROOT / "tests" / f"{name}.py").exists()} == set()
+
+
+def test_every_option_of_the_command_in_the_documentation_exists(run):
+    commands = ("plan", "convert", "verify", "fold", "adapt", "inspect", "report")
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(run(one, "--help")[1] for one in commands)))
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    used = {
+        option
+        for page in pages
+        for line in re.findall(r"retrofit [a-z]+ [^`\n]*--[^`\n]*", page.read_text())
+        for option in re.findall(r"(?<= )--[a-z][a-z-]+", line)
+    }
+    assert "--tolerance" in known
+    assert used
+    assert used - known == set()

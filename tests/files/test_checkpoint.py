@@ -1,0 +1,393 @@
+"""Files: what is in them, what loads them, and what is refused."""
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import nets
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from safetensors import safe_open
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+from retrofit.files.weights import read_weights
+
+X = nets.images(8, 3, 16, 16)
+
+
+def converted(net=nets.Residual):
+    return retrofit.add_batchnorm(nets.build(net), [X], progress=False)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize("net", [nets.Residual, nets.TwoNames, nets.TiedWeights, nets.Grouped])
+def test_what_is_saved_loads_into_the_plain_architecture(tmp_path, net, suffix):
+    model = converted(net)
+    retrofit.save(model, tmp_path / f"model{suffix}")
+    plain = net()
+    loaded = retrofit.load(tmp_path / f"model{suffix}", plain)
+    assert type(loaded) is type(plain)
+    assert not loaded.training
+    assert torch.equal(loaded(X), model(X))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    folded = retrofit.fold(loaded)
+    assert torch.equal(folded(X), nets.build(net)(X))
+    assert [f.name for f in tmp_path.iterdir()] == [f"model{suffix}"]
+
+
+def test_a_folded_file_loads_too(tmp_path):
+    folded = retrofit.fold(converted())
+    retrofit.save(folded, tmp_path / "a.safetensors")
+    loaded = retrofit.load(tmp_path / "a.safetensors", nets.Residual())
+    assert torch.equal(loaded(X), folded(X))
+    assert list(loaded.state_dict()) == list(folded.state_dict())
+
+
+def test_a_plain_state_dict_tells_which_layers_have_a_batchnorm(tmp_path):
+    model = retrofit.add_batchnorm(
+        nets.build(nets.Residual), [X], exclude=["stem", "body.2"], progress=False
+    )
+    retrofit.save(model, tmp_path / "a.pth")
+    loaded = retrofit.load(tmp_path / "a.pth", nets.Residual())
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_torchvision_models_are_rebuilt_by_name(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1().eval()
+    x = nets.images(2, 3, 64, 64)
+    ours = retrofit.add_batchnorm(model, [x], exclude="features.0", progress=False)
+    retrofit.save(ours, tmp_path / "s.safetensors", name="squeezenet1_1")
+    loaded = retrofit.load(tmp_path / "s.safetensors")
+    assert isinstance(loaded, torchvision.models.SqueezeNet)
+    assert torch.equal(loaded(x), model(x))
+    assert not any("features.0.bn" in key for key in loaded.state_dict())
+
+
+def test_others_load_it_without_this_package(tmp_path):
+    model = nets.vgg("vgg11")
+    model.classifier = nn.Linear(25088, 10)  # half a gigabyte less to write
+    x = nets.images(2, 3, 64, 64)
+    ours = retrofit.add_batchnorm(model, [x], progress=False)
+    retrofit.save(ours, tmp_path / "v.safetensors")
+    retrofit.save(ours, tmp_path / "v.pth")
+    for state in (
+        safetensors.torch.load_file(tmp_path / "v.safetensors"),
+        torch.load(tmp_path / "v.pth", weights_only=True),
+    ):
+        stock = nets.unwritten("vgg11_bn")
+        stock.classifier = nn.Linear(25088, 10)
+        stock.load_state_dict(state, strict=True)
+        assert torch.equal(stock(x), model(x))
+
+
+def test_a_pickled_model_names_nothing_of_this_package():
+    assert b"retrofit." not in pickle.dumps(converted(nets.root_sequential))
+
+
+def test_provenance_says_where_the_file_comes_from(tmp_path):
+    model = nets.build(nets.Residual)
+    ours = retrofit.add_batchnorm(model, X.split(3), progress=False)
+    found = retrofit.verify(model, ours, [X])
+    file = tmp_path / "r.safetensors"
+    retrofit.save(ours, file, name="my.module:factory", data="eight pictures", verification=found)
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()["retrofit"])
+    assert told["retrofit"] == retrofit.__version__
+    assert told["torch"] == torch.__version__
+    assert (told["model"], told["class"]) == ("my.module:factory", "Residual")
+    assert (told["eps"], told["momentum"], told["images"]) == (1e-5, 0.1, 8)
+    assert told["data"] == "eight pictures"
+    assert told["verification"]["images"] == 8
+    assert told["verification"]["outputs"][0]["exact"] is True
+    assert [s["path"] for s in told["plan"]["sites"]] == ["stem", "body.0", "body.2"]
+    assert told["date"].startswith("20")
+
+
+def test_another_eps_is_restored_from_the_file(tmp_path):
+    ready = retrofit.prepare(nets.build(nets.Residual))
+    retrofit.calibrate(ready, [X], progress=False)
+    with pytest.warns(UserWarning, match="eps"):
+        ours = retrofit.convert(ready, eps=1e-3, momentum=None)
+    retrofit.save(ours, tmp_path / "e.safetensors")
+    loaded = retrofit.load(tmp_path / "e.safetensors", nets.Residual())
+    assert (loaded.stem.bn.eps, loaded.stem.bn.momentum) == (1e-3, None)
+    assert torch.equal(loaded(X), ours(X))
+
+
+def test_the_precision_of_the_file_is_kept(tmp_path):
+    model = nets.build(nets.root_sequential).bfloat16()
+    ours = retrofit.add_batchnorm(model, [X.bfloat16()], progress=False)
+    retrofit.save(ours, tmp_path / "b.safetensors")
+    loaded = retrofit.load(tmp_path / "b.safetensors", nets.root_sequential())
+    assert loaded[0].conv.weight.dtype == torch.bfloat16
+    assert loaded[0].bn.weight.dtype == torch.float32
+    assert torch.equal(loaded(X.bfloat16()), ours(X.bfloat16()))
+
+
+def test_a_link_keeps_pointing_at_the_file_it_names(tmp_path):
+    (tmp_path / "real.pth").write_text("old")
+    (tmp_path / "link.pth").symlink_to("real.pth")
+    model = converted()
+    with pytest.raises(RetrofitError, match="exists"):
+        retrofit.save(model, tmp_path / "link.pth")
+    retrofit.save(model, tmp_path / "link.pth", overwrite=True)
+    assert (tmp_path / "link.pth").is_symlink()
+    assert torch.equal(retrofit.load(tmp_path / "real.pth", nets.Residual())(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": "x"},
+        {"eps": None},
+        {"momentum": []},
+        {"aliases": {"a": ["b"]}},
+        {"aliases": 3},
+        {"plan": {"renumbered": ["stem"]}},
+        {"plan": {"site": {"norm": "head"}}},
+        {"plan": {"site": {"conv": "head"}}},
+        {"plan": {"site": {"dims": 3}}},
+        {"plan": {"site": {"path": "../x"}}},
+    ],
+    ids=str,
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path, change):
+    file = tmp_path / "m.safetensors"
+    retrofit.save(converted(), file)
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()["retrofit"])
+    plan = change.get("plan", {})
+    told["plan"]["sites"][0].update(plan.get("site", {}))
+    told["plan"].update({k: v for k, v in plan.items() if k != "site"})
+    told.update({k: v for k, v in change.items() if k != "plan"})
+    metadata = {"retrofit": json.dumps(told)}
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata)
+    with pytest.raises(RetrofitError):
+        retrofit.load(file, nets.Residual())
+
+
+def test_shared_tensors_are_stored_once(tmp_path):
+    retrofit.save(converted(nets.TiedWeights), tmp_path / "t.safetensors")
+    keys = safetensors.torch.load_file(tmp_path / "t.safetensors").keys()
+    assert ("first.conv.weight" in keys) != ("second.conv.weight" in keys)
+
+
+def test_channels_last_weights_are_stored(tmp_path):
+    model = converted().to(memory_format=torch.channels_last)
+    retrofit.save(model, tmp_path / "c.safetensors")
+    assert torch.equal(
+        retrofit.load(tmp_path / "c.safetensors", nets.Residual()).stem.conv.weight,
+        model.stem.conv.weight,
+    )
+
+
+def test_a_file_is_not_overwritten_unasked(tmp_path):
+    model, file = converted(), tmp_path / "m.pth"
+    file.write_text("precious")
+    with pytest.raises(RetrofitError, match=r"m\.pth exists"):
+        retrofit.save(model, file)
+    assert file.read_text() == "precious"
+    retrofit.save(model, file, overwrite=True)
+    assert torch.equal(retrofit.load(file, nets.Residual())(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.bin", "must end in .safetensors, .pth or .pt"),
+        ("missing/model.pth", "the folder .*missing does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_named(tmp_path, name, message):
+    with pytest.raises(RetrofitError, match=message):
+        retrofit.save(converted(), tmp_path / name)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def write(path, kind):
+    state = nets.build(nets.Residual).state_dict()
+    if kind == "truncated pth":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "truncated safetensors":
+        safetensors.torch.save_file(state, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "no tensors":
+        torch.save({"state_dict": {"epoch": 3}}, path)
+    elif kind == "whole model":
+        torch.save(nets.build(nets.Residual), path)
+    elif kind == "fewer keys":
+        torch.save({k: v for k, v in state.items() if not k.startswith("body")}, path)
+    elif kind == "other shapes":
+        torch.save({**state, "head.weight": torch.zeros(7, 8)}, path)
+    elif kind == "bad plan":
+        told = {"plan": {"sites": "x"}, "eps": 1e-5, "momentum": 0.1, "images": 8}
+        metadata = {"retrofit": json.dumps(told)}
+        safetensors.torch.save_file(state, path, metadata)
+    elif kind == "bad metadata":
+        safetensors.torch.save_file(state, path, {"retrofit": "{"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "message"),
+    [
+        ("missing", ".pth", "there is no file"),
+        ("truncated pth", ".pth", "cannot be read as a state dict"),
+        ("truncated safetensors", ".safetensors", "cannot be read as safetensors"),
+        ("pickle", ".pth", "cannot be read as a state dict"),
+        ("no tensors", ".pth", "holds no state dict"),
+        ("whole model", ".pth", "cannot be read as a state dict"),
+        ("fewer keys", ".pth", r"keys \d+ missing \(.*, \.\.\.\)"),
+        ("other shapes", ".pth", r"head.weight \(7, 8\) instead of \(5, 8\)"),
+        ("bad plan", ".safetensors", "metadata is damaged, plan"),
+        ("bad metadata", ".safetensors", "metadata cannot be read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, monkeypatch, kind, suffix, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"bad{suffix}"
+    write(path, kind)
+    model = nets.Residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RetrofitError, match=message) as raised:
+        retrofit.load(path, model)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_never_names_code_to_import(tmp_path):
+    retrofit.save(converted(), tmp_path / "m.safetensors", name="nets:Residual")
+    with pytest.raises(
+        RetrofitError, match="pass the plain model, on the command line with --model"
+    ):
+        retrofit.load(tmp_path / "m.safetensors")
+
+
+class Extra(nn.Conv2d):
+    """Keeps something in its state dict that is no tensor."""
+
+    def get_extra_state(self):
+        return "extra"
+
+    def set_extra_state(self, state):
+        pass
+
+
+def with_extra_state():
+    return nn.Sequential(Extra(3, 4, 3), nn.ReLU()).eval()
+
+
+def test_state_that_is_no_tensor_goes_into_a_pth_alone(tmp_path):
+    with pytest.raises(RetrofitError, match=r"0\._extra_state is no tensor: save as \.pth"):
+        retrofit.save(with_extra_state(), tmp_path / "extra.safetensors")
+    assert not list(tmp_path.iterdir())
+    retrofit.save(with_extra_state(), tmp_path / "extra.pth")
+    assert torch.load(tmp_path / "extra.pth", weights_only=True)["0._extra_state"] == "extra"
+
+
+def test_views_of_one_storage_are_stored_apart(tmp_path):
+    model = nets.build(nets.root_sequential)
+    whole = torch.randn(2, *model[0].weight.shape)
+    model[0].weight = nn.Parameter(whole[0])
+    model[0].register_buffer("other", whole[1])
+    retrofit.save(model, tmp_path / "views.safetensors")
+    again = copy.deepcopy(model)
+    nn.init.zeros_(again[0].weight)
+    loaded = retrofit.load(tmp_path / "views.safetensors", again)
+    assert torch.equal(loaded[0].weight, whole[0])
+    assert torch.equal(loaded[0].other, whole[1])
+
+
+@pytest.mark.usefixtures("without_gpus")
+def test_weights_of_a_data_parallel_model_lose_its_prefix(tmp_path):
+    model = nets.build(nets.root_sequential)
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / "parallel.pth")
+    loaded = retrofit.load(tmp_path / "parallel.pth", nets.root_sequential().eval())
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    (tmp_path / "there.pth").mkdir()
+    with pytest.raises(RetrofitError, match=r"there\.pth is a folder"):
+        retrofit.save(converted(), tmp_path / "there.pth", overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_without_the_counts_of_batches_loads_as_in_torch(tmp_path, suffix):
+    model = converted()
+    state = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    file = tmp_path / f"old.{suffix}"
+    if suffix == "pth":
+        torch.save(state, file)
+    else:
+        safetensors.torch.save_file(state, file)
+    assert torch.equal(retrofit.load(file, nets.Residual())(X), model(X))
+
+
+def test_a_lazily_negated_buffer_is_stored_as_it_reads(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    z = torch.randn(5, dtype=torch.complex64)
+    model.register_buffer("imaginary", z.imag)
+    model.register_buffer("negated", z.conj().imag)  # of the same memory
+    retrofit.save(model, tmp_path / "z.safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "z.safetensors")
+    assert torch.equal(stored["imaginary"], z.imag)
+    assert torch.equal(stored["negated"], -z.imag)
+
+
+def test_a_buffer_that_is_not_dense_is_named(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(RetrofitError, match=r"the tensor sparse is not dense: save as \.pth"):
+        retrofit.save(model, tmp_path / "s.safetensors")
+
+
+def test_a_model_with_the_old_weight_norm_loads_after_it_ran(tmp_path):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
+    retrofit.save(model, tmp_path / "w.pth")
+    model(X)
+    assert torch.equal(retrofit.load(tmp_path / "w.pth", model)(X), model(X))
+
+
+class Old(nn.Module):
+    """The network of `written/before-0.1.0.safetensors`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU())
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x).relu()).mean((2, 3)))
+
+
+def test_a_file_of_the_version_before_loads_and_says_what_it_said():
+    file = Path(__file__).parent / "written" / "before-0.1.0.safetensors"
+    loaded = retrofit.load(file, Old())
+    plain = retrofit.fold(loaded)
+    x = torch.randn(16, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    assert isinstance(loaded.stem.bn, nn.BatchNorm2d)
+    assert torch.equal(loaded(x), plain(x))
+    _, provenance = read_weights(file)
+    assert (provenance.model, provenance.images, provenance.eps) == ("nets:Old", 16, 1e-5)
+    assert provenance.verification.exact
+    assert provenance.verification.images == 16
+    assert [row.batch_size for row in provenance.drift.rows] == [8]
+    assert [site.site for site in provenance.calibration.sites] == ["stem", "body.0"]
