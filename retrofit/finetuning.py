@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """BatchNorms of `model` use their running statistics from now on, in train mode too.
+    """Let the BatchNorms of `model` use their running statistics, in train mode too.
 
     They are put in eval mode and stay there through `.train()` of the model or of any module above
     them. weight and bias still learn. Undone by `unfreeze_statistics`. Freeze after
@@ -29,7 +29,7 @@ def unfreeze_statistics(model: nn.Module) -> None:
 
 
 def param_groups(model: nn.Module, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: no weight decay on BatchNorm and biases.
+    """Make parameter groups for an optimizer: no weight decay on BatchNorm and biases.
 
     BatchNorm's weight and bias, and every other bias, go without, as is usual. A retrofitted
     BatchNorm's weight is the standard deviation of its channel, not 1, so that decay pulls it
@@ -72,4 +72,5 @@ class _StayInEval:
 
 
 def _batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """List the BatchNorms of a model."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]

@@ -1,10 +1,11 @@
-"""What retrofit costs: calibration, preparation, scaling, and inference, beside the plain network.
+"""Measure what retrofit costs, beside the plain network: calibration, preparation, inference.
 
     python scripts/benchmark.py --json benchmarks.json --markdown docs/benchmarks.md
 
 What is compared sees the same images in the same process, one after another in each repetition, so
 that ratios hold on a machine whose speed drifts. Peak memory is that of a process of its own.
-`benchmark_passes.py` has what is compared, `benchmark_tables.py` the measurements.
+`benchmark_passes.py` has what is compared, `benchmark_sections.py` the measurements, and
+`benchmark_tables.py` how they are written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from benchmark_tables import PRECISIONS, SECTIONS, Cell, Options, Row, Spread, Table, measured
+from benchmark_sections import PRECISIONS, SECTIONS, Options, measured
+from benchmark_tables import Table, rendered
 
 import retrofit
 from retrofit.errors import RetrofitError
@@ -46,7 +48,7 @@ of {repeat} repetitions, after one that does not count.
 
 
 def about(options: Options) -> dict[str, str]:
-    """What the figures depend on."""
+    """Describe what the figures depend on."""
     machine = [f"{processor()}, {os.cpu_count()} cores, {options.threads} threads"]
     machine += [platform.system(), f"load average {os.getloadavg()[0]:.1f} at the start"]
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
@@ -63,45 +65,11 @@ def about(options: Options) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name where Linux tells it."""
+    """Return the CPU's name where Linux tells it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(found, platform.processor() or platform.machine())
-
-
-# --- the document ------------------------------------------------------------------------------
-
-
-def rendered(table: Table) -> str:
-    """As Markdown."""
-    facts = "".join(f"- {name}: **{text_of(value)}**\n" for name, value in table.summary.items())
-    parts = (f"## {table.title}\n", f"{table.text}\n", markdown(table.rows), facts)
-    return "\n".join(filter(None, parts))
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A table that is aligned in a terminal too, numbers flush right."""
-    columns = []
-    for name, first in rows[0].items():
-        cells = [name, *(text_of(row[name]) for row in rows)]
-        width = max(map(len, cells))
-        if isinstance(first, str):
-            columns.append(["-" * width, *(cell.ljust(width) for cell in cells)])
-        else:
-            columns.append(["-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)])
-    rule, header, *lines = zip(*columns, strict=True)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
-
-
-def text_of(value: Cell) -> str:
-    if isinstance(value, Spread):
-        return f"{text_of(value.median)} ({text_of(value.min)} - {text_of(value.max)})"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:{',.0f' if value >= 100 else '.3f' if value >= 0.01 else '.2g'}}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `benchmark.py` compares, and how a pass is measured."""
+"""The passes that `benchmark.py` compares, and how a pass is measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from retrofit.files.model_sources import build
 
 T = TypeVar("T")
 Pass = Callable[[], object]
+Contender = Callable[[nn.Module, list[Tensor]], Pass]
 Precision = Literal["float32", "TF32", "bfloat16"]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -63,10 +65,26 @@ def ours(model: nn.Module, images: list[Tensor]) -> Pass:
     return lambda: retrofit.calibrate(prepared, images, progress=False)
 
 
+def ours_without(trick: str, model: nn.Module, images: list[Tensor]) -> Pass:
+    """Make a calibration in which one of TRICKS is switched off."""
+    run = ours(model, images)
+    target, replacement = TRICKS[trick]
+
+    def run_without() -> None:
+        with patch(f"retrofit.calibration.{target}", replacement):
+            run()
+
+    return run_without
+
+
+def no_context(*_: object) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def hooked(
     model: nn.Module, images: list[Tensor], observe: Callable[[retrofit.Site, Tensor], None]
 ) -> Pass:
-    """A pass with a forward hook on every convolution."""
+    """Make a pass with a forward hook on every convolution."""
     sites = retrofit.plan(model).inserted
 
     def run() -> None:
@@ -93,7 +111,7 @@ def var_mean_hooks(model: nn.Module, images: list[Tensor]) -> Pass:
 
 
 def repvgg_style(model: nn.Module, images: list[Tensor]) -> Pass:
-    """As RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
+    """Do as RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
     running: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(site: retrofit.Site, y: Tensor) -> None:
@@ -127,18 +145,31 @@ def fvcore_update_bn_stats(model: nn.Module, images: list[Tensor]) -> Pass:
 PLAIN, FLOOR = "plain forward, NCHW", "plain forward, channels_last"
 BFLOAT16, OURS = "plain forward, channels_last, bfloat16 autocast", "retrofit.calibrate"
 FVCORE = "fvcore update_bn_stats"
-PEERS: dict[str, Callable[[nn.Module, list[Tensor]], Pass]] = {
+PEERS: dict[str, Contender] = {
     "hooks with var_mean": var_mean_hooks,
     "RepVGG-style moving average": repvgg_style,
     "torch.optim.swa_utils.update_bn": swa_update_bn,
     FVCORE: fvcore_update_bn_stats,
 }
-CONTENDERS = {
+CONTENDERS: dict[str, Contender] = {
     PLAIN: forward,
     FLOOR: channels_last_forward,
     BFLOAT16: bfloat16_forward,
     OURS: ours,
     **PEERS,
+}
+
+# The tricks of calibrate: what to replace, and by what, to switch one off. All but the early exit
+# are for CPUs.
+EARLY_EXIT = "early exit"
+TRICKS: Mapping[str, tuple[str, object]] = {
+    "packed weights": ("calibrate.packed", no_context),
+    "kept memory": ("forward_pass.kept_memory", no_context),
+    "channels_last": ("forward_pass.ForwardPass.channels_last", False),
+    EARLY_EXIT: ("forward_pass.leaving_after", no_context),
+}
+WITHOUT: dict[str, Contender] = {
+    f"without {trick}": functools.partial(ours_without, trick) for trick in TRICKS
 }
 
 
@@ -163,11 +194,14 @@ class Workload:
     threads: int
 
     def ready(self) -> Pass:
-        """The pass. On a GPU all but the NCHW forward are given model and images in channels_last;
-        on a CPU calibrate has to see to it by itself."""
+        """Make the pass.
+
+        On a GPU all but the NCHW forward are given model and images in channels_last; on a CPU
+        calibrate has to see to it by itself.
+        """
         nchw = self.device == "cpu" or self.contender == PLAIN
         memory_format = "NCHW" if nchw else "channels_last"
-        run = CONTENDERS[self.contender](
+        run = {**CONTENDERS, **WITHOUT}[self.contender](
             network(self.model, self.device, memory_format),
             pictures(self.device, self.images, self.batch_size, self.size, memory_format),
         )
@@ -176,7 +210,7 @@ class Workload:
 
 @functools.lru_cache(maxsize=2)
 def network(model: str, device: str, memory_format: str = "NCHW") -> nn.Module:
-    """With random weights, always the same. It is shared: do not change it."""
+    """Build the model with random weights, always the same. It is shared: do not change it."""
     torch.manual_seed(0)
     built = build(model).eval().to(device)
     return built.to(memory_format=FORMATS[memory_format])
@@ -185,14 +219,14 @@ def network(model: str, device: str, memory_format: str = "NCHW") -> nn.Module:
 def pictures(
     device: str, count: int, batch_size: int, size: int, memory_format: str = "NCHW"
 ) -> list[Tensor]:
-    """Batches of random ones, always the same."""
+    """Draw batches of random ones, always the same."""
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(device, memory_format=FORMATS[memory_format])
     return list(images.split(batch_size))
 
 
 def in_precision(precision: Precision, device: str, run: Callable[[], T]) -> Callable[[], T]:
-    """The same in this precision; bfloat16 is that of autocast."""
+    """Make `run` run in this precision; bfloat16 is that of autocast."""
 
     def precisely() -> T:
         torch.backends.cudnn.allow_tf32 = precision == "TF32"
@@ -207,14 +241,14 @@ def in_precision(precision: Precision, device: str, run: Callable[[], T]) -> Cal
 
 
 def now(device: str) -> float:
-    """The time when the device has done all it was told."""
+    """Read the clock when the device has done all it was told."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def interleaved(passes: Mapping[str, Pass], repeat: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each pass in each repetition, after one that does not count.
+    """Measure the seconds of each pass in each repetition, after one that does not count.
 
     The order is drawn anew in each, so that what a pass leaves behind favours no other.
     """
@@ -238,7 +272,7 @@ if sys.platform != "win32":
 
 @dataclass(frozen=True)
 class Alone:
-    """What is measured in a process that does nothing else.
+    """Figures of a pass in a process that does nothing else.
 
     Attributes:
         peak: memory in MiB; what torch allocated on a GPU, or what was resident.
@@ -264,7 +298,7 @@ def _measured(workload: Workload) -> Alone:
 
 
 def own_peak(device: str) -> float:
-    """Peak memory of this process in MiB."""
+    """Return the peak memory of this process in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / (1 << 20)
     status = Path("/proc/self/status")
@@ -276,7 +310,7 @@ def own_peak(device: str) -> float:
 
 
 def besides_convolution(run: Pass, device: str) -> float:
-    """The share of a pass's time in which torch.profiler sees no convolution."""
+    """Measure the share of a pass's time in which torch.profiler sees no convolution."""
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:

@@ -28,7 +28,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupt(pictures: Pictures, name: str, severity: int, rng: np.random.Generator) -> Pictures:
-    """Pictures (N, H, W, 3) under a corruption of `CORRUPTIONS`; each draws its own noise."""
+    """Corrupt pictures (N, H, W, 3) by one of `CORRUPTIONS`; each picture draws its own noise."""
     if name not in CORRUPTIONS:
         raise SystemExit(f"no corruption {name!r}: choose from {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
@@ -50,12 +50,12 @@ def gaussian_noise(x: Floats, sigma: float, rng: np.random.Generator) -> Floats:
 
 
 def shot_noise(x: Floats, photons: float, rng: np.random.Generator) -> Floats:
-    """A white pixel is the mean of so many photons."""
+    """Draw how many photons arrive; a white pixel is the mean of so many."""
     return (rng.poisson(x * photons) / photons).astype(np.float32)
 
 
 def impulse_noise(x: Floats, share: float, rng: np.random.Generator) -> Floats:
-    """A share of all values becomes black or white."""
+    """Turn a share of all values black or white."""
     hit = rng.random(x.shape, np.float32) < share
     return np.where(hit, rng.integers(2, size=x.shape), x).astype(np.float32)
 
@@ -64,7 +64,7 @@ def impulse_noise(x: Floats, share: float, rng: np.random.Generator) -> Floats:
 
 
 def defocus_blur(x: Floats, lens: tuple[float, float], _rng: np.random.Generator) -> Floats:
-    """A disk of a radius, its edge softened by a Gaussian."""
+    """Blur by a disk of a radius, its edge softened by a Gaussian."""
     radius, softness = lens
     side = np.arange(-3, 4)
     disk = (side[:, None] ** 2 + side**2 <= radius**2).astype(np.float32)
@@ -73,7 +73,7 @@ def defocus_blur(x: Floats, lens: tuple[float, float], _rng: np.random.Generator
 
 
 def glass_blur(x: Floats, glass: tuple[float, int], rng: np.random.Generator) -> Floats:
-    """Pixels show a neighbour above or to the left, or themselves, between two soft blurs.
+    """Let pixels show a neighbour above or to the left, or themselves, between two soft blurs.
 
     The paper has pixels change places. Its program copies them, and that is what the pictures show.
     """
@@ -93,7 +93,7 @@ def motion_blur(x: Floats, motion: tuple[int, float], rng: np.random.Generator) 
 
 
 def zoom_blur(x: Floats, steps: int, _rng: np.random.Generator) -> Floats:
-    """The mean of the picture and of its enlargements by 0, 1, 2, ... per cent."""
+    """Average the picture and its enlargements by 0, 1, 2, ... per cent."""
     zooms = [zoomed(x, 1 + step / 100) for step in range(steps)]
     return (x + np.sum(zooms, axis=0)) / (1 + steps)
 
@@ -102,7 +102,7 @@ def zoom_blur(x: Floats, steps: int, _rng: np.random.Generator) -> Floats:
 
 
 def snow(x: Floats, weather: tuple[float, ...], rng: np.random.Generator) -> Floats:
-    """Flakes, enlarged, smeared as they fall, from two sides; the picture itself turns pale."""
+    """Add flakes, enlarged and smeared, from two sides; the picture itself turns pale."""
     loc, scale, zoom, threshold, radius, sigma, keep = weather
     flakes = rng.normal(loc, scale, (*x.shape[:3], 1)).astype(np.float32)
     flakes = zoomed(flakes, zoom)
@@ -113,7 +113,7 @@ def snow(x: Floats, weather: tuple[float, ...], rng: np.random.Generator) -> Flo
 
 
 def frost(x: Floats, weather: tuple[float, float], rng: np.random.Generator) -> Floats:
-    """The picture seen through a sheet of ice, each through another part of it."""
+    """Show each picture through another part of a sheet of ice."""
     keep, cover = weather
     _, height, width, _ = x.shape
     sheet = ice(rng, 8 * max(height, width))
@@ -126,8 +126,10 @@ def frost(x: Floats, weather: tuple[float, float], rng: np.random.Generator) -> 
 
 
 def ice(rng: np.random.Generator, size: int) -> Floats:
-    """A texture (size, size, 3) of bluish needles: noise smeared along many directions, of which
-    each point shows the strongest."""
+    """Draw a texture (size, size, 3) of bluish needles.
+
+    It is noise smeared along many directions, of which each point shows the strongest.
+    """
     needles = np.zeros((size, size), np.float32)
     for angle in rng.uniform(0, 180, 12):
         seeds = (rng.random((size, size)) < 0.004) * rng.uniform(0.4, 1, (size, size))
@@ -149,7 +151,7 @@ def fog(x: Floats, weather: tuple[float, float], rng: np.random.Generator) -> Fl
 
 
 def plasma(rng: np.random.Generator, n: int, size: int, decay: float) -> Floats:
-    """n clouds in [0, 1] by the diamond-square algorithm, on a torus of 2^k >= size points.
+    """Draw n clouds in [0, 1] by the diamond-square algorithm, on a torus of 2^k >= size points.
 
     Each halving of the mesh divides the range of the random offsets by decay squared.
     """
@@ -176,7 +178,7 @@ def plasma(rng: np.random.Generator, n: int, size: int, decay: float) -> Floats:
 
 
 def brightness(x: Floats, more: float, _rng: np.random.Generator) -> Floats:
-    """More of HSV's value, hue and saturation kept: all three colours by the same factor."""
+    """Raise HSV's value, and keep hue and saturation: all three colours by the same factor."""
     value = x.max(axis=-1, keepdims=True)
     brighter = (value + more).clip(0, 1)
     return np.where(value > 0, x * brighter / np.where(value > 0, value, 1), brighter)
@@ -191,8 +193,10 @@ def contrast(x: Floats, factor: float, _rng: np.random.Generator) -> Floats:
 
 
 def elastic(x: Floats, rubber: tuple[float, ...], rng: np.random.Generator) -> Floats:
-    """An affine map that moves three points by up to `shift` of the side, and then displacements
-    that vary over `smoothness` of it."""
+    """Apply an affine map, and then displacements that vary over `smoothness` of the side.
+
+    The map moves three points by up to `shift` of the side.
+    """
     strength, smoothness, shift = rubber
     n, height, width, _ = x.shape
     side = min(height, width)
@@ -240,13 +244,13 @@ def blurred(x: Floats, sigma: float) -> Floats:
 
 
 def zoomed(x: Floats, factor: float) -> Floats:
-    """The middle of each picture enlarged to its size, bilinear."""
+    """Enlarge the middle of each picture to its size, bilinear."""
     rows, columns = (magnifier(side, factor) for side in x.shape[1:3])
     return np.einsum("hi,wj,nijc->nhwc", rows, columns, x, optimize=True)
 
 
 def magnifier(side: int, factor: float) -> NDArray[np.float32]:
-    """The (side, side) matrix that enlarges a line of so many pixels about its middle."""
+    """Return the (side, side) matrix that enlarges a line of so many pixels about its middle."""
     middle = (side - 1) / 2
     looks = middle + (np.arange(side) - middle) / factor
     distances = np.abs(looks[:, None] - np.arange(side))
@@ -254,8 +258,10 @@ def magnifier(side: int, factor: float) -> NDArray[np.float32]:
 
 
 def smeared(x: Floats, radius: int, sigma: float, angles: NDArray[np.floating[Any]]) -> Floats:
-    """Each picture smeared to one side along its angle (degrees), as ImageMagick's motion blur:
-    2 radius + 1 steps of one pixel, with the weights of half a Gaussian."""
+    """Smear each picture to one side along its angle (degrees), as ImageMagick's motion blur.
+
+    It takes 2 radius + 1 steps of one pixel, with the weights of half a Gaussian.
+    """
     n, height, width, _ = x.shape
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -273,7 +279,7 @@ def smeared(x: Floats, radius: int, sigma: float, angles: NDArray[np.floating[An
 
 
 def sampled(x: Floats, rows: NDArray[Any], columns: NDArray[Any]) -> Floats:
-    """Bilinear at (N, H, W) positions, mirrored at the edges."""
+    """Read x at (N, H, W) positions: bilinear, mirrored at the edges."""
     result = np.empty_like(x)
     for i in range(len(x)):
         for c in range(x.shape[-1]):

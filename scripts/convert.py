@@ -2,7 +2,7 @@
 
 import sys
 
-from retrofit.cli.commands import main
+from retrofit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

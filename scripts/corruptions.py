@@ -1,4 +1,4 @@
-"""What adapting BatchNorm's statistics to corrupted pictures brings: test-time adaptation.
+"""Measure what adapting BatchNorm's statistics to corrupted pictures brings.
 
     python scripts/corruptions.py --data CIFAR10 --output docs/results
 
@@ -14,11 +14,10 @@ figures (.svg).
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,15 @@ from corruptions_tables import (
     PRIORS,
     Adaptation,
     Corruption,
+    Row,
     draw_by_corruption,
     draw_by_pictures,
     summary,
 )
 from numpy.typing import NDArray
 from pictures import accuracy, normalise, read
+from recorded_runs import RecordedRuns
 from scipy import ndimage
-from studies import recorded
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,28 +66,6 @@ BY_HAND: Mapping[str, Callable[[Pictures, np.random.Generator], Pictures]] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the CSV.
-
-    pictures, prior: adapted to so many, beside a prior of so many; without pictures the accuracy
-    is that of the network as it is.
-    """
-
-    folder_pictures: int
-    test_pictures: int
-    seed: int
-    corruption: str
-    severity: int
-    pictures: int
-    prior: int
-    accuracy: float
-
-    @property
-    def key(self) -> tuple[int, str, int, int, int]:
-        return self.seed, self.corruption, self.severity, self.pictures, self.prior
-
-
-@dataclass(frozen=True)
 class Task:
     """A retrofitted network, and labelled pictures: some to test it on, others to adapt it to."""
 
@@ -98,7 +76,7 @@ class Task:
     target_pictures: int
 
     def corrupted(self, seed: int, name: str, severity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Test pictures with their labels, and those to adapt to, ready for the network."""
+        """Return test pictures, their labels, and pictures to adapt to, ready for the network."""
         order = np.random.default_rng(seed).permutation(len(self.pictures))
         chosen = torch.from_numpy(order[: self.test_pictures + self.target_pictures])
         rng = np.random.default_rng([seed, severity, *name.encode()])
@@ -108,7 +86,7 @@ class Task:
 
 
 def changed(pictures: Tensor, name: str, severity: int, rng: np.random.Generator) -> Tensor:
-    """uint8 (N, 3, H, W) under a corruption of CIFAR-10-C, or, with severity 0, one by hand."""
+    """Corrupt pictures, uint8 (N, 3, H, W), as CIFAR-10-C does, or, with severity 0, by hand."""
     x = pictures.permute(0, 2, 3, 1).numpy()
     y = corrupt(x, name, severity, rng) if severity else BY_HAND[name](x, rng)
     return torch.from_numpy(y).permute(0, 3, 1, 2)
@@ -117,7 +95,7 @@ def changed(pictures: Tensor, name: str, severity: int, rng: np.random.Generator
 def adapted_accuracy(
     model: nn.Module, target: Tensor, prior: int, test: Tensor, labels: Tensor
 ) -> float:
-    """Accuracy after adapting to `target`; the model is afterwards as it was.
+    """Measure the accuracy after adapting to `target`; the model is afterwards as it was.
 
     Beside a prior, layer by layer: each layer is then measured behind statistics that are blended
     already, as it will run behind them.
@@ -134,7 +112,7 @@ def adapted_accuracy(
 
 
 def demo_network() -> nn.Module:
-    """The demo's VGG with BatchNorm, calibrated on the training pictures packed with it."""
+    """Return the demo's VGG with BatchNorm, calibrated on the pictures packed with it."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(folder))
         images, _ = labelled(Path(folder) / "calibration")
@@ -150,34 +128,28 @@ def study(
     seeds: int,
     file: Path,
 ) -> list[Row]:
-    """All accuracies, seed by seed; those that stand in `file` already are not measured again."""
+    """Measure all accuracies, seed by seed, except those that are in `file` already."""
     settings = {"folder_pictures": len(task.pictures), "test_pictures": task.test_pictures}
-    rows = recorded(file, Row, settings)
+    record = RecordedRuns(file, Row, settings)
     wanted = {
         (seed, *corruption, *adaptation)
         for seed in range(seeds)
         for corruption, adaptations in plan.items()
         for adaptation in adaptations
     }
-    missing = wanted - {row.key for row in rows}
+    missing = wanted - {row.key for row in record.runs}
     cells = [(seed, *corruption) for seed in range(seeds) for corruption in plan]
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, [f.name for f in fields(Row)], lineterminator="\n")
-        if lines.tell() == 0:
-            writer.writeheader()
-        for cell in (bar := tqdm(cells, unit="corruption")):
-            keys = sorted(key for key in missing if key[:3] == cell)
-            if not keys:
-                continue
-            bar.set_postfix_str("{1} {2}, seed {0}".format(*cell))
-            test, labels, target = task.corrupted(*cell)
-            for key in keys:
-                count, prior = key[3:]
-                right = adapted_accuracy(task.model, target[:count], prior, test, labels)
-                rows.append(Row(len(task.pictures), task.test_pictures, *key, right))
-                writer.writerow(asdict(rows[-1]))
-                lines.flush()
-    return [row for row in rows if row.key in wanted]
+    for cell in (bar := tqdm(cells, unit="corruption")):
+        keys = sorted(key for key in missing if key[:3] == cell)
+        if not keys:
+            continue
+        bar.set_postfix_str("{1} {2}, seed {0}".format(*cell))
+        test, labels, target = task.corrupted(*cell)
+        for key in keys:
+            count, prior = key[3:]
+            right = adapted_accuracy(task.model, target[:count], prior, test, labels)
+            record.append(Row(len(task.pictures), task.test_pictures, *key, right))
+    return [row for row in record.runs if row.key in wanted]
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -1,16 +1,13 @@
-"""The tables and figures of the study of corruptions."""
+"""The rows of the study of corruptions, and the tables and figures made of them."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from studies import markdown
-
-if TYPE_CHECKING:
-    from corruptions import Row
+from markdown_table import markdown_table
 
 Corruption = tuple[str, int]  # name and severity; 0 for those by hand
 Adaptation = tuple[int, int]  # pictures and prior
@@ -25,11 +22,33 @@ MAIN: dict[str, Adaptation] = {  # the columns of the tables
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV.
+
+    pictures, prior: adapted to so many, beside a prior of so many; without pictures the accuracy
+    is that of the network as it is.
+    """
+
+    folder_pictures: int
+    test_pictures: int
+    seed: int
+    corruption: str
+    severity: int
+    pictures: int
+    prior: int
+    accuracy: float
+
+    @property
+    def key(self) -> tuple[int, str, int, int, int]:
+        return self.seed, self.corruption, self.severity, self.pictures, self.prior
+
+
 class Results:
     """Accuracies of a study in per cent, means over the seeds."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.by_key = {(r.seed, r.corruption, r.severity, r.pictures, r.prior): r for r in rows}
+        self.by_key = {row.key: row for row in rows}
         corruptions = dict.fromkeys((row.corruption, row.severity) for row in rows)
         self.by_hand = [c for c in corruptions if c[1] == 0]
         self.all = [c for c in corruptions if c[1] > 0]
@@ -38,7 +57,7 @@ class Results:
         self.test_pictures = rows[0].test_pictures
 
     def counts(self, prior: int) -> list[int]:
-        """Of pictures, with which all corruptions were adapted to."""
+        """Return the numbers of pictures to which all corruptions were adapted beside `prior`."""
         rows = self.by_key.values()
         found = {r.pictures for r in rows if r.severity and r.prior == prior and r.pictures}
         return sorted(found)
@@ -54,7 +73,7 @@ class Results:
         return statistics.mean(self.of_seed(seed, corruptions, adaptation) for seed in self.seeds)
 
     def spread(self, corruptions: Sequence[Corruption], adaptation: Adaptation) -> str:
-        """With half of the range over the seeds."""
+        """Write the mean, and half of the range over the seeds."""
         values = [self.of_seed(seed, corruptions, adaptation) for seed in self.seeds]
         half = (max(values) - min(values)) / 2
         return f"{statistics.mean(values):.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
@@ -67,7 +86,7 @@ class Results:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: what it comes to, and the tables of it."""
+    """Write the conclusions and all tables, in Markdown."""
     results = Results(rows)
     parts = conclusions, by_corruption, by_pictures, by_hand
     return "\n".join(part(results) for part in parts)
@@ -101,18 +120,18 @@ def by_corruption(results: Results) -> str:
         means = [results.mean([(corruption, s)], MAIN[name]) for s, name in columns]
         lines.append([corruption, *(f"{mean:.1f}" for mean in means)])
     total = [results.spread(results.at(s), MAIN[name]) for s, name in columns]
-    return markdown(head, [*lines, ["**mean**", *(f"**{mean}**" for mean in total)]])
+    return markdown_table(head, [*lines, ["**mean**", *(f"**{mean}**" for mean in total)]])
 
 
 def by_pictures(results: Results) -> str:
-    """Means over all corruptions and severities."""
+    """Tabulate the means over all corruptions and severities by the number of pictures."""
     counts = results.counts(0)
     lines = []
     for prior in (0, *PRIORS):
         found = [results.spread(results.all, (count, prior)) for count in results.counts(prior)]
         name = f"prior {prior}" if prior else "no prior"
         lines.append([name, *found, *[""] * (len(counts) - len(found))])
-    return markdown(["mean of all, adapted on", *map(str, counts)], lines)
+    return markdown_table(["mean of all, adapted on", *map(str, counts)], lines)
 
 
 def by_hand(results: Results) -> str:
@@ -120,14 +139,14 @@ def by_hand(results: Results) -> str:
         [corruption[0], *(results.spread([corruption], a) for a in MAIN.values())]
         for corruption in results.by_hand
     ]
-    return markdown(["by hand", *MAIN], lines)
+    return markdown_table(["by hand", *MAIN], lines)
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
 def draw_by_corruption(rows: Sequence[Row], file: Path) -> None:
-    """Dots: what each corruption costs, and what adapting gives back."""
+    """Draw, as dots, what each corruption costs and what adapting gives back."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     results = Results(rows)
@@ -152,7 +171,7 @@ def draw_by_corruption(rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_by_pictures(rows: Sequence[Row], file: Path) -> None:
-    """Lines: mean accuracy over all corruptions against the number of pictures."""
+    """Draw the mean accuracy over all corruptions against the number of pictures."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     results = Results(rows)

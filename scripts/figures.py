@@ -1,8 +1,8 @@
-"""The figures of docs/how-it-works.md, and the numbers that it quotes.
+"""Draw the figures of docs/how-it-works.md, and print the numbers that it quotes.
 
     python scripts/figures.py --output docs/figures
 
-Of the demo's network and pictures, and of a million random variances.
+They are made from the demo's network and pictures, and from a million random variances.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYER = "features.8"  # a BatchNorm in the middle of the demo's network
 
 
 def values(network: nn.Module, images: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
-    """What the BatchNorm of LAYER is given, (N, C, H, W)."""
+    """Return what the BatchNorm of LAYER is given, (N, C, H, W), and that BatchNorm."""
     norm = network.get_submodule(LAYER)
     assert isinstance(norm, nn.BatchNorm2d)
     seen: list[Tensor] = []
@@ -37,7 +37,7 @@ def values(network: nn.Module, images: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
 
 
 def channel(inputs: Tensor, norm: nn.BatchNorm2d, file: Path) -> None:
-    """One channel before, inside and after a BatchNorm."""
+    """Draw one channel before, inside and after a BatchNorm."""
     assert norm.running_mean is not None
     with torch.no_grad():
         outputs = norm(inputs)
@@ -63,7 +63,7 @@ def channel(inputs: Tensor, norm: nn.BatchNorm2d, file: Path) -> None:
 
 
 def places(file: Path) -> None:
-    """A Sequential that is renumbered, and a convolution that becomes a Sequential."""
+    """Draw a Sequential that is renumbered, and a convolution that becomes a Sequential."""
     rows = (
         ("VGG", ["0 conv", "1 ReLU", "2 conv", "3 ReLU"]),
         ("as in vgg*_bn", ["0 conv", "1 bn", "2 ReLU", "3 conv", "4 bn", "5 ReLU"]),
@@ -86,7 +86,7 @@ def places(file: Path) -> None:
 
 
 def exactness(count: int) -> str:
-    """How often gamma = sqrt(var + eps) is exact, and what the other channels get."""
+    """Count how often gamma = sqrt(var + eps) is exact, and what the other channels get."""
     draw = np.random.default_rng(0)
     var = (10 ** draw.uniform(-6, 6, count)).astype(np.float32)
     mean = (draw.normal(size=count) * np.sqrt(var)).astype(np.float32)

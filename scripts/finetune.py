@@ -1,4 +1,4 @@
-"""What BatchNorm changes in fine-tuning: accuracy over learning rates, and what else matters.
+"""Measure what BatchNorm changes in fine-tuning: learning rates, and what else matters.
 
     python scripts/finetune.py --data CIFAR10 --output docs/results
     python scripts/finetune.py --data CIFAR10 --output docs/results --study settings
@@ -13,20 +13,20 @@ interrupted goes on where it was, and at last as a table (.md) and a figure (.sv
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from finetune_tables import by_learning_rate, draw, usable
+from finetune_tables import Protocol, Run, by_learning_rate, draw, usable
+from markdown_table import markdown_table
 from pictures import accuracy, augment, normalise, read
-from studies import markdown, recorded
+from recorded_runs import RecordedRuns
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,34 +84,6 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What all runs of a study have in common."""
-
-    model: str
-    images: int  # to train on
-    test_images: int
-    steps: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Run(Protocol):
-    """One line of the CSV: accuracy on the test pictures, mean loss of the last 20 steps."""
-
-    variant: str = ""
-    learning_rate: float = 0.0
-    seed: int = 0
-    accuracy: float = 0.0
-    loss: float = 0.0
-    diverged: bool = False
-    seconds: float = 0.0
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        return self.variant, self.learning_rate, self.seed
-
-
-@dataclass(frozen=True)
 class Task:
     """Pictures to train on and to test on, inverted."""
 
@@ -125,7 +97,7 @@ class Task:
 
 
 def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module:
-    """The trained network with the variant's BatchNorm, calibrated on these pictures."""
+    """Build the trained network with the variant's BatchNorm, calibrated on these pictures."""
     model = build(protocol.model).eval()
     if variant.batchnorm == "uncalibrated":
         return retrofit.insert(model, momentum=variant.momentum)
@@ -144,7 +116,7 @@ def train(
     labels: Tensor,
     device: str,
 ) -> list[float]:
-    """SGD with momentum and torch's one-cycle schedule (30 % warm-up, then a cosine).
+    """Train by SGD with momentum and torch's one-cycle schedule (30 % warm-up, then a cosine).
 
     Returns the losses; training ends after one that is not finite.
     """
@@ -177,13 +149,13 @@ def train(
 
 
 def shuffled_batches(count: int, size: int) -> Iterator[Tensor]:
-    """Indices of whole batches, in a new order for each epoch, without end."""
+    """Yield the indices of whole batches, in a new order for each epoch, without end."""
     while True:
         yield from torch.randperm(count)[: count // size * size].view(-1, size)
 
 
 def chosen(task: Task, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """The pictures of a seed, and their labels; whatever is random afterwards follows the seed."""
+    """Draw the pictures of a seed, with labels; all that is random afterwards follows the seed."""
     torch.manual_seed(seed)
     index = torch.randperm(len(task.pictures))[: protocol.images]
     return task.pictures[index], task.labels[index]
@@ -198,7 +170,7 @@ def run(
     seed: int,
     device: str = "cpu",
 ) -> Run:
-    """One fine-tuning from the trained network, tested at its end."""
+    """Fine-tune the trained network once, and test it at the end."""
     start = time.perf_counter()
     pictures, labels = chosen(task, protocol, seed)
     model = network(variant, protocol, pictures).to(device).to(memory_format=torch.channels_last)
@@ -231,27 +203,19 @@ def study(
     file: Path,
     device: str = "cpu",
 ) -> list[Run]:
-    """All runs, seed by seed; those that stand in `file` already are not made again."""
-    runs = recorded(file, Run, asdict(protocol))
-    done = {found.key for found in runs}
+    """Make all runs, seed by seed, except those that are in `file` already."""
+    record = RecordedRuns(file, Run, asdict(protocol))
+    done = {found.key for found in record.runs}
     wanted = [(name, lr, seed) for seed in range(seeds) for lr in rates for name in variants]
-    new = [key for key in wanted if key not in done]
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, [f.name for f in fields(Run)], lineterminator="\n")
-        if lines.tell() == 0:
-            writer.writeheader()
-        for name, lr, seed in (bar := tqdm(new, desc="runs")):
-            bar.set_postfix_str(f"{name}, learning rate {lr:g}, seed {seed}")
-            runs.append(run(task, protocol, name, variants[name], lr, seed, device))
-            writer.writerow(asdict(runs[-1]))
-            lines.flush()
-    return sorted(
-        (found for found in runs if found.key in wanted), key=lambda r: wanted.index(r.key)
-    )
+    for name, lr, seed in (bar := tqdm([key for key in wanted if key not in done], desc="runs")):
+        bar.set_postfix_str(f"{name}, learning rate {lr:g}, seed {seed}")
+        record.append(run(task, protocol, name, variants[name], lr, seed, device))
+    found = [one for one in record.runs if one.key in wanted]
+    return sorted(found, key=lambda one: wanted.index(one.key))
 
 
 def drifts(task: Task, protocol: Protocol) -> str:
-    """A Markdown table: how many of 2,048 answers batch statistics leave as they were."""
+    """Tabulate how many of 2,048 answers batch statistics leave as they were."""
     variants = {
         "uncalibrated BatchNorm": Variant("uncalibrated"),
         "calibrated on upright pictures": Variant(source=True),
@@ -266,14 +230,14 @@ def drifts(task: Task, protocol: Protocol) -> str:
     for name, variant in variants.items():
         drift = retrofit.drift(plain, network(variant, protocol, pictures), test, sizes)
         lines.append([name, *(f"{row.top1:.1%}" for row in drift.rows)])
-    return markdown(["same answer in batches of", *map(str, sizes)], lines)
+    return markdown_table(["same answer in batches of", *map(str, sizes)], lines)
 
 
 # --- the command -------------------------------------------------------------------------------
 
 
 def loaded(folder: Path, *, quick: bool) -> Task:
-    """The pictures of a folder; of the test pictures every fifth is enough for a quick look."""
+    """Read the pictures of a folder; to be quick, every fifth of the test pictures."""
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise SystemExit(
@@ -284,7 +248,7 @@ def loaded(folder: Path, *, quick: bool) -> Task:
     return Task(255 - pictures, labels, 255 - test_pictures, test_labels)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
@@ -299,30 +263,45 @@ def main() -> None:
     add("--model", default="retrofit.demo:trained_vgg", help="as for `retrofit plan`")
     add("--device", default="cpu")
     arguments = parser.parse_args()
-    seeds, steps, images = (
-        given or default
-        for given, default in zip(
-            (arguments.seeds, arguments.steps, arguments.images),
-            (1, 40, 1000) if arguments.quick else (3, 300, 5000),
-            strict=True,
-        )
-    )
-    rates = arguments.learning_rates or RATES[arguments.study][:: 2 if arguments.quick else 1]
-    if images < arguments.batch_size:
-        raise SystemExit(f"--images {images} is less than --batch-size {arguments.batch_size}")
+    quick = arguments.quick
+    arguments.seeds = arguments.seeds or (1 if quick else 3)
+    arguments.steps = arguments.steps or (40 if quick else 300)
+    arguments.images = arguments.images or (1000 if quick else 5000)
+    rates = RATES[arguments.study][:: 2 if quick else 1]
+    arguments.learning_rates = arguments.learning_rates or rates
+    return arguments
+
+
+def checked_task(arguments: argparse.Namespace) -> Task:
+    """Read the pictures; refuse what cannot be trained with these arguments."""
+    images, batch_size = arguments.images, arguments.batch_size
+    if images < batch_size:
+        raise SystemExit(f"--images {images} is less than --batch-size {batch_size}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
-
     task = loaded(arguments.data, quick=arguments.quick)
     if len(task.pictures) < images:
         raise SystemExit(
             f"{arguments.data / 'train'} has {len(task.pictures)} pictures: too few for "
             f"--images {images}"
         )
+    return task
+
+
+def main() -> None:
+    arguments = parsed()
+    task = checked_task(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"finetune-{arguments.study}.csv"
-    protocol = Protocol(arguments.model, images, len(task.test_labels), steps, arguments.batch_size)
-    runs = study(task, protocol, STUDIES[arguments.study], rates, seeds, file, arguments.device)
+    protocol = Protocol(
+        arguments.model,
+        arguments.images,
+        len(task.test_labels),
+        arguments.steps,
+        arguments.batch_size,
+    )
+    variants, rates = STUDIES[arguments.study], arguments.learning_rates
+    runs = study(task, protocol, variants, rates, arguments.seeds, file, arguments.device)
     table = by_learning_rate(runs)
     if arguments.study == "rates":
         table += "\n" + usable(runs)

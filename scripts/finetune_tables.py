@@ -1,23 +1,51 @@
-"""The table and the figure of a fine-tuning study."""
+"""The runs of a fine-tuning study, and the tables and the figure made of them."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from studies import markdown
+from markdown_table import markdown_table
 
 if TYPE_CHECKING:
-    from finetune import Run
     from matplotlib.figure import Figure
 
 NEAR = 0.1  # a learning rate is usable whose mean accuracy is within 10 points of the best
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """What all runs of a study have in common."""
+
+    model: str
+    images: int  # to train on
+    test_images: int
+    steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Run(Protocol):
+    """One line of the CSV: accuracy on the test pictures, mean loss of the last 20 steps."""
+
+    variant: str = ""
+    learning_rate: float = 0.0
+    seed: int = 0
+    accuracy: float = 0.0
+    loss: float = 0.0
+    diverged: bool = False
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.variant, self.learning_rate, self.seed
+
+
 def accuracies(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
-    """By variant and learning rate: the accuracies of all seeds."""
+    """Group the accuracies of all seeds by variant and learning rate."""
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         found.setdefault(run.variant, {}).setdefault(run.learning_rate, []).append(run.accuracy)
@@ -25,19 +53,19 @@ def accuracies(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
 
 
 def highest_usable(by_rate: dict[float, list[float]]) -> float:
-    """The highest learning rate whose mean accuracy is within 10 points of the best mean."""
+    """Return the highest learning rate whose mean accuracy is within 10 points of the best."""
     means = {rate: statistics.mean(values) for rate, values in by_rate.items()}
     return max(rate for rate, mean in means.items() if mean >= max(means.values()) - NEAR)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and half of the range over the seeds, in per cent."""
+    """Write the mean and half of the range over the seeds, in per cent."""
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.1%}" + (f" ± {half * 100:.1f}" if len(values) > 1 else "")
 
 
 def by_learning_rate(runs: Sequence[Run]) -> str:
-    """A Markdown table of accuracies: a line for each variant, a column for each learning rate."""
+    """Tabulate accuracies: a line for each variant, a column for each learning rate."""
     diverged = Counter((run.variant, run.learning_rate) for run in runs if run.diverged)
     rates = sorted({run.learning_rate for run in runs})
     lines = []
@@ -45,21 +73,21 @@ def by_learning_rate(runs: Sequence[Run]) -> str:
         lost = {rate: diverged[name, rate] for rate in rates}
         cells = [spread(found[r]) + f" ({lost[r]} diverged)" * (lost[r] > 0) for r in rates]
         lines.append([name, *cells])
-    return markdown(["variant", *(f"{rate:g}" for rate in rates)], lines)
+    return markdown_table(["variant", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def usable(runs: Sequence[Run]) -> str:
-    """A Markdown table: what each variant reaches, and up to which learning rate it is near."""
+    """Tabulate what each variant reaches, and up to which learning rate it is near that."""
     lines = []
     for name, found in accuracies(runs).items():
         best = max(found, key=lambda rate: statistics.mean(found[rate]))
         lines.append([name, spread(found[best]), f"{best:g}", f"{highest_usable(found):g}"])
     head = ["variant", "best accuracy", "at rate", "highest rate within 10 points of it"]
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Accuracy against learning rate: means as lines, and the range over the seeds as a band."""
+    """Draw accuracy against learning rate: means as lines, ranges over the seeds as bands."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     plt.style.use("retrofit.plots")

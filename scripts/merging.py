@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from pictures import accuracy, normalise, read
 from scipy.optimize import linear_sum_assignment
@@ -28,28 +29,24 @@ from torch import Tensor, nn
 
 import retrofit
 from retrofit.demo import trained_vgg
-from retrofit.demo.network import vgg_cifar10
-from retrofit.files.weights import load_weights
-from retrofit.files.weights import read as read_weights
+from retrofit.files.model_sources import trained
 
 SHARES = tuple(i / 10 for i in range(11))  # of the second network in the average
 HALF = 0.5
 
 
 def network(file: Path) -> nn.Module:
-    """The demo's architecture with the weights of a file, in eval mode."""
-    model: nn.Module = vgg_cifar10()
-    load_weights(model, read_weights(file)[0], str(file))
-    return model.eval()
+    """Load the weights of a file into the demo's architecture, in eval mode."""
+    return trained("retrofit.demo.network:vgg_cifar10", str(file))
 
 
 def weighted(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
-    """The layers of a plain chain (a VGG) in their order."""
+    """List the layers with weights of a plain chain (a VGG), in their order."""
     return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What each convolution and its ReLU give: float64 of shape (C, images times pixels)."""
+    """Collect what each convolution and its ReLU give: float64, (C, images times pixels)."""
     seen: list[Tensor] = []
     handles = [
         layer.register_forward_hook(lambda _layer, _x, y: seen.append(y.relu()))
@@ -63,7 +60,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def correlations(one: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-    """For each convolution (C, C): how alike channels of `one` and of `other` answer to images."""
+    """Correlate the channels of `one` with those of `other`: for each convolution (C, C)."""
     zero = torch.zeros((), dtype=torch.float64)
     sums = [(0, zero, zero)] * (len(weighted(one)) - 1)
     for x in images:
@@ -82,7 +79,7 @@ def correlations(one: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> 
 
 
 def permuted(model: nn.Module, orders: Sequence[Tensor]) -> nn.Module:
-    """The same function with the channels of each convolution in another order."""
+    """Put the channels of each convolution into another order; the function stays the same."""
     model = copy.deepcopy(model)
     layers = weighted(model)
     with torch.no_grad():
@@ -94,7 +91,7 @@ def permuted(model: nn.Module, orders: Sequence[Tensor]) -> nn.Module:
 
 
 def aligned(one: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> nn.Module:
-    """`other` with each channel where `one` has that which it resembles most."""
+    """Permute `other`, each channel to the place where `one` has the one that it resembles most."""
     orders = [
         torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
         for table in correlations(one, other, images)
@@ -103,7 +100,7 @@ def aligned(one: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> nn.Mo
 
 
 def averaged(one: nn.Module, other: nn.Module, share: float = HALF) -> nn.Module:
-    """The weights of both, `share` of them those of `other`."""
+    """Average the weights of both, `share` of them those of `other`."""
     model = copy.deepcopy(one)
     state = other.state_dict()
     model.load_state_dict({k: v.lerp(state[k], share) for k, v in one.state_dict().items()})
@@ -113,7 +110,7 @@ def averaged(one: nn.Module, other: nn.Module, share: float = HALF) -> nn.Module
 def matched(
     one: nn.Module, other: nn.Module, images: Sequence[Tensor], share: float = HALF
 ) -> nn.Module:
-    """The average of both, its channels with the moments between theirs: REPAIR.
+    """Average both, and give the channels the moments between theirs: REPAIR.
 
     Means, and standard deviations, are averaged as the weights are (equation 3 of the paper).
     """
@@ -143,7 +140,7 @@ def curves(
     test: Callable[[nn.Module], float],
     shares: Sequence[float] = SHARES,
 ) -> dict[str, list[float]]:
-    """Accuracy of the average at each share, made in three ways."""
+    """Measure the accuracy of the average at each share, made in three ways."""
     near = aligned(one, other, images)
     return {
         "averaged as they are": [test(averaged(one, other, share)) for share in shares],
@@ -153,24 +150,21 @@ def curves(
 
 
 def table(found: dict[str, list[float]], shares: Sequence[float] = SHARES) -> str:
-    """Markdown, and how much of what averaging lost came back."""
+    """Tabulate the accuracies, and say how much of what averaging lost came back."""
     half = shares.index(HALF)
     first, second = (next(iter(found.values()))[i] for i in (0, -1))
     ends = (first + second) / 2
-    lines = [
-        "| network | accuracy |",
-        "| --- | --- |",
-        f"| first | {first:.2%} |",
-        f"| second | {second:.2%} |",
-        *(f"| {name} | {values[half]:.2%} |" for name, values in found.items()),
-    ]
+    accuracies = {"first": first, "second": second}
+    accuracies |= {name: values[half] for name, values in found.items()}
+    rows = [(name, f"{value:.2%}") for name, value in accuracies.items()]
     merged, repaired = (found[name][half] for name in list(found)[1:])
     back = (repaired - merged) / (ends - merged)
-    return "\n".join([*lines, "", f"Moment matching brings back {back:.0%} of the loss."])
+    text = markdown_table(("network", "accuracy"), rows)
+    return f"{text}\nMoment matching brings back {back:.0%} of the loss."
 
 
 def plot(axes: Axes, found: dict[str, list[float]], shares: Sequence[float] = SHARES) -> None:
-    """Accuracy over the share of the second network."""
+    """Draw the accuracy over the share of the second network."""
     for name, values in found.items():
         axes.plot(shares, [100 * value for value in values], label=name)
     axes.set(xlabel="share of the second network", ylabel="accuracy, %", ylim=(0, 100))

@@ -20,7 +20,7 @@ from retrofit.running.modes import evaluating
 
 
 def read(folder: Path, classes: Sequence[str] = CLASSES) -> tuple[Tensor, Tensor]:
-    """All pictures of `folder`/<class>/, of one size: uint8 (N, 3, H, W), and their labels (N,)."""
+    """Read `folder`/<class>/, all of one size: uint8 (N, 3, H, W), and the labels (N,)."""
     data = ImageFolder(str(folder))
     if tuple(data.classes) != tuple(classes):
         raise SystemExit(f"{folder}: expected the class folders {', '.join(classes)}")
@@ -29,7 +29,7 @@ def read(folder: Path, classes: Sequence[str] = CLASSES) -> tuple[Tensor, Tensor
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) to what the demo's networks take."""
+    """Turn uint8 (N, 3, H, W) into what the demo's networks take."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
     x = (pictures - mean) / std
     return x.contiguous(memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ def augment(pictures: Tensor) -> Tensor:
 
 
 def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share of right answers in eval mode; modes are afterwards as they were."""
+    """Measure the share of right answers in eval mode; modes are afterwards as they were."""
     with torch.no_grad(), evaluating(model):
         batches = zip(pictures.split(batch_size), labels.split(batch_size), strict=True)
         right = sum(int((model(normalise(x)).argmax(1) == y).sum()) for x, y in batches)

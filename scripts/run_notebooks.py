@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def run(path: Path, output: Path) -> float:
-    """Execute the notebook in its own folder and write it to `output`; returns the seconds.
+    """Execute the notebook in its own folder, write it to `output`, and return the seconds.
 
     Raises:
         SystemExit: a cell failed. What ran up to there is in build/notebooks/; `output`, if it is
@@ -84,7 +84,7 @@ def run(path: Path, output: Path) -> float:
 
 
 def _failure(notebook: nbformat.NotebookNode, error: Exception) -> str:
-    """Which cell, counted among those with code as Jupyter does, and what it says, in one line."""
+    """Say in one line which cell failed, counted as Jupyter does, and with what message."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     number = max((i for i, cell in enumerate(cells, 1) if cell.execution_count), default=1)
     first = cells[number - 1].source.strip().splitlines()[0]

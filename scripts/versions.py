@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from markdown_table import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "timm", "matplotlib")
 
@@ -41,7 +43,7 @@ SETS = {
 
 
 def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[str, str]]:
-    """Whether the tests pass with a set of versions, and a row of the table."""
+    """Run the tests with a set of versions; return whether they pass, and a row of the table."""
     wanted, environment = SETS[name], folder / name
     python = environment / "bin" / "python"
     run("uv", "venv", "--seed", "--quiet", "--python", wanted.python, str(environment))
@@ -61,7 +63,7 @@ def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[st
 
 
 def run(*command: str) -> str:
-    """Its output; ends the script with what it printed where it fails."""
+    """Return the output of a command; end the script with what it printed where it fails."""
     done = subprocess.run(  # noqa: S603
         command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ), check=False
     )
@@ -70,14 +72,13 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def markdown(rows: list[dict[str, str]], earlier: str) -> str:
-    """The document; a set that did not run now keeps its row of the earlier one."""
-    old = {name: line for line in earlier.splitlines() for name in SETS if f"| {name} |" in line}
-    new = {row[""]: f"| {' | '.join(row.values())} |" for row in rows}
-    lines = [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
-    found = old | new
-    lines += [found[name] for name in SETS if name in found]
-    return "\n".join(["# Versions", "", *TEXT, "", *lines, ""])
+def document(rows: list[dict[str, str]], earlier: str) -> str:
+    """Write the document; a set that did not run now keeps its row of the earlier one."""
+    head = list(rows[0])
+    lines = [line[2:-2].split(" | ") for line in earlier.splitlines() if line.startswith("| ")]
+    found = {cells[0]: cells for cells in lines} | {row[""]: list(row.values()) for row in rows}
+    table = markdown_table(head, [found[name] for name in SETS if name in found], words=head)
+    return "\n".join(["# Versions", "", *TEXT, "", table])
 
 
 def main() -> int:
@@ -93,7 +94,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = [tested(name, Path(folder), arguments.tests) for name in arguments.only]
     file: Path | None = arguments.markdown
-    text = markdown([row for _, row in results], file.read_text() if file and file.exists() else "")
+    text = document([row for _, row in results], file.read_text() if file and file.exists() else "")
     print(text)
     if file:
         file.write_text(text)

@@ -16,7 +16,7 @@ _KEEP = {_MMAP: 1 << 30, _TRIM: (1 << 31) - 1}
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Freed memory stays with the process for the length of the block, under Linux with glibc.
+    """Keep freed memory with the process for the length of the block, under Linux with glibc.
 
     By default glibc returns a block of more than 32 MiB to the system as soon as it is freed, and
     the next layer's output comes as empty pages that the system fills one by one: a fifth of
@@ -35,6 +35,7 @@ def kept_memory() -> Iterator[None]:
 
 
 def _glibc() -> ctypes.CDLL | None:
+    """Find glibc; None elsewhere, and where the user has chosen how it allocates."""
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or sys.platform != "linux":
         return None
@@ -43,5 +44,5 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _set(libc: ctypes.CDLL, thresholds: dict[int, int]) -> bool:
-    """Some versions of glibc refuse the first, a mapping threshold above 32 MiB."""
+    """Set the thresholds; some versions of glibc refuse a mapping threshold above 32 MiB."""
     return all(libc.mallopt(number, value) for number, value in thresholds.items())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """The plain Conv2d layers of `model` with their weights in oneDNN's own order, for a while.
+    """Give plain Conv2d layers their weights in oneDNN's own order, for the length of the block.
 
     oneDNN brings a convolution's weights into the order that its kernel wants each time that the
     layer runs; here it does so once, with the operators that torch.compile uses. The kernel is the
@@ -29,7 +29,7 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 class _Packed:
-    """In place of a convolution's `forward`."""
+    """Replaces `Conv2d.forward`; uses the prepacked weight."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         self.conv = conv
@@ -53,7 +53,7 @@ class _Packed:
 
 
 def _is_available() -> bool:
-    """These operators are torch's own, and may go."""
+    """Tell whether this torch has the operators, which are its own and may go."""
     return (
         torch.backends.mkldnn.is_available()
         and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
@@ -62,6 +62,7 @@ def _is_available() -> bool:
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether the operators compute what this layer does."""
     return (
         type(module) is nn.Conv2d
         and "forward" not in vars(module)
@@ -74,7 +75,7 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """A batch of float32 in channels_last, as the result will be, that no cast awaits."""
+    """Tell whether this is a batch of float32 in channels_last, as the result will be."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"

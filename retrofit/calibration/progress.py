@@ -143,7 +143,7 @@ class Rounds:
 
 
 def _checks(images: int) -> int:
-    """Number of standard-error checks due after `images`."""
+    """Count the standard-error checks due after `images`."""
     if images < FIRST_CHECK:
         return 0
     return 1 + int(math.log(images / FIRST_CHECK) / math.log(GROWTH))

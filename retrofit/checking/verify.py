@@ -51,7 +51,7 @@ class Verification:
         return max((*self.sites, *self.outputs), key=lambda d: d.relative)
 
     def passed(self, tolerance: float = 0.0) -> bool:
-        """Tell whether no output or site differs by more than `tolerance` of its root mean square."""
+        """Tell whether nothing differs by more than `tolerance` of its root mean square."""
         return all(d.relative <= tolerance for d in (*self.outputs, *self.sites))
 
     def summary(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ BATCH = 128
 
 
 def trained_vgg() -> nn.Module:
-    """The demo's plain VGG with its trained weights, in eval mode."""
+    """Load the demo's plain VGG with its trained weights, in eval mode."""
     model: nn.Module = vgg_cifar10()
     tensors, _ = read_weights(WEIGHTS)
     load_weights(model, tensors, str(WEIGHTS))
@@ -99,8 +99,11 @@ def unpack(folder: Path) -> None:
 
 
 def labelled(folder: Path) -> tuple[Tensor, Tensor]:
-    """All pictures of a folder, ready for the network, in an order that mixes the classes; and
-    the labels of those that lie in a folder with the name of their class (else -1)."""
+    """Read all pictures of a folder, in an order that mixes the classes, and their labels.
+
+    The pictures are ready for the network; the label of one that lies in no folder with the name of
+    a class is -1.
+    """
     pictures = open_pictures(folder)
     transform = preprocessing(resize=32, crop=32, mean=MEAN, std=STD)
     order = shuffled(len(pictures), seed=0)
@@ -112,7 +115,7 @@ def labelled(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor, *, batchwise: bool = False) -> float:
-    """Share of right answers, under running statistics or those of whole batches."""
+    """Compute the share of right answers, under running statistics or those of whole batches."""
     if batchwise:
         x = x[: len(x) // BATCH * BATCH]
     with batch_statistics(model) if batchwise else evaluating(model), torch.no_grad():

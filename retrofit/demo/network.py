@@ -25,7 +25,7 @@ LAYERS: list[str | int] = [32, 32, "M", 64, 64, "M", 128, 128, "M", 256, 256]
 
 
 def vgg_cifar10() -> VGG:
-    """A `torchvision.models.VGG` without BatchNorm for pictures of (3, 32, 32).
+    """Build a `torchvision.models.VGG` without BatchNorm for pictures of (3, 32, 32).
 
     Eight convolutions, global average pooling and one Linear; 1.17 million parameters,
     freshly initialised. Returns logits of shape (N, 10).

@@ -38,7 +38,7 @@ def preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Transform:
-    """From a picture to the model's input (3, H, W).
+    """Make the transform from a picture to the model's input (3, H, W).
 
     Args:
         transforms: makes the transform that the model was trained for, and takes the steps that
@@ -70,7 +70,7 @@ def preprocessing(
 
 
 def _try_out(transform: Transform) -> None:
-    """Those of videos and of optical flow take other things than a picture."""
+    """Raise RetrofitError for a transform that takes no picture (of videos, of optical flow)."""
     try:
         transform(Image.new("RGB", (64, 64)))
     except (AttributeError, TypeError) as error:
@@ -85,7 +85,7 @@ def _try_out(transform: Transform) -> None:
 
 
 def _first_resize(transform: Transform) -> Any:
-    """The torchvision Resize that a transform begins with; None where it is none, or not smooth."""
+    """Find the torchvision Resize that a transform begins with; None if it is not a smooth one."""
     from torchvision.transforms import v2  # noqa: PLC0415 - slow to import
 
     step: Any = transform
@@ -101,7 +101,7 @@ def _first_resize(transform: Transform) -> Any:
 
 
 def _resized(resize: Any, width: int, height: int) -> tuple[int, int]:
-    """The size that torchvision's Resize gives a picture of that size."""
+    """Compute the size that torchvision's Resize gives a picture of that size."""
     size = [resize.size] if isinstance(resize.size, int) else resize.size
     if len(size) == 2:
         return size[1], size[0]
@@ -183,13 +183,13 @@ def _collate(items: list[_Item]) -> _Batch:
 
 
 def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
-    """What the loader gives; PeerError, out of next() alone, for a worker process that is gone."""
+    """Yield what the loader gives; PeerError, out of next() alone, for a worker that is gone."""
     with _without_torchs_signal_handler():
         batches = iter(loader)
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not _OF_A_READER.match(str(error)):
+        if isinstance(error, RuntimeError) and _are_alive(batches):
             raise
         raise PeerError(
             f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
@@ -197,14 +197,18 @@ def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
         ) from error
 
 
-_OF_A_READER = re.compile(r"DataLoader worker \(pid|Pin memory thread")
+def _are_alive(batches: Any) -> bool:
+    """Tell whether the processes and the thread that read for a loader's iterator are."""
+    readers = [*getattr(batches, "_workers", ()), getattr(batches, "_pin_memory_thread", None)]
+    return all(reader.is_alive() for reader in readers if reader is not None)
 
 
 @contextmanager
 def _without_torchs_signal_handler() -> Iterator[None]:
-    """In the block torch's loader may set one, for the process. It raises out of whatever runs, for
-    each worker that is gone, also when the error for the first one is being handled. Without it the
-    loader looks after its workers every five seconds.
+    """Undo that torch's loader sets a signal handler in the block, for the whole process.
+
+    It raises out of whatever runs, for each worker that is gone, also when the error for the first
+    one is being handled. Without it the loader looks after its workers every five seconds.
     """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = number and signal.getsignal(number)
@@ -214,7 +218,7 @@ def _without_torchs_signal_handler() -> Iterator[None]:
 
 
 class PictureBatches:
-    """Batches of pictures, read by worker processes: tensors (N, 3, H, W), or lists of (3, H, W).
+    """Batches of pictures that workers read: tensors (N, 3, H, W), or lists of (3, H, W).
 
     An iteration starts at the beginning, or where `load_state_dict` says.
 
@@ -261,7 +265,7 @@ class PictureBatches:
         return max(0, len(self.dataset) - self._start * self.batch_size)
 
     def __len__(self) -> int:
-        """How many batches the next iteration has, if each has a readable picture."""
+        """Count the batches of the next iteration, if each has a readable picture."""
         return math.ceil(self.left / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -299,7 +303,7 @@ class PictureBatches:
                 yield pictures
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands, for JSON: how many batches it has given, and of what."""
+        """Say where the iteration stands, for JSON: how many batches it has given, and of what."""
         return {"batches": self._done, "bad": list(self.bad), **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -344,6 +348,6 @@ def _different_sizes(pictures: list[Tensor]) -> RetrofitError:
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """0 ... count - 1 in an order that depends on the seed alone."""
+    """Shuffle 0 ... count - 1, in an order that depends on the seed alone."""
     order: list[Any] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order

@@ -23,10 +23,12 @@ class Pictures(Protocol):
         ...
 
     def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Name a picture, for messages."""
+        ...
 
     def read(self, index: int) -> Image.Image:
-        """A picture that PIL has opened; it need not be decoded yet."""
+        """Open a picture with PIL; it need not be decoded yet."""
         ...
 
 
@@ -108,7 +110,7 @@ def _arrays(file: Path) -> dict[str, Any]:
 
 
 def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
-    """The pictures at `path`; RetrofitError when there are none.
+    """Open the pictures at `path`; RetrofitError when there are none.
 
     Args:
         path: a folder of pictures or of tar shards, with its subfolders but without hidden files,
@@ -129,7 +131,7 @@ def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Of a folder and its subfolders, also linked ones, but not of hidden ones; each once."""
+    """List the files of a folder and its subfolders, linked ones too but no hidden ones, once."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         place = Path(root).stat()

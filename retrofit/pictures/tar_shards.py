@@ -22,7 +22,7 @@ MOST_OPEN = 128  # shards at a time: some systems allow a process 256 files
 
 
 def open_picture(source: Path | IO[bytes]) -> Image.Image:
-    """A picture of one of `FORMATS`, not decoded yet; OSError for anything else."""
+    """Open a picture of one of `FORMATS`, not decoded yet; OSError for anything else."""
     return Image.open(source, formats=_formats())
 
 
@@ -94,7 +94,7 @@ class ShardPictures:
 
 
 def expand(pattern: Path) -> list[Path]:
-    """The shards that train-{000..012}.tar or a plain path stands for; they must exist."""
+    """List the shards that train-{000..012}.tar or a plain path stands for; they must exist."""
     try:
         shards = [Path(path) for path in _webdataset(pattern).shardlists.expand_urls(str(pattern))]
     except (ValueError, AssertionError) as error:  # braces without a partner, ${...}
@@ -109,7 +109,7 @@ def expand(pattern: Path) -> list[Path]:
 
 
 def _pictures(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
-    """The complete pictures of a shard, and what is wrong with it."""
+    """List the complete pictures of a shard, and say what is wrong with it."""
     members, problem = _members(shard)
     files = ({"fname": m.name, "data": m, "__url__": str(shard)} for m in members)
     pictures: list[tarfile.TarInfo] = []
@@ -127,7 +127,7 @@ def _pictures(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
 
 
 def _members(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
-    """The files in a tar that are all there, and what is wrong with it."""
+    """List the files in a tar that are all there, and say what is wrong with it."""
     members: list[tarfile.TarInfo] = []
     problem = "is not an uncompressed tar file"
     try:

@@ -27,26 +27,26 @@ class Arguments(NamedTuple):
 
     @property
     def images(self) -> int:
-        """How many samples: the length of the first tensor, or of a list of pictures."""
+        """How many samples: the length of the first tensor, or of a list of images."""
         first = next(iter((*self.args, *self.kwargs.values())), None)
-        if isinstance(first, (list, tuple)) and _is_pictures(first):
+        if isinstance(first, (list, tuple)) and _is_images(first):
             return len(first)
         tensor = first_tensor((self.args, self.kwargs))
         return len(tensor) if tensor is not None and tensor.dim() else 0
 
     def head(self, most: int | None) -> Arguments:
-        """The first `most` samples of it; None for all."""
+        """Take the first `most` samples; None for all."""
         return self.part(0, most)
 
     def part(self, first: int, end: int | None) -> Arguments:
-        """The samples from `first` up to `end`, exclusive; None for the last one."""
+        """Take the samples from `first` up to `end`, exclusive; None for the last one."""
         images = self.images
         if first == 0 and (end is None or end >= images):
             return self
 
         def cut(value: Any) -> Any:
             if isinstance(value, (list, tuple)) and len(value) == images and not _batched(value):
-                return value[first:end]  # pictures, or what belongs to each, such as targets
+                return value[first:end]  # images, or what belongs to each, such as targets
             return tree_map_only(
                 Tensor, lambda t: t[first:end] if t.dim() and len(t) == images else t, value
             )
@@ -54,7 +54,7 @@ class Arguments(NamedTuple):
         return Arguments(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
 
     def to(self, device: torch.device | None, *, copy: bool = False) -> Arguments:
-        """The same on another device; `copy`, since a model may write to its input."""
+        """Move all tensors to a device; `copy` them, since a model may write to its input."""
         return Arguments(
             *tree_map_only(
                 Tensor,
@@ -68,7 +68,7 @@ class Arguments(NamedTuple):
 
 
 def arguments_of(model: nn.Module, batch: Any) -> Arguments:
-    """How `model` is called with a batch, by default.
+    """Decide how `model` is called with a batch, by default.
 
     - A tensor is the input.
     - A mapping that has all arguments that `forward` requires is passed by name; what `forward`
@@ -94,23 +94,23 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
             "of these or dicts with these keys, or pass forward_fn= to say how the model is called"
         )
     if takes_lists(model):
-        return Arguments((_pictures(batch),), {})
+        return Arguments((_images(batch),), {})
     if required and named[required[0]].kind is inspect.Parameter.KEYWORD_ONLY:
         return Arguments((), {required[0]: input_of(batch)})
     return Arguments((input_of(batch),), {})
 
 
 def images_in(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> int:
-    """How many samples a batch has; 0 if that cannot be told."""
+    """Count the samples in a batch; 0 if that cannot be told."""
     if forward_fn is None:
         return arguments_of(model, batch).images
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (list, tuple)):
-        batch = batch[0]  # of pictures, beside their targets
+        batch = batch[0]  # of images, beside their targets
     return Arguments((batch,), {}).images
 
 
 def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter]]:
-    """What `forward` takes by name; of a wrapper, such as DataParallel, what that holds takes."""
+    """Find what `forward` takes by name; of a wrapper, such as DataParallel, what is inside."""
     try:
         parameters = inspect.signature(model.forward).parameters
     except ValueError:  # a traced TorchScript module
@@ -123,7 +123,7 @@ def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter
 
 
 def takes_lists(model: nn.Module) -> bool:
-    """`model` takes a batch as a list of pictures, as torchvision's detectors do: so annotated."""
+    """Tell whether `model` is annotated to take a list of images, as torchvision's detectors."""
     model, named = _signature(model)
     parameter = next(iter(named), "")
     try:
@@ -135,25 +135,25 @@ def takes_lists(model: nn.Module) -> bool:
     return typing.get_origin(hint) in (list, Sequence, Iterable) or bool(_TAKES_LIST.search(source))
 
 
-def _pictures(batch: Any) -> list[Tensor]:
-    """The first list of tensors in a batch, or the pictures of its first tensor."""
+def _images(batch: Any) -> list[Tensor]:
+    """Find the first list of tensors in a batch, or the images of its first tensor."""
     if isinstance(batch, (list, tuple)) and batch:
-        return list(batch) if _is_pictures(batch) else _pictures(batch[0])
+        return list(batch) if _is_images(batch) else _images(batch[0])
     return list(input_of(batch))
 
 
-def _is_pictures(value: Sequence[Any]) -> bool:
-    """A list of tensors without a batch axis."""
+def _is_images(value: Sequence[Any]) -> bool:
+    """Tell whether this is a list of tensors without a batch axis."""
     return all(isinstance(item, Tensor) and item.dim() < 4 for item in value)
 
 
 def _batched(value: Sequence[Any]) -> bool:
-    """A list of tensors with a batch axis, such as feature maps."""
+    """Tell whether this is a list of tensors with a batch axis, such as feature maps."""
     return all(isinstance(item, Tensor) and item.dim() > 3 for item in value)
 
 
 def input_of(batch: Any) -> Tensor:
-    """The first tensor in a batch; RetrofitError when there is none to feed to a convolution."""
+    """Find the first tensor in a batch; RetrofitError when no convolution could take it."""
     x = first_tensor(batch)
     if x is None:
         raise RetrofitError(
@@ -169,12 +169,12 @@ def input_of(batch: Any) -> Tensor:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in nested values; None if there is none."""
+    """Find the first tensor in nested values; None if there is none."""
     return next(iter(tensors(value).values()), None)
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    """All tensors in nested values, by their place: "output", "output['out']", "output[1].boxes".
+    """List all tensors in nested values by their place: "output", "output[1].boxes".
 
     Looks into mappings, lists, tuples, dataclasses, and objects with attributes such as
     SimpleNamespace.
@@ -203,7 +203,7 @@ def _walk(value: Any, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]
 
 
 def refuse_single_tensor(data: Iterable[Any]) -> None:
-    """A tensor is iterable too, and yields images without a batch axis."""
+    """Raise RetrofitError for a tensor: it is iterable too, and yields unbatched images."""
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise RetrofitError(f"data must be an iterable of batches, not {type(data).__name__}")
     if isinstance(data, Tensor):
@@ -214,7 +214,7 @@ def refuse_single_tensor(data: Iterable[Any]) -> None:
 
 
 def home(model: nn.Module) -> torch.device | None:
-    """The device of the model's first parameter; None without parameters."""
+    """Find the device of the model's first parameter; None without parameters."""
     first = next(model.parameters(), None)
     return None if first is None else first.device
 

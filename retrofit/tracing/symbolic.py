@@ -144,8 +144,10 @@ def _joined(whole: Trace, prefix: str, piece: Trace) -> Trace:
 
 
 class _Tracer(fx.Tracer):
-    """Attributes:
-    stopped_in: path of the innermost submodule that raised; None if the model itself did.
+    """Takes layers as single calls, and notes where the tracing stopped.
+
+    Attributes:
+        stopped_in: path of the innermost submodule that raised; None if the model itself did.
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str]) -> None:
@@ -218,7 +220,7 @@ def _written(node: fx.Node) -> str:
 
 
 def _channels(model: nn.Module, node: fx.Node) -> int:
-    """Output channels of a function whose weight is a parameter, else 0."""
+    """Count the output channels of a function whose weight is a parameter, else 0."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return 0
@@ -238,7 +240,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 
 def _culprit(error: Exception) -> tuple[traceback.FrameSummary, str]:
-    """The line of the model's own code that stopped the tracing, and why."""
+    """Find the line of the model's own code that stopped the tracing, and why."""
     libraries = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
     # Not extract_tb: it wants the columns, which fx's patched code of torch 2.6 does not have.
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__))

@@ -62,7 +62,8 @@ class Net(nn.Sequential):
     def forward(self, x):
         if isinstance(x, torch.Tensor) and "AT" in os.environ:
             Net.calls += 1
-            if Net.calls >= int(os.environ["AT"]):  # a batch that fails is tried once more
+            late = Net.calls - int(os.environ["AT"])
+            if late == 0 or (late > 0 and os.environ["FAULT"] == "allocate"):  # it is tried again
                 faulty()
         return super().forward(x)
 

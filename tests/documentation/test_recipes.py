@@ -60,11 +60,11 @@ def assert_close(model, other, x):
 def test_the_recipe_in_python(released, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
-    pictures = [nets.images(8, 3, 64, 64) for _ in range(4)]
-    x = torch.cat(pictures[:2])
+    images = [nets.images(8, 3, 64, 64) for _ in range(4)]
+    x = torch.cat(images[:2])
     variables = {
-        "pictures": pictures,
-        "loader": [(images, torch.randint(0, 1000, (8,))) for images in pictures],
+        "images": images,
+        "loader": [(batch, torch.randint(0, 1000, (8,))) for batch in images],
     }
     merge, convert, tune, fold = blocks("python")
     run(merge + convert, variables)

@@ -1,0 +1,83 @@
+"""Runs in a CSV file, a line each, so that a study that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
+
+# How a cell is read, by the type of its field. Fields of all other types are written as JSON.
+READERS: Mapping[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: "True".__eq__,
+}
+
+
+class RecordedRuns(Generic[R]):
+    """The runs of a study: those that a file has already, and those that are appended to it.
+
+    Args:
+        file: a CSV file; it is made by the first run where there is none.
+        kind: the dataclass of a run. Its fields are the columns.
+        settings: the values that some fields have in all runs of the study.
+
+    Attributes:
+        runs: all of them, in the order in which they were made.
+
+    Raises:
+        SystemExit: the file has other columns, or a run of other settings.
+    """
+
+    def __init__(
+        self, file: Path, kind: type[R], settings: Mapping[str, object] | None = None
+    ) -> None:
+        self.file, self.kind = file, kind
+        types = get_type_hints(kind)
+        self.types = {field.name: types[field.name] for field in fields(kind)}
+        self.runs = self._read()
+        for setting, value in (settings or {}).items():
+            for other in {getattr(run, setting) for run in self.runs} - {value}:
+                raise SystemExit(
+                    f"{file} has runs with {setting} = {other}, this study has {value}: give the "
+                    "same settings to go on, or another file"
+                )
+
+    def append(self, run: R) -> None:
+        """Add a run, and write it to the file at once."""
+        self.runs.append(run)
+        cells = [
+            value if self.types[name] in READERS else json.dumps(value)
+            for name, value in asdict(run).items()
+        ]
+        with self.file.open("a", newline="") as lines:
+            writer = csv.writer(lines, lineterminator="\n")
+            if lines.tell() == 0:
+                writer.writerow(self.types)
+            writer.writerow(cells)
+
+    def _read(self) -> list[R]:
+        if not self.file.exists():
+            return []
+        text = self.file.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a process killed while it wrote leaves half a line
+            self.file.write_text(whole)
+        head, *lines = csv.reader(io.StringIO(whole)) if whole else [[*self.types]]
+        if head != [*self.types]:
+            raise SystemExit(f"{self.file} has other columns than a study of today: give another")
+        readers = [READERS.get(kind, json.loads) for kind in self.types.values()]
+        return [
+            self.kind(*(read(cell) for read, cell in zip(readers, line, strict=True)))
+            for line in lines
+        ]
