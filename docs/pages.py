@@ -1,4 +1,4 @@
-"""Which files are pages of the documentation site; mkdocs runs this.
+"""Choose the files that are pages of the documentation site; mkdocs runs this as a hook.
 
 A page keeps its path in the repository, so that a relative link leads to the same place in a
 checkout and on the site, and mkdocs checks all of them, the README's too. Notebooks become pages
@@ -23,7 +23,7 @@ LINK_TO_SOURCE = re.compile(r"\]\(([^):]+\.py)\)")
 
 
 class _Rendered(File):
-    """A page whose source is not Markdown."""
+    """Represents a page whose source is not Markdown."""
 
     def is_documentation_page(self) -> bool:
         return True
@@ -78,12 +78,12 @@ def _file(
 def _linked_sources(page: Path) -> set[Path]:
     text = _converted(page)[0] if page.suffix == ".ipynb" else page.read_text()
     paths = {(page.parent / target).resolve() for target in LINK_TO_SOURCE.findall(text)}
-    return {path for path in paths if path.exists()}  # mkdocs tells of the others
+    return {path for path in paths if path.exists()}  # mkdocs reports the others
 
 
 @cache
 def _converted(notebook: Path) -> tuple[str, dict[str, bytes]]:
-    """As Markdown, and the figures that it shows, by path."""
+    """Convert to Markdown; return it, and the figures that it shows by path."""
     names = {"unique_key": "figure", "output_files_dir": f"{notebook.stem}-figures"}
     text, resources = MarkdownExporter().from_filename(str(notebook), names)
     return text, resources["outputs"]

@@ -89,7 +89,7 @@ def test_the_recipes_code_makes_a_plain_network_that_knows_more_than_the_average
         "retrofit": retrofit,
         "aligned": merging.aligned,
         "averaged": merging.averaged,
-        "pictures": images,
+        "images": images,
         "one": one,
         "other": other,
     }
