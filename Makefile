@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs fuzz notebooks clean
+.PHONY: demo test test-slow check docs fuzz notebooks clean
 
 demo: .venv/installed
 	$(BIN)/retrofit demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: docs
 	$(BIN)/ruff format --check .

@@ -120,15 +120,15 @@ def convert(
         if not skip_unused:
             raise _unused(unused)
         plan = _leave_out(model, plan, unused)
-    sites = plan.inserted if observed else ()
-    replace(model, dict(_batchnorm(model, s, targets.get(s.path), eps, momentum) for s in sites))
     if observed:
-        record = Record(plan, eps, momentum, _images(prepared, record.plan))
+        found = [(site, targets.get(site.path)) for site in plan.inserted]
+        replace(model, dict(_batchnorm_for(model, *one, eps, momentum) for one in found))
+        record = Record(plan, eps, momentum, _image_count(prepared, record.plan))
     attach(model, dataclasses.replace(record, training=()))
     return model if share_storage else copying.deepcopy(model)
 
 
-def _batchnorm(
+def _batchnorm_for(
     model: nn.Module,
     site: Site,
     target: ChannelMoments | None,
@@ -151,7 +151,7 @@ def _batchnorm(
     return observer, batchnorm.train(observer.training)
 
 
-def _images(prepared: nn.Module, plan: Plan) -> int:
+def _image_count(prepared: nn.Module, plan: Plan) -> int:
     """Count the images behind the statistics: a shared layer has several samples of each."""
     for site in plan.inserted:
         observer = find_site(prepared, site)[1]

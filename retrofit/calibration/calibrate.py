@@ -103,7 +103,7 @@ def calibrate(
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, tolerance)
         learned = rounds.begin(Progress(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:
-            learned = _measured(prepared, plan, samples, feed, learned, rounds.after_batch)
+            learned = _run_data(prepared, plan, samples, feed, learned, rounds.after_batch)
         learned = rounds.end(learned)
         if learned.fed.images < 2:
             raise RetrofitError(
@@ -146,7 +146,7 @@ def _wrapped(
     return Rounds(processes, tolerance, StateFile(state), data, described), replace(feed, data=data)
 
 
-def _measured(
+def _run_data(
     prepared: nn.Module,
     plan: Plan,
     samples: SiteSamples,

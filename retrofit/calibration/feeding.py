@@ -83,7 +83,7 @@ class Feed:
         fed, batches, began = start, iter(self.data), time.perf_counter()
         with (
             self._bar(start) as bar,
-            _moved(model, self.device) as device,
+            _on_device(model, self.device) as device,
             torch.no_grad(),
             eager(),
         ):
@@ -168,7 +168,9 @@ class leaving_after:  # noqa: N801 - used like contextmanager's functions
 
 
 @contextmanager
-def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
+def _on_device(
+    model: nn.Module, device: torch.device | str | None
+) -> Iterator[torch.device | None]:
     """Move the model to `device`, and afterwards every tensor back to where it was."""
     origin = home(model)
     if origin is not None and origin.type == "meta":

@@ -81,7 +81,7 @@ class Rounds:
             return start
         mine = content[self.processes.rank]
         try:
-            progress, place = _read(mine, start.statistics), dict(mine["data"])
+            progress, place = _from_state(mine, start.statistics), dict(mine["data"])
         except Exception as error:  # what a changed file makes the lines above raise
             raise RetrofitError(f"the state file is damaged: remove it ({error!r})") from error
         self.data.load_state_dict(place)
@@ -123,7 +123,7 @@ class Rounds:
         progress = replace(progress, checked=checked, ended=ended)
         if self.file is not None and self.data is not None and (news[0][2] or ended):
             elapsed = time.perf_counter() - self.begun
-            state = _written(replace(progress, seconds=elapsed)) | {"data": self.data.state_dict()}
+            state = _to_state(replace(progress, seconds=elapsed)) | {"data": self.data.state_dict()}
             content = self.processes.gather(state)
             if self.processes.rank == 0:
                 self.file.write(self.described, content)
@@ -149,7 +149,7 @@ def _checks(images: int) -> int:
     return 1 + int(math.log(images / FIRST_CHECK) / math.log(GROWTH))
 
 
-def _written(progress: Progress) -> dict[str, Any]:
+def _to_state(progress: Progress) -> dict[str, Any]:
     """Make plain values and tensors of a progress, for a state file."""
     return {
         "images": progress.fed.images,
@@ -162,8 +162,8 @@ def _written(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _read(state: Mapping[str, Any], like: ChannelStatistics) -> Progress:
-    """Undo `_written`; any error where the state is of other statistics than `like`."""
+def _from_state(state: Mapping[str, Any], like: ChannelStatistics) -> Progress:
+    """Undo `_to_state`; any error where the state is of other statistics than `like`."""
     statistics = ChannelStatistics(**state["statistics"])
     for name, tensor in like.tensors().items():
         found = getattr(statistics, name)

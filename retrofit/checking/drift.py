@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.numerics.comparison import Comparison, Top1
-from retrofit.running.call_arguments import arguments_of, refuse_single_tensor, run, tensors
+from retrofit.running.call_arguments import arguments_of, call_model, refuse_single_tensor, tensors
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.tables import table
 
@@ -104,9 +104,9 @@ def drift(
         error, top1 = Comparison(), Top1()
         for x in images[: total // size * size].split(size):
             with torch.no_grad(), evaluating(original):
-                expected = tensors(run(original, x, None), "output")
+                expected = tensors(call_model(original, x, None), "output")
             with torch.no_grad(), batch_statistics(converted):
-                actual = tensors(run(converted, x, None), "output")
+                actual = tensors(call_model(converted, x, None), "output")
             for name, tensor in expected.items():
                 error.add(tensor, actual[name], name)
             top1.add(expected, actual, len(x))

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from retrofit.errors import RetrofitError
 from retrofit.numerics.comparison import Comparison, Difference, Top1
 from retrofit.plans import Plan, Site
-from retrofit.running.call_arguments import ForwardFn, images_in, refuse_single_tensor, run, tensors
+from retrofit.running.call_arguments import (
+    ForwardFn,
+    call_model,
+    images_in,
+    refuse_single_tensor,
+    tensors,
+)
 from retrofit.running.modes import eager, evaluating
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
@@ -110,10 +116,10 @@ def verify(
     with evaluating(original, converted), torch.no_grad(), eager():
         for batch in data:
             with _recorded(original, points) as seen:
-                expected = tensors(run(original, batch, forward_fn), "output")
+                expected = tensors(call_model(original, batch, forward_fn), "output")
             try:
                 with _compared(converted, points, seen, at_sites):
-                    actual = tensors(run(converted, batch, forward_fn), "output")
+                    actual = tensors(call_model(converted, batch, forward_fn), "output")
                 exact = _compare(expected, actual, at_outputs)
             except RetrofitError:  # other shapes, other calls: the original's fault, perhaps
                 _refuse_random(original, batch, forward_fn, expected)
@@ -154,7 +160,7 @@ def _refuse_random(
     original: nn.Module, batch: Any, forward_fn: ForwardFn | None, first: dict[str, Tensor]
 ) -> None:
     """Raise RetrofitError if the original does not even agree with itself."""
-    second = tensors(run(original, batch, forward_fn), "output")
+    second = tensors(call_model(original, batch, forward_fn), "output")
     try:
         repeats = _compare(first, second, {})
     except RetrofitError:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from retrofit.cli.arguments import parse
-from retrofit.cli.commands import run
+from retrofit.cli.commands import carry_out
 from retrofit.cli.text import fail, show_warning
 from retrofit.errors import PeerError, RetrofitError
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = show_warning
     try:
         with _terminable():
-            code = run(request)
+            code = carry_out(request)
         sys.stdout.flush()
     except PeerError as error:
         return fail(str(error), 1)

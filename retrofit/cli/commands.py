@@ -15,7 +15,7 @@ from torch import nn
 
 import retrofit
 from retrofit import RetrofitError, Verification, demo
-from retrofit.cli.convert import convert, planned
+from retrofit.cli.convert import planned, run_convert
 from retrofit.cli.requests import (
     AdaptRequest,
     ConvertRequest,
@@ -39,12 +39,12 @@ from retrofit.surgery.record import attach, record_of
 from retrofit.tables import one_line
 
 
-def run(request: Request) -> int:
+def carry_out(request: Request) -> int:
     """Do what is asked for; returns the exit code."""
     return COMMANDS[type(request)](request)
 
 
-def plan(request: PlanRequest) -> int:
+def run_plan(request: PlanRequest) -> int:
     """Print the plan of a model, whose weights do not matter."""
     model = build(request.model)
     example = None
@@ -55,7 +55,7 @@ def plan(request: PlanRequest) -> int:
     return 0
 
 
-def verify(request: VerifyRequest) -> int:
+def run_verify(request: VerifyRequest) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
     converted, name, _ = _load(request.file, request.model)
     original = trained(name, request.weights)
@@ -68,12 +68,12 @@ def verify(request: VerifyRequest) -> int:
     return 0 if passed else fail(_failure(found, request.tolerance), 1)
 
 
-def fold(request: FoldRequest) -> int:
+def run_fold(request: FoldRequest) -> int:
     """Fold the model of a file, and save it."""
     check_output(request.output, overwrite=request.overwrite)
     model, name, _ = _load(request.file, request.model)
     folded = retrofit.fold(model)
-    before, after = (sum(_is_batchnorm(m) for m in x.modules()) for x in (model, folded))
+    before, after = _batchnorms(model), _batchnorms(folded)
     if before == after:
         raise RetrofitError(f"{request.file} has no BatchNorm that can be folded")
     # What was not converted here is not the plain model after folding: it has new biases.
@@ -83,11 +83,11 @@ def fold(request: FoldRequest) -> int:
     return 0
 
 
-def adapt(request: AdaptRequest) -> int:
+def run_adapt(request: AdaptRequest) -> int:
     """Recalibrate the model of a file layer by layer, and save it."""
     check_output(request.output, overwrite=request.overwrite)
     model, name, provenance = _load(request.file, request.model)
-    if not any(_is_batchnorm(m) for m in model.modules()):
+    if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
     sample = sample_for(model, name, request.pictures)
     batches = sample.batches(sample.chosen)
@@ -117,7 +117,7 @@ def adapt(request: AdaptRequest) -> int:
     return 0
 
 
-def inspect(request: InspectRequest) -> int:
+def run_inspect(request: InspectRequest) -> int:
     """Print where a file comes from, and a table of its BatchNorms."""
     tensors, provenance = read_weights(request.file)
     for key, value in _described(provenance).items():
@@ -129,7 +129,7 @@ def inspect(request: InspectRequest) -> int:
     return 0
 
 
-def report(request: ReportRequest) -> int:
+def run_report(request: ReportRequest) -> int:
     """Write a page about a file, with drift and comparison measured anew where asked for."""
     check_report(request.output, overwrite=request.overwrite)
     tensors, provenance = read_weights(request.file)
@@ -162,13 +162,13 @@ def run_demo(request: DemoRequest) -> int:
 
 
 COMMANDS: dict[type[Any], Callable[[Any], int]] = {
-    PlanRequest: plan,
-    ConvertRequest: convert,
-    VerifyRequest: verify,
-    FoldRequest: fold,
-    AdaptRequest: adapt,
-    InspectRequest: inspect,
-    ReportRequest: report,
+    PlanRequest: run_plan,
+    ConvertRequest: run_convert,
+    VerifyRequest: run_verify,
+    FoldRequest: run_fold,
+    AdaptRequest: run_adapt,
+    InspectRequest: run_inspect,
+    ReportRequest: run_report,
     DemoRequest: run_demo,
 }
 
@@ -223,5 +223,6 @@ def _failure(found: Verification, tolerance: float) -> str:
     )
 
 
-def _is_batchnorm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+def _batchnorms(model: nn.Module) -> int:
+    """Count the BatchNorms of a model."""
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -67,7 +67,7 @@ class Checked:
     bad: list[str]
 
 
-def convert(request: ConvertRequest) -> int:
+def run_convert(request: ConvertRequest) -> int:
     """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
     with launched() as processes, processes.failing_together():
         _refuse_bad_files(request, processes)

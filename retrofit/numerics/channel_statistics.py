@@ -117,9 +117,9 @@ class ChannelStatistics:
             centre=centre,
             spread=_pooled_spread(
                 self.weight,
-                _moved(self.spread, centre - self.centre),
+                _recentred(self.spread, centre - self.centre),
                 other.weight,
-                _moved(other.spread, centre - other.centre),
+                _recentred(other.spread, centre - other.centre),
             ),
         )
 
@@ -266,7 +266,7 @@ def _paired(lengths: Tensor, rows: Moments) -> tuple[Tensor, Moments]:
     return sums, Moments(*(torch.cat(pair) for pair in tables))
 
 
-def _moved(spread: Tensor, d: Tensor) -> Tensor:
+def _recentred(spread: Tensor, d: Tensor) -> Tensor:
     """Re-centre a spread: `d` is the new centre less the old one."""
     a, b, aa, ab, bb = spread
     return torch.stack(

@@ -182,7 +182,7 @@ def _collate(items: list[_Item]) -> _Batch:
     return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
-def _read(loader: DataLoader[_Item]) -> Iterator[_Batch]:
+def _loaded(loader: DataLoader[_Item]) -> Iterator[_Batch]:
     """Yield what the loader gives; PeerError, out of next() alone, for a worker that is gone."""
     with _without_torchs_signal_handler():
         batches = iter(loader)
@@ -285,7 +285,7 @@ class PictureBatches:
 
     def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
         done = self._done
-        for names, pictures, bad in _read(loader):
+        for names, pictures, bad in _loaded(loader):
             for name, problem in bad:
                 if not self.skip_bad:
                     raise RetrofitError(

@@ -93,7 +93,7 @@ def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Laye
     differences = {d.name: d for d in verification.sites} if verification else {}
     if plan is None:
         return tuple(
-            Layer(number, norm, norm, None, _channels(tensors, norm, eps), None, None)
+            Layer(number, norm, norm, None, _summary(tensors, norm, eps), None, None)
             for number, norm in enumerate(batchnorm_paths(tensors), 1)
         )
     return tuple(
@@ -102,7 +102,7 @@ def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Laye
             site.path,
             site.norm,
             site,
-            _channels(tensors, site.norm, eps) if site.norm else None,
+            _summary(tensors, site.norm, eps) if site.norm else None,
             samples.get(site.path),
             differences.get(site.path),
         )
@@ -110,7 +110,7 @@ def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Laye
     )
 
 
-def _channels(tensors: Mapping[str, Tensor], norm: str, eps: float) -> BatchNormSummary:
+def _summary(tensors: Mapping[str, Tensor], norm: str, eps: float) -> BatchNormSummary:
     found = summarised(tensors, norm, eps)
     mean, var, *_ = (tensors[key] for key in keys_of(norm))
     if not are_statistics(mean, var):

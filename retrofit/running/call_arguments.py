@@ -219,7 +219,7 @@ def home(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
+def call_model(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
     """Call the model with a batch, on the model's device: see `arguments_of`, or `forward_fn`."""
     if forward_fn is not None:
         return forward_fn(model, batch)

@@ -95,7 +95,7 @@ def _absorb_all(model: nn.Module, pairs: dict[str, _Pair], *, activated: bool) -
     """
     changing: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
     for path, pair in pairs.items():
-        alpha, shift = _scale_and_shift(_batchnorm(pair.norm, path), path)
+        alpha, shift = _scale_and_shift(_foldable(pair.norm, path), path)
         if bool((alpha == 1).all() and (shift == 0).all()):
             continue
         if activated:
@@ -130,7 +130,7 @@ def _is_read(model: fx.GraphModule, layer: nn.Module) -> bool:
     return any(node.op == "get_attr" and node.target in names for node in model.graph.nodes)
 
 
-def _batchnorm(norm: nn.Module, path: str) -> _BatchNorm:
+def _foldable(norm: nn.Module, path: str) -> _BatchNorm:
     """Return the BatchNorm that `norm` is or holds; RetrofitError if it cannot be folded."""
     norm = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
     if not isinstance(norm, _BatchNorm):
@@ -229,7 +229,7 @@ def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor)
     return bool(error < (1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2))
 
 
-def _is_batchnorm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+def _is_foldable(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Tell whether this is torch's own; a subclass may do more, such as timm's BatchNormAct2d."""
     own = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     hooked = bool(module._forward_hooks or module._forward_pre_hooks)
@@ -266,7 +266,7 @@ def _pair(
     norms = {
         copied.get_submodule(user.path): user.path
         for user in users
-        if user.module is not None and _is_batchnorm(user.module)
+        if user.module is not None and _is_foldable(user.module)
     }
     if len(norms) > 1:
         raise RetrofitError(

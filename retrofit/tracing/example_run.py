@@ -39,13 +39,13 @@ def watch(
     """
     if forward_fn is None:
         try:
-            return _watched(model, lambda m: _call(m, batch, EXAMPLES), training=training)
+            return _watched(model, lambda m: _run_on(m, batch, EXAMPLES), training=training)
         except RetrofitError:  # a model for batches of one size, or pictures without a batch axis
-            return _watched(model, lambda m: _call(m, batch, None), training=training)
+            return _watched(model, lambda m: _run_on(m, batch, None), training=training)
     return _watched(model, lambda m: forward_fn(m, batch), training=training)
 
 
-def _call(model: nn.Module, batch: Any, most: int | None) -> Any:
+def _run_on(model: nn.Module, batch: Any, most: int | None) -> Any:
     arguments = arguments_of(model, batch).head(most).to(home(model), copy=True)
     return model(*arguments.args, **arguments.kwargs)
 

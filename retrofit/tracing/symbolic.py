@@ -207,14 +207,14 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
             inside,
             keepdim=bool(node.kwargs.get("keepdim", False)),
             channels=_channels(model, node) if name in AFFINE_FUNCTIONS else 0,
-            arguments=_written(node),
+            arguments=_arguments_text(node),
         )
     names = {"placeholder": "input", "get_attr": "attribute"}
-    arguments = _written(node) if node.op == "output" else ""
+    arguments = _arguments_text(node) if node.op == "output" else ""
     return Call(names.get(node.op, node.op), "", None, inside, arguments=arguments)
 
 
-def _written(node: fx.Node) -> str:
+def _arguments_text(node: fx.Node) -> str:
     written = fx.node.map_arg((node.args, node.kwargs), lambda _: "_")
     return re.sub(r" at 0x[0-9a-f]+", "", repr(written))
 

@@ -57,6 +57,7 @@ def test_memory_goes_back_to_the_system_at_the_end_and_after_an_error():
 @pytest.mark.parametrize(
     "chosen", [{"MALLOC_MMAP_THRESHOLD_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}]
 )
+@pytest.mark.slow
 def test_thresholds_chosen_in_the_environment_are_left_alone(chosen):
     code = "import test_kept_memory as t; t.assert_nothing_changes()"
     here = Path(__file__).parent

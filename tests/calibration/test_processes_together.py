@@ -21,6 +21,8 @@ from torch import nn
 import retrofit
 from retrofit.cli import main
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parent)])  # where this file is, and `nets`
 X = nets.images(63, 3, 16, 16)

@@ -265,6 +265,7 @@ def saved(state):
     return state.stat().st_mtime_ns if state.exists() else None
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_it_writes_the_same_file(tmp_path):
     pictures(tmp_path)
     assert convert(tmp_path) == 0

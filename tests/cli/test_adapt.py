@@ -49,6 +49,7 @@ def norms(model):
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+@pytest.mark.slow
 def test_a_network_finds_its_way_in_fog_without_labels(run, here, tmp_path):
     code, out, err = run(
         "adapt", here / "bn.safetensors", "--model", DEMO, "--data", here / "fog", "--output",

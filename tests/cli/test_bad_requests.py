@@ -242,6 +242,7 @@ def test_a_gpu_where_there_is_none(kit, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_installed_program_too(kit):
     program = Path(sys.executable).with_name("retrofit")
     done = subprocess.run(

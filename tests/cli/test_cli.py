@@ -48,6 +48,7 @@ def squeezenet(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, tmp_path):
     model = nets.vgg("vgg16")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vgg16.pth")
@@ -491,6 +492,7 @@ def test_pictures_that_the_model_does_not_take_are_a_bad_request(run, tmp_path, 
     assert "to have 7 channels, but got 3 channels" in err[0]
 
 
+@pytest.mark.slow
 def test_as_a_program_with_workers_and_as_a_script(folder, squeezenet, tmp_path):
     script = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
     options = [

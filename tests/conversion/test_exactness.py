@@ -66,6 +66,7 @@ def test_one_and_three_spatial_axes(net, shape):
 
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
+@pytest.mark.slow
 def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     model = nets.vgg(name)
     converted = retrofitted(model, nets.images(4, 3, 96, 96))
@@ -80,6 +81,7 @@ def test_a_retrofitted_vgg_is_torchvisions_own_vgg_bn(name):
     assert_same_state(retrofit.fold(converted), model)
 
 
+@pytest.mark.slow
 def test_vgg16_of_any_size_with_threads_and_in_a_channels_last_model_too():
     model, stock = nets.vgg("vgg16"), nets.unwritten("vgg16_bn")
     stock.load_state_dict(retrofitted(model, nets.images(2, 3, 64, 64)).state_dict())
@@ -95,7 +97,15 @@ def test_vgg16_of_any_size_with_threads_and_in_a_channels_last_model_too():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_0", "squeezenet1_1", "vgg16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alexnet",
+        "squeezenet1_0",
+        "squeezenet1_1",
+        pytest.param("vgg16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
 def test_torchvision_networks(name, autocast):
     torch.manual_seed(0)
@@ -112,6 +122,7 @@ def test_torchvision_networks(name, autocast):
     assert_same_state(retrofit.fold(converted), model)
 
 
+@pytest.mark.slow
 def test_timms_vgg_and_the_features_it_returns_by_index():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

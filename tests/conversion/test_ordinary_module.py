@@ -97,6 +97,7 @@ def test_a_deep_copy_is_equal_independent_and_still_folds_to_the_original(net):
 
 
 @each_net
+@pytest.mark.slow
 def test_a_pickle_loads_where_retrofit_is_never_imported_and_still_folds(net, tmp_path):
     model = converted(net)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
@@ -146,6 +147,7 @@ def test_torch_export_keeps_every_batchnorm_and_the_outputs(net, made):
 @torch_may_warn
 @each_net
 @each_stage
+@pytest.mark.slow
 def test_onnxruntime_computes_what_torch_does_converted_and_folded(net, made, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = made(net)
@@ -165,6 +167,7 @@ def test_onnxruntime_computes_what_torch_does_converted_and_folded(net, made, tm
     not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler"
 )
 @each_net
+@pytest.mark.slow
 def test_the_compiled_network_computes_the_same(net):
     model = fine_tuned(net)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import re
 import tarfile
 
+import pytest
 import torch
 import torchvision
 from safetensors import safe_open
@@ -11,6 +12,7 @@ from retrofit import demo
 from retrofit.cli import main
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_it_claims(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out, _ = capsys.readouterr()

@@ -81,6 +81,7 @@ def test_the_recipe_in_python(released, tmp_path, monkeypatch):
     assert_close(released, network, x)
 
 
+@pytest.mark.slow
 def test_the_recipe_on_the_command_line(released, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()

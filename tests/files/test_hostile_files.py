@@ -228,6 +228,7 @@ HEADER = {"descr": "|u1", "fortran_order": False, "shape": (2 << 10, 1 << 10, 1 
     ("option", "member"),
     [("--data a.npz", "images.npy"), ("--data a.npy", None), ("--weights a.pth", "a/data.pkl")],
 )
+@pytest.mark.slow
 def test_what_inflates_to_gigabytes_is_one_line(tmp_path, option, member):
     folder = tmp_path / "kit"
     pictures(folder / "pictures", 3)

@@ -360,6 +360,7 @@ def converts(model, data, **options):
     return retrofit.plan(model, example=data[0], **options)
 
 
+@pytest.mark.slow
 def test_torchvisions_ssd_with_a_vgg_inside():
     torch.manual_seed(0)
     model = torchvision.models.detection.ssd300_vgg16(
@@ -382,6 +383,7 @@ def test_torchvisions_ssd_with_a_vgg_inside():
     assert sorted(s.path for s in plan.inserted) == sorted(f"backbone.{p}" for p in backbone)
 
 
+@pytest.mark.slow
 def test_torchvisions_raft_takes_two_images_and_calls_its_layers_twelve_times():
     torch.manual_seed(0)
     model = torchvision.models.optical_flow.raft_small(weights=None).eval()

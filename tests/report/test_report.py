@@ -519,6 +519,7 @@ def test_without_matplotlib_convert_says_so_before_any_work(
     assert run(*convertible, "--output", "bn.pth")[0] == 0  # and without a report it is not needed
 
 
+@pytest.mark.slow
 def test_the_package_and_its_command_load_no_matplotlib():
     code = "import sys, retrofit.cli; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -639,5 +640,6 @@ def test_a_wide_table_scrolls_by_itself_and_by_keyboard(chromium, pages):
     page.close()
 
 
+@pytest.mark.slow
 def test_the_page_of_vgg16_stays_small(pages):
     assert (pages / "vgg16.html").stat().st_size < 1_000_000

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from retrofit import RetrofitError
-from retrofit.running.call_arguments import Arguments, arguments_of, first_tensor, run, tensors
+from retrofit.running.call_arguments import (
+    Arguments,
+    arguments_of,
+    call_model,
+    first_tensor,
+    tensors,
+)
 
 X, Y, LABELS = torch.randn(6, 3, 4, 4), torch.randn(6, 2), torch.arange(6)
 
@@ -89,7 +95,7 @@ def test_a_wrapper_is_called_as_what_it_holds(wrap):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_traced_model_takes_the_first_tensor():
     traced = torch.jit.trace(nn.ReLU(), X)
-    assert torch.equal(run(traced, (X, LABELS), None), X.relu())
+    assert torch.equal(call_model(traced, (X, LABELS), None), X.relu())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,7 @@ def test_a_list_of_feature_maps_is_no_list_of_pictures():
 
 def test_the_model_gets_copies_to_write_to():
     batch = {"input": X.clone()}
-    assert (run(nn.ReLU(inplace=True), batch, None) >= 0).all()
+    assert (call_model(nn.ReLU(inplace=True), batch, None) >= 0).all()
     assert torch.equal(batch["input"], X)
 
 

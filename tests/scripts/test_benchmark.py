@@ -14,6 +14,8 @@ SMALL = "--size 16 --batch-size 4 --sizes 8 16 --convs 2 7 --repeat 1 --forwards
 NETWORK = """
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 def network():
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

@@ -14,6 +14,8 @@ import retrofit
 from retrofit import demo
 from retrofit.demo.network import CLASSES
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("scipy")
 NAMES = [
     *("gaussian noise", "shot noise", "impulse noise"),

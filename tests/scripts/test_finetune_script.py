@@ -16,6 +16,8 @@ NETWORK = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 def network():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())

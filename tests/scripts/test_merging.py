@@ -15,6 +15,8 @@ from retrofit import demo
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import merging
 
+pytestmark = pytest.mark.slow
+
 SECOND = Path(__file__).parents[2] / "notebooks" / "vgg-cifar10-1.safetensors"
 
 

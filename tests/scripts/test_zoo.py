@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from recorded_runs import RecordedRuns
 from zoo_tables import Result
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("timm")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "zoo.py"
 check = importlib.import_module("zoo_checks").check
