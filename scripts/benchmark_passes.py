@@ -163,7 +163,6 @@ CONTENDERS: dict[str, Contender] = {
 # are for CPUs.
 EARLY_EXIT = "early exit"
 TRICKS: Mapping[str, tuple[str, object]] = {
-    "packed weights": ("calibrate.packed", no_context),
     "kept memory": ("forward_pass.kept_memory", no_context),
     "channels_last": ("forward_pass.ForwardPass.channels_last", False),
     EARLY_EXIT: ("forward_pass.leaving_after", no_context),

@@ -148,8 +148,6 @@ def tricks(options: Options) -> Table:
         f"{batches_of(options)} `calibrate` as a whole, and with one of its tricks switched off: "
         "what a trick brings is how far its line is above 1."
     )
-    if on_cpu:
-        text += " Weights are packed for channels_last alone: without it, they are not."
     return Table("Calibration without each of its tricks", text, rows, {})
 
 

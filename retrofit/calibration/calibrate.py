@@ -16,7 +16,6 @@ from torch import distributed, nn
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.forward_pass import ForwardPass
 from retrofit.calibration.observer import observers_of
-from retrofit.calibration.packed_weights import packed
 from retrofit.calibration.processes import Processes, digest, fingerprint
 from retrofit.calibration.progress import Progress, Rounds
 from retrofit.calibration.sample_errors import Calibration, site_sample, standard_error
@@ -168,7 +167,7 @@ def _run_data(
         return known.ended
 
     run = ForwardPass(prepared, plan, samples, part_done=learn)
-    with evaluating(prepared), packed(prepared), run, _receiving(prepared, samples):
+    with evaluating(prepared), run, _receiving(prepared, samples):
         fed = feed.run(prepared, samples, call=run, start=start.fed, until=is_enough)
     return replace(known, fed=fed)
 

@@ -66,7 +66,7 @@ class ForwardPass:
             if end == images:
                 break
             first = end
-        if self.first:  # what it leaves behind, such as packed weights, should not lie in between
+        if self.first:  # what it leaves behind should not lie in between
             self.held.enter_context(kept_memory())
             self.first = False
 
