@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 SMALL = "--size 16 --batch-size 4 --sizes 8 16 --convs 2 7 --repeat 1 --forwards 2 --threads 1"
 NETWORK = """
 from torch import nn
-
-pytestmark = pytest.mark.slow
 
 def network():
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())

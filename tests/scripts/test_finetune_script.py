@@ -12,11 +12,11 @@ from PIL import Image
 
 from retrofit.demo.network import CLASSES
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.slow
 
 def network():
     torch.manual_seed(0)
