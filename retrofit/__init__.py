@@ -8,6 +8,8 @@ retrofit.calibrate(prepared, images)              # one pass; or a loop of your 
 bn_vgg   = retrofit.convert(prepared)             # observers become exact identities
 report   = retrofit.verify(vgg, bn_vgg, images)   # equal bit for bit?
 vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
+
+Which module may import which stands in pyproject.toml, under [tool.importlinter].
 """
 
 from retrofit.calibration.calibrate import calibrate

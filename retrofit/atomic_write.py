@@ -12,7 +12,8 @@ from typing import BinaryIO
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that gets its name when it is complete and synced.
 
-    Until then the file has none, so that a process that is killed leaves nothing. Where the system
+    Until then the file has none, so that a process that is killed leaves nothing (in the
+    instant of the naming perhaps a hidden file that is complete). Where the system
     has no such files (they are Linux's, on most of its file systems) it is a hidden one beside
     `path`.
 

@@ -17,7 +17,7 @@ from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.forward_pass import ForwardPass
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.processes import Processes, digest, fingerprint
-from retrofit.calibration.progress import Progress, Rounds
+from retrofit.calibration.rounds import Learned, Rounds
 from retrofit.calibration.sample_errors import Calibration, site_sample, standard_error
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.calibration.state_file import StateFile, stateful
@@ -100,7 +100,7 @@ def calibrate(
     with processes.failing_together():
         _refuse_bad_request(data, tolerance)
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, tolerance)
-        learned = rounds.begin(Progress(ChannelStatistics.empty(sum(samples.channels.values()))))
+        learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:
             learned = _run_data(prepared, plan, samples, feed, learned, rounds.after_batch)
         learned = rounds.end(learned)
@@ -150,9 +150,9 @@ def _run_data(
     plan: Plan,
     samples: SiteSamples,
     feed: Feed,
-    start: Progress,
-    after_batch: Callable[[Progress], Progress],
-) -> Progress:
+    start: Learned,
+    after_batch: Callable[[Learned], Learned],
+) -> Learned:
     """Add the data of `feed` to what was learned, until it ends or `after_batch` says so."""
     known = start
 
@@ -185,7 +185,7 @@ def _receiving(prepared: nn.Module, samples: SiteSamples) -> Iterator[None]:
             del observer.receive
 
 
-def _report(by_site: dict[str, ChannelStatistics], learned: Progress) -> Calibration:
+def _report(by_site: dict[str, ChannelStatistics], learned: Learned) -> Calibration:
     fed = learned.fed
     sites = (site_sample(site, known, fed.images) for site, known in by_site.items())
     return Calibration(

@@ -54,7 +54,7 @@ class ForwardPass:
         images, first = arguments.images, 0
         while True:
             end = images if self.most is None else min(first + self.most, images)
-            if not self._fits(arguments.part(first, end), first, images):
+            if not self._try_part(arguments.part(first, end), first, images):
                 self.most = (end - first) // 2
                 warnings.warn(
                     f"out of memory with {end - first} images at once: going on with {self.most}",
@@ -70,7 +70,7 @@ class ForwardPass:
             self.held.enter_context(kept_memory())
             self.first = False
 
-    def _fits(self, arguments: Arguments, first: int, of: int) -> bool:
+    def _try_part(self, arguments: Arguments, first: int, of: int) -> bool:
         """Run a part. False, with nothing learned, if the memory is too small for its images."""
         try:
             self._in_fast_format(arguments)

@@ -24,6 +24,7 @@ class MomentObserver(nn.Module):
         site: module path of the observed layer, for messages.
         channels: C.
         dims: spatial axes of the input: (N, C) + dims axes.
+        device: where the statistics are kept, or the CPU if that has no float64.
         last_axis: the channels are the last axis instead, after any number of others: (N, ..., C).
 
     Attributes:
@@ -121,7 +122,7 @@ class MomentObserver(nn.Module):
                 f"{self.site} returns {channels} channels, not the {self.channels} that it says it "
                 "has: exclude this layer"
             )
-        if not (x.is_contiguous() if self.last_axis else _is_contiguous(x)):
+        if not (x.is_contiguous() if self.last_axis else _has_exact_kernel(x)):
             raise RetrofitError(
                 f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "
                 "slice, it seems): a BatchNorm after it would not be exact; exclude this layer"
@@ -156,7 +157,7 @@ def channel_moments(prepared: nn.Module) -> dict[str, ChannelMoments]:
     return {site: ChannelMoments(moments.mean, moments.var) for site, moments in found.items()}
 
 
-def _is_contiguous(x: Tensor) -> bool:
+def _has_exact_kernel(x: Tensor) -> bool:
     """Tell whether torch's CPU kernel computes x * alpha + shift for this memory format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     dense = x.is_contiguous()

@@ -134,8 +134,8 @@ def fingerprint(prepared: nn.Module, plan: Plan) -> dict[str, Any]:
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Say what `other` differs in, in a few words; "" if in nothing."""
-    for name, value in one.items():
-        found = other.get(name)
+    for name in {**one, **other}:
+        value, found = one.get(name), other.get(name)
         if value == found:
             continue
         if isinstance(value, dict) and isinstance(found, dict):

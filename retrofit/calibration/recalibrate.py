@@ -90,11 +90,12 @@ def recalibrate(
 ) -> Recalibration:
     """Re-estimate running_mean and running_var of the BatchNorms in `model`, in place.
 
-    For statistics that have fallen behind: after fine-tuning, after averaging weights, on pictures
-    of another domain, for which no labels are needed (test-time adaptation). weight and bias are
-    kept, and all but the BatchNorms is in eval mode. BatchNorms under `freeze_statistics` are
-    recalibrated too, and stay frozen. (Those of `add_batchnorm` are the identity for the statistics
-    that they came with; new ones move the outputs.)
+    This is for statistics that have fallen behind: after fine-tuning, after averaging weights, on
+    images of another domain, for which no labels are needed (test-time adaptation). weight and bias
+    are kept, num_batches_tracked counts the batches, and all but the BatchNorms is in eval mode.
+    BatchNorms under `freeze_statistics` are recalibrated too, and stay frozen. (Those of
+    `add_batchnorm` are the identity for the statistics that they came with; new ones move the
+    outputs.)
 
     What a BatchNorm gets depends on those before it, so there are two answers:
 
@@ -111,7 +112,8 @@ def recalibrate(
       all calls pooled.
 
     Args:
-        model: any module with BatchNorms. What DataParallel and its like hold is run without them.
+        model: any module with BatchNorms. What DataParallel or DistributedDataParallel hold is run
+            without them.
         data: batches, as for `calibrate`. With `layerwise` it is gone through many times, and has
             to give the same batches each time: a list or a DataLoader, not a generator.
         layerwise: see above.
@@ -163,8 +165,8 @@ def recalibrate(
             "they had",
             stacklevel=2,
         )
-    error = _share(fed, prior) * _largest_error(measured, fed.images)
-    if error > UNCERTAIN:
+    error = _share(fed, prior) * standard_error(measured.values(), fed.images)
+    if measured and error > UNCERTAIN:
         warnings.warn(_uncertain(fed, error), stacklevel=2)
     return Recalibration(fed, {path: old[path] for path in measured}, error)
 
@@ -364,11 +366,6 @@ def _settle(
 def _share(fed: Fed, prior: float) -> float:
     """Say how much the new statistics count beside the old ones."""
     return fed.images / (fed.images + prior)
-
-
-def _largest_error(measured: Measured, images: int) -> float:
-    """Compute the standard error that 99 % of the channels of all BatchNorms stay below."""
-    return standard_error(measured.values(), images)
 
 
 def _uncertain(fed: Fed, error: float) -> str:

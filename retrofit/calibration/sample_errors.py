@@ -1,4 +1,7 @@
-"""Was the sample enough? Standard errors of the moments, and what `calibrate` reports of them."""
+"""How sure the moments are: standard errors, and what `calibrate` reports of them.
+
+Whether a sample is enough is asked in `rounds`, after some of the batches.
+"""
 
 from __future__ import annotations
 
@@ -129,8 +132,8 @@ def channel_errors(statistics: ChannelStatistics, images: int) -> ChannelErrors:
 def standard_error(sites: Iterable[ChannelStatistics], images: int) -> float:
     """Compute the standard error that 99 % of all channels stay below, as in `Calibration`."""
     errors = [channel_errors(statistics, images) for statistics in sites]
-    largest = torch.cat([torch.maximum(found.mean, found.std) for found in errors])
-    return _percentile(largest) if len(largest) else math.inf
+    largest = [torch.maximum(found.mean, found.std) for found in errors if len(found.mean)]
+    return _percentile(torch.cat(largest)) if largest else math.inf
 
 
 def site_sample(site: str, statistics: ChannelStatistics, images: int) -> SiteSample | None:

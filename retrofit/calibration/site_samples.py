@@ -29,8 +29,11 @@ class SiteSamples:
 
     def clear(self) -> None:
         """Forget the batch."""
-        self.calls: dict[str, list[Samples]] = {site: [] for site in self.channels}
+        self.calls = self._no_calls()
         self.length = 0
+
+    def _no_calls(self) -> dict[str, list[Samples]]:
+        return {site: [] for site in self.channels}
 
     def take(self, site: str, x: Tensor) -> None:
         """Reduce an activation, (N, C, ...), of at least one element.
@@ -45,12 +48,12 @@ class SiteSamples:
         calls = [call for calls in self.calls.values() for call in calls]
         if not calls:
             return True
-        sums = [(call.mean.abs() + call.M2).sum() for call in calls]
+        sums = [call.checksum() for call in calls]
         return bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())
 
     def added_to(self, statistics: ChannelStatistics) -> ChannelStatistics:
-        """Add the batch to `statistics`, and forget it."""
-        calls, self.calls = self.calls, {site: [] for site in self.channels}
+        """Add the batch to `statistics`, and forget what it gave; `length` stays."""
+        calls, self.calls = self.calls, self._no_calls()
         present = [call for found in calls.values() for call in found]
         if not present:
             return statistics

@@ -81,6 +81,7 @@ class StateFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.written, self.cost = time.monotonic(), 0.0
+        self.checked = False  # that what is written can be read again
 
     @property
     def due(self) -> bool:
@@ -91,8 +92,9 @@ class StateFile:
         """Write what each process has learned, and what the calibration must agree in."""
         began = time.monotonic()
         content = {"format": FORMAT, "described": dict(described), "processes": processes}
-        if not self.cost:
+        if not self.checked:
             _refuse_unreadable([process["data"] for process in processes])
+            self.checked = True
         try:
             write_whole(self.path, lambda file: torch.save(content, file))
         except (OSError, RuntimeError) as error:
@@ -107,7 +109,7 @@ class StateFile:
         try:
             content = torch.load(self.path, weights_only=True)
             version = content["format"]
-            found = list(content.get("processes", content.get("ranks")))
+            found = list(content["processes"]) if version == FORMAT else []
             problem = difference(dict(content["described"]), described)
         except Exception as error:  # what another file makes torch or the lines above raise
             raise RetrofitError(

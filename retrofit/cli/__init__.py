@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -17,21 +18,23 @@ from retrofit.errors import PeerError, RetrofitError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 for a conversion that failed, 2 for a bad request.
+    """Run the command and return its exit code.
+
+    0: done; 1: a conversion, comparison or process that failed; 2: a bad request; 128 + the number
+    of the signal that ended it.
 
     Args:
         argv: the words after `retrofit`; by default those that were typed.
     """
     request, debug = parse(argv)
-    warnings.showwarning = show_warning
     try:
-        with _terminable():
+        with _warnings_in_one_line(), _terminable():
             code = carry_out(request)
         sys.stdout.flush()
-    except PeerError as error:
-        return fail(str(error), 1)
-    except RetrofitError as error:
-        return fail(str(error), 2)
+    except (PeerError, RetrofitError) as error:
+        if debug:
+            traceback.print_exc()
+        return fail(str(error), 1 if isinstance(error, PeerError) else 2)
     except _Terminated:
         return fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
@@ -48,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     return code
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print a warning in the block as every other message."""
+    before = warnings.showwarning
+    warnings.showwarning = show_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 class _Terminated(KeyboardInterrupt):

@@ -13,14 +13,15 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 
 from retrofit.cli import requests
-from retrofit.cli.convert import DEFAULT_IMAGES, DRIFT_IMAGES
+from retrofit.cli.convert import DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
 from retrofit.files.model_sources import NAMES
+from retrofit.files.weights import KINDS
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.tables import one_line
 from retrofit.version import __version__
 
 DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
-FILE = ".safetensors, .pth or .pt file"
+FILE = f"{KINDS} file"
 DEBUG = "show where an error came from"
 
 R = TypeVar("R")
@@ -102,7 +103,7 @@ def _describe_verify(parser: argparse.ArgumentParser) -> None:
     text = "largest difference allowed, of the root mean square; default: 0, bit for bit"
     parser.add_argument("--tolerance", type=_number, default=0.0, help=text)
     _add_weights(parser)
-    _add_data(parser, images=16, default="16")
+    _add_data(parser, images=TEST_IMAGES, default=str(TEST_IMAGES))
 
 
 def _describe_fold(parser: argparse.ArgumentParser) -> None:

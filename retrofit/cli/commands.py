@@ -41,7 +41,7 @@ from retrofit.tables import one_line
 
 def carry_out(request: Request) -> int:
     """Do what is asked for; returns the exit code."""
-    return COMMANDS[type(request)](request)
+    return HANDLERS[type(request)](request)
 
 
 def run_plan(request: PlanRequest) -> int:
@@ -161,7 +161,7 @@ def run_demo(request: DemoRequest) -> int:
     return 0
 
 
-COMMANDS: dict[type[Any], Callable[[Any], int]] = {
+HANDLERS: dict[type[Any], Callable[[Any], int]] = {
     PlanRequest: run_plan,
     ConvertRequest: run_convert,
     VerifyRequest: run_verify,

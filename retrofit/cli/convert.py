@@ -75,8 +75,9 @@ def run_convert(request: ConvertRequest) -> int:
         chosen = _chosen(request, sample, processes)
         plan = planned(sample.model, sample.example(chosen), request.plan)
         if not plan.inserted:
-            if processes.rank == 0:
-                print(plan, flush=True)
+            if processes.rank > 0:
+                return 1
+            print(plan, flush=True)
             return fail("there is nothing to convert, and nothing was written", 1)
         calibrated = _calibrated(request, sample, plan, chosen, processes)
         if processes.rank > 0:
@@ -183,7 +184,7 @@ def _calibrated(
         )
     bad = [name for names in processes.gather(batches.bad) for name in names]
     used = len(chosen)
-    if request.tolerance:  # perhaps fewer, but with the rest of what the last round may have had
+    if request.tolerance:  # it may have ended early, and each process be a batch ahead of the count
         read = report.images + len(bad)
         used = min(used, read + sample.options.batch_size * (processes.size - 1))
     return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)

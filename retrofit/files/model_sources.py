@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
-from retrofit.files.weights import SUFFIXES, load_weights, read_weights
+from retrofit.files.weights import KINDS, SUFFIXES, load_weights, read_weights
 from retrofit.pictures.batches import DETECTION_PRESET, PRESET, Transform, Transforms
 from retrofit.running.call_arguments import takes_lists
 
@@ -277,8 +277,7 @@ class _Code(_Source):
 
     def pretrained(self, weights: str) -> nn.Module:
         raise RetrofitError(
-            f"{weights!r} is no .safetensors, .pth or .pt file, and {self.spec} is no model that "
-            "has weights by name"
+            f"{weights!r} is no {KINDS} file, and {self.spec} is no model that has weights by name"
         )
 
 

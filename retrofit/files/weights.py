@@ -21,6 +21,7 @@ from retrofit.numerics.tensor_checks import is_dense
 
 PICKLED = (".pth", ".pt")
 SUFFIXES = (".safetensors", *PICKLED)
+KINDS = " or ".join((", ".join(SUFFIXES[:-1]), SUFFIXES[-1]))
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -37,7 +38,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Provenance]:
     elif path.suffix in PICKLED:
         tensors, provenance = _read_pickled(path), Provenance()
     else:
-        raise RetrofitError(f"{path} must end in .safetensors, .pth or .pt")
+        raise RetrofitError(f"{path} must end in {KINDS}")
     if tensors and provenance == Provenance() and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     return tensors, provenance

@@ -27,7 +27,8 @@ class ChannelStatistics:
     the sample's number of elements, as their errors are in the moments of all.
 
     Attributes:
-        lengths: (16,) int64, on the CPU whatever the device; samples in each stretch.
+        lengths: (16,) int64, on the CPU whatever the device; samples in each stretch, of the
+            site that has the most.
         count, mean, M2: (16, C); the moments of each stretch.
         samples, batches: (C,) int64; how many of each have been added.
         weight: (C,); sum of the weights of the samples.
@@ -72,13 +73,13 @@ class ChannelStatistics:
         """Move everything but `lengths` to a device."""
         if device is None or self.mean.device == device:
             return self
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return ChannelStatistics(**{**moved, "lengths": self.lengths})
+        moved = {name: t.to(device) for name, t in self.tensors().items() if name != "lengths"}
+        return replace(self, **moved)
 
     def columns(self, first: int, end: int) -> ChannelStatistics:
         """Take the channels from `first` up to `end`, exclusive."""
-        taken = {name: tensor[..., first:end].clone() for name, tensor in self.tensors().items()}
-        return ChannelStatistics(**{**taken, "lengths": self.lengths})
+        tables = {name: table for name, table in self.tensors().items() if name != "lengths"}
+        return replace(self, **{name: t[..., first:end].clone() for name, t in tables.items()})
 
     def add(self, sites: Sites) -> ChannelStatistics:
         """Add one batch: for each site in the order of the columns, what its calls gave.
@@ -147,7 +148,7 @@ class ChannelStatistics:
         The mean is a ratio of sums over samples, and the variance nearly one, so that their errors
         are those of a ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4); the error
         of sigma is that of its square, divided by 2 sigma. 0 for a constant channel; infinity for
-        one of less than two samples.
+        one of fewer than two samples.
         """
         own = self.to(torch.device("cpu"))
         moments = own.moments()
@@ -160,7 +161,6 @@ class ChannelStatistics:
         of_square = bb - 4 * d * (ab - d * aa) + own.weight * (square - var).square()
         samples = own.samples.double()
         scale = (samples / (samples - 1).clamp(min=1)).sqrt() / count
-        scale = scale.where(samples > 1, torch.inf)
         mean, square_error = (x.clamp(min=0).sqrt() for x in (of_mean, of_square))
         sigma = var.sqrt()
         std = torch.where(sigma > 0, square_error / (2 * sigma), 0.0)

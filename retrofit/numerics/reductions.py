@@ -31,9 +31,9 @@ class Samples(NamedTuple):
     mean: Tensor
     M2: Tensor
 
-    def are_finite(self) -> bool:
-        """Tell, in one read, whether all of them are."""
-        return bool((self.mean.abs() + self.M2).sum().isfinite())
+    def checksum(self) -> Tensor:
+        """Sum up to a scalar that is finite if all of them are."""
+        return (self.mean.abs() + self.M2).sum()
 
 
 def reduced(x: Tensor) -> Samples:
@@ -55,7 +55,7 @@ def reduced(x: Tensor) -> Samples:
 def finite(x: Tensor, site: str) -> Samples:
     """Reduce (N, C, ...) and check for NaN and Inf: NonFiniteError with the site and the sample."""
     samples = reduced(x)
-    if samples.are_finite():
+    if bool(samples.checksum().isfinite()):
         return samples
     sound = x.isfinite().flatten(1).all(1)
     if not bool(sound.all()):

@@ -1,4 +1,4 @@
-"""Pictures to batches."""
+"""Pictures to batches of tensors: read by worker processes, prepared, put together."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from retrofit.running.shared_copy import uncollected
 from retrofit.surgery import graph
 from retrofit.surgery.native import Places
 from retrofit.tracing.calls import Trace
-from retrofit.tracing.reading import read, read_graph, reads_in_training
+from retrofit.tracing.read_model import read, read_graph, reads_in_training
 from retrofit.tracing.symbolic import calls_of
 
 

@@ -17,7 +17,7 @@ from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.shared_copy import shared_copy
 from retrofit.surgery.native import put_after_sites
 from retrofit.tracing.calls import Call, Trace
-from retrofit.tracing.reading import read
+from retrofit.tracing.read_model import read
 
 
 def missed_sites(

@@ -1,4 +1,7 @@
-"""What a batch is: how the model is called with one, and which tensors come out."""
+"""What a batch is: how a model is called with it (a detector with a list of images, say).
+
+And which tensors are in it, or come out.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from retrofit.surgery.native import find_site, replace, take_out
 from retrofit.surgery.record import attach, record_of
 from retrofit.tracing.calls import Call, Trace
 from retrofit.tracing.operations import channels, is_affine, is_conv, is_transposed
-from retrofit.tracing.reading import read
+from retrofit.tracing.read_model import read
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -5,9 +5,7 @@ Read with torch.fx (`symbolic`) or off a real run (`example_run`); the rules see
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -17,14 +15,10 @@ from torch import Tensor, nn
 from retrofit.plans import Options
 from retrofit.tracing.operations import (
     CONVOLUTIONS,
-    is_activation,
-    is_affine,
     is_conv,
     is_linear,
-    is_norm,
 )
 
-_ONE_AT_A_TIME = threading.RLock()
 Way = Literal["symbolic", "run"]
 
 
@@ -32,19 +26,19 @@ Way = Literal["symbolic", "run"]
 class Call:
     """One operation of the forward pass.
 
-    Attributes:
-        name: the operation as `operations` names it; "input", "output" and "attribute" too, and
-            "unknown" for a module that could not be followed and for the end of one that was
-            followed on its own.
-        path: module path of the called module; of the calling module for a function.
-        module: the called module, None for a function.
-        inside: paths of the modules whose forward makes this call, outermost first.
-        alone: it is called with its one input and nothing more, as an nn.Sequential can be.
-        keepdim: the function's keepdim argument.
-        channels: of a function's weight, as a convolution has it; 0 where unknown.
-        shape: of its result, if that is one tensor and known.
-        arguments: of a traced function, or of the output, as they are written, but for tensors.
-        users: the calls that this one feeds, in order.
+        Attributes:
+            name: the operation as `operations` names it; "input", "output" and "attribute" too, and
+    "unknown" for a module that could not be followed, and for both ends of one that was
+                followed on its own.
+            path: module path of the called module; of the calling module for a function.
+            module: the called module, None for a function.
+            inside: paths of the modules whose forward makes this call, outermost first.
+            alone: it is called with its one input and nothing more, as an nn.Sequential can be.
+            keepdim: the function's keepdim argument.
+            channels: of a function's weight, as a convolution has it; 0 where unknown.
+            shape: of its result, if that is one tensor and known.
+            arguments: of a traced function, or of the output, as they are written, but for tensors.
+            users: the calls that this one feeds, in order.
     """
 
     name: str
@@ -106,53 +100,6 @@ def rebuilt(calls: Sequence[Call], change: Callable[[Call], Call]) -> tuple[Call
     for call in reversed(calls):
         new[call] = replace(change(call), users=tuple(new[user] for user in call.users))
     return tuple(reversed(new.values()))
-
-
-class Reads:
-    """Notes what a model's own code reads of its modules.
-
-    Attributes:
-        by_path: of the layers, the names of attributes that an nn.Sequential in their place would
-            lack: path to names.
-        mode: `training` of any module was read.
-        muted: set while a layer's own code runs, which may read what it likes.
-    """
-
-    def __init__(self, model: nn.Module, candidates: Collection[nn.Module]) -> None:
-        self.paths = {id(m): path for path, m in model.named_modules() if m in candidates}
-        self.by_path: dict[str, set[str]] = {}
-        self.mode = False
-        self.muted = False
-
-    def frozen(self) -> dict[str, frozenset[str]]:
-        """Return `by_path` with sets that do not change."""
-        return {path: frozenset(names) for path, names in self.by_path.items()}
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note reads for the length of the block, which changes nn.Module: other threads wait."""
-        kept = set(dir(nn.Sequential()))
-
-        def spy(module: nn.Module, name: str) -> Any:
-            if not self.muted:
-                if name == "training":
-                    self.mode = True
-                elif name not in kept and id(module) in self.paths:
-                    self.by_path.setdefault(self.paths[id(module)], set()).add(name)
-            return object.__getattribute__(module, name)
-
-        with _ONE_AT_A_TIME:
-            nn.Module.__getattribute__ = spy  # type: ignore[assignment]
-            try:
-                yield
-            finally:
-                del nn.Module.__getattribute__
-
-
-def hosts(model: nn.Module) -> set[nn.Module]:
-    """List the modules that something may be put after, or that may be put elsewhere."""
-    kinds = (is_affine, is_activation, is_norm)
-    return {module for module in model.modules() if any(kind(module) for kind in kinds)}
 
 
 def is_alone(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

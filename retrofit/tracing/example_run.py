@@ -15,12 +15,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import ForwardFn, arguments_of, home, tensors
 from retrofit.running.shared_copy import shared_copy
-from retrofit.tracing.calls import Call, Reads, Trace, hosts, is_alone
+from retrofit.tracing.attribute_reads import Reads, watched_layers
+from retrofit.tracing.calls import Call, Trace, is_alone
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     function_name,
     is_affine,
     is_leaf,
+    keeps_dim,
     module_name,
 )
 
@@ -100,7 +102,7 @@ class _Watcher(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self.reads = Reads(model, hosts(model))
+        self.reads = Reads(model, watched_layers(model))
         self.calls: list[Call] = []
         self.users: list[dict[int, None]] = []
         self.returns: dict[int, None] = {}
@@ -177,7 +179,7 @@ class _Watcher(TorchFunctionMode):
         made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
         if isinstance(made, (Tensor, tuple, list)):
             where = self.stack[-1] if self.stack else ""
-            keepdim = bool(kwargs.get("keepdim", False))
+            keepdim = keeps_dim(args, kwargs)
             channels = 0
             if name in AFFINE_FUNCTIONS and isinstance(result, Tensor) and result.dim() > 1:
                 channels = result.shape[-1 if name == "linear" else 1]

@@ -7,7 +7,8 @@ without underscores, so that nn.LeakyReLU, F.leaky_relu and Tensor.relu_ are "le
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -73,6 +74,12 @@ _NORM_CLASS = re.compile(r"Norm(?!al)")
 def function_name(name: str) -> str:
     """Name the operation of a function or method: "leaky_relu_" is "leakyrelu"."""
     return name.replace("_", "").lower()
+
+
+def keeps_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Read the keepdim argument of a reduction, `mean(x, dim, keepdim)`, given by name or place."""
+    given = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+    return given is True
 
 
 def module_name(module: nn.Module) -> str:

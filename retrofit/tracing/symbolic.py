@@ -15,8 +15,15 @@ from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.running.shared_copy import shared_copy
-from retrofit.tracing.calls import Call, Reads, Trace, hosts, is_alone, rebuilt
-from retrofit.tracing.operations import AFFINE_FUNCTIONS, function_name, is_leaf, module_name
+from retrofit.tracing.attribute_reads import Reads, united, watched_layers
+from retrofit.tracing.calls import Call, Trace, is_alone, rebuilt
+from retrofit.tracing.operations import (
+    AFFINE_FUNCTIONS,
+    function_name,
+    is_leaf,
+    keeps_dim,
+    module_name,
+)
 
 
 class UntraceableError(RetrofitError):
@@ -56,9 +63,10 @@ def defaults(model: nn.Module) -> dict[str, Any]:
 
     All that have one, but not the only input, as in `forward(self, x=None)`.
     """
-    signature = inspect.signature(model.forward).parameters
-    found = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
-    if found and len(found) == len(signature):
+    signature = inspect.signature(model.forward).parameters.values()
+    named = [p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found = {p.name: p.default for p in named if p.default is not p.empty}
+    if found and len(found) == len(named):
         del found[next(iter(found))]
     return found
 
@@ -71,8 +79,8 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
 
     Raises UntraceableError when it cannot follow the model itself, with the line that stopped it.
     """
-    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies;
-    for module in traced.modules():  # so may hooks
+    traced = shared_copy(model)  # forward may keep what it sees, and now sees proxies
+    for module in traced.modules():  # without hooks, which may keep it too
         module.training = training
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -80,7 +88,7 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         while True:
-            tracer, reads = _Tracer(traced, opaque), Reads(traced, hosts(traced))
+            tracer, reads = _Tracer(traced, opaque), Reads(traced, watched_layers(traced))
             try:
                 with reads.noted():
                     graph = tracer.trace(traced, concrete_args=defaults(model))
@@ -93,10 +101,10 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
                 raise UntraceableError(type(model).__name__, frame, reason) from error
 
 
-def trace_whole(model: nn.Module) -> Trace:
-    """Trace `model` in eval mode, as one; what torch.fx cannot follow is opaque."""
+def trace_whole(model: nn.Module, *, training: bool = False) -> Trace:
+    """Trace `model` as one, in eval mode by default; what torch.fx cannot follow is opaque."""
     try:
-        found = symbolic(model)
+        found = symbolic(model, training=training)
     except UntraceableError as error:
         return Trace((), "symbolic", opaque={"": error.place})
     return Trace(
@@ -108,7 +116,7 @@ def trace_whole(model: nn.Module) -> Trace:
     )
 
 
-def with_pieces(model: nn.Module, whole: Trace) -> Trace:
+def trace_pieces(model: nn.Module, whole: Trace, *, training: bool = False) -> Trace:
     """Add to the trace of `model` what is inside of its opaque modules, read piecewise.
 
     The largest modules inside that torch.fx can follow are traced each on their own; what goes out
@@ -118,7 +126,8 @@ def with_pieces(model: nn.Module, whole: Trace) -> Trace:
     for path in whole.opaque:
         for name, child in model.get_submodule(path).named_children():
             if not is_leaf(child):
-                piece = with_pieces(child, trace_whole(child))
+                piece = trace_whole(child, training=training)
+                piece = trace_pieces(child, piece, training=training)
                 found = _joined(found, f"{path}.{name}".lstrip("."), piece)
     return found
 
@@ -138,7 +147,7 @@ def _joined(whole: Trace, prefix: str, piece: Trace) -> Trace:
         whole,
         calls=whole.calls + rebuilt(piece.calls, moved),
         opaque={**whole.opaque, **{below(path): place for path, place in piece.opaque.items()}},
-        reads={**whole.reads, **{below(path): names for path, names in piece.reads.items()}},
+        reads=united(whole.reads, {below(path): names for path, names in piece.reads.items()}),
         asks_mode=whole.asks_mode or piece.asks_mode,
     )
 
@@ -205,7 +214,7 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
             where,
             None,
             inside,
-            keepdim=bool(node.kwargs.get("keepdim", False)),
+            keepdim=keeps_dim(node.args, node.kwargs),
             channels=_channels(model, node) if name in AFFINE_FUNCTIONS else 0,
             arguments=_arguments_text(node),
         )

@@ -473,3 +473,21 @@ def test_an_undo_and_an_observer_say_what_they_are():
     prepared = retrofit.prepare(nets.build(nets.root_sequential))
     retrofit.calibrate(prepared, [X], progress=False)
     assert "site='0', samples=42" in repr(prepared)
+
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_data_that_reaches_no_batchnorm_is_told_and_changes_nothing(layerwise):
+    model = Unreached()
+    with pytest.warns(UserWarning, match="the data never reached bn"):
+        handle = recalibrate(model, [X], layerwise=layerwise)
+    assert handle.layers == ()
+    assert torch.equal(model.bn.running_mean, torch.zeros(4))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import retrofit
+from retrofit.calibration.processes import difference
 from retrofit.cli import main
 
 X = nets.images(120, 3, 10, 10)
@@ -195,9 +196,9 @@ def test_another_tolerance_is_refused_rather_than_taken_for_reached(tmp_path):
         retrofit.calibrate(prepared(), X.split(8), tolerance=0.1, **options)
 
 
-ALMOST = {"format": 1, "described": {}, "ranks": [{}]}
+ALMOST = {"format": 2, "described": {}, "processes": [{}]}
 FOREIGN = [{"weight": torch.ones(3)}, torch.ones(3), ALMOST | {"described": 3}]
-FOREIGN += [ALMOST | {"ranks": None}]
+FOREIGN += [ALMOST | {"processes": None}]
 
 
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04", b"\x80\xc8", *FOREIGN])
@@ -322,3 +323,9 @@ def test_a_state_of_another_version_is_told(tmp_path):
     again = retrofit.prepare(nets.build(nets.root_sequential))
     with pytest.raises(retrofit.RetrofitError, match="written by another version: remove it"):
         retrofit.calibrate(again, [X], state=state, progress=False)
+
+
+@pytest.mark.parametrize("one", [{"a": 1}, {"a": 1, "b": {"x": 2}}, {}])
+@pytest.mark.parametrize("other", [{"a": 1}, {"a": 1, "b": {"x": 2}}, {}])
+def test_a_difference_is_seen_from_either_side(one, other):
+    assert bool(difference(one, other)) == bool(difference(other, one)) == (one != other)

@@ -253,3 +253,11 @@ def test_the_installed_program_too(kit):
     assert done.stdout == ""
     assert done.stderr.startswith("retrofit: empty has no pictures in it")
     assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_where_a_bad_request_was_refused(kit, tmp_path):
+    folder = shutil.copytree(kit, tmp_path / "kit")
+    found = command(folder, "--debug", *f"{CONVERT} --weights missing.pth".split())
+    assert found.code == 2
+    assert found.err[0].startswith("Traceback")
+    assert found.err[-1] == "retrofit: there is no file missing.pth"

@@ -15,6 +15,11 @@ def test_every_public_name_is_on_the_page_of_the_api():
     assert documented == set(retrofit.__all__) - {"__version__"}
 
 
+def test_tab_completion_shows_the_public_names_and_nothing_else():
+    assert dir(retrofit) == sorted(retrofit.__all__)
+    assert all(getattr(retrofit, name).__doc__ for name in set(dir(retrofit)) - {"__version__"})
+
+
 def test_every_test_that_holds_a_guarantee_exists():
     page = (ROOT / "docs" / "guarantees.md").read_text()
     named = set(re.findall(r"\btest_\w+", page))

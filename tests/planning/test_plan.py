@@ -579,3 +579,129 @@ def test_complex_weights_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64), nn.Identity())
     (site,) = retrofit.plan(model).sites
     assert (site.decision, site.reason) == ("skip", "complex weights")
+
+
+class Counted(nn.Module):
+    """Counts how often its forward is run or traced; the mode matters to it where it asks."""
+
+    read = 0
+
+    def __init__(self, asks=False, branches=False):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.asks, self.branches = asks, branches
+
+    def forward(self, x):
+        Counted.read += 1
+        x = F.relu(self.conv(x))
+        if self.asks:
+            x = F.dropout(x, training=self.training)
+        if self.branches and x.mean() < 0:  # which torch.fx cannot follow
+            x = -x
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "example", "times"),
+    [
+        ({}, False, 2),  # the model, and a trial of the plan
+        ({}, True, 3),  # and a run on the example
+        ({"asks": True}, False, 3),  # and in train mode
+        ({"branches": True}, True, 3),  # in vain, on the example, and the trial
+        ({"asks": True, "branches": True}, True, 4),
+    ],
+)
+def test_the_model_is_read_no_more_often_than_needed(options, example, times):
+    model, Counted.read = Counted(**options).eval(), 0
+    plan = retrofit.plan(model, example=torch.randn(4, 3, 9, 9) if example else None)
+    assert [site.path for site in plan.inserted] == ["conv"]
+    assert Counted.read == times
+
+
+def test_a_converted_model_knows_its_plan():
+    model = nets.build(nets.Residual)
+    plan = retrofit.plan(model)
+    assert retrofit.plan_of(model) is None
+    assert retrofit.plan_of(retrofit.prepare(model, plan)) == plan
+    assert retrofit.plan_of(retrofit.insert(model, plan)) == plan
+
+
+class Penalised(nn.Module):
+    """Adds up its own weights, in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        return y + self.conv.weight.sum() if self.training else y
+
+
+class AroundPenalised(nn.Module):
+    """torch.fx cannot follow it, but what is inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 4, 3), Penalised(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = F.relu(self.stem(x))
+        y = self.inner(y) if y.mean() > -1 else y
+        return self.head(y.mean((2, 3)))
+
+
+def test_what_a_part_reads_in_training_counts_also_where_the_whole_cannot_be_traced():
+    reason = "the model's own code reads its .weight"
+    assert decisions(nn.Sequential(nn.Conv2d(3, 4, 1), Penalised()))["1.conv"] == ("skip", reason)
+    for model in (AroundPenalised(), nn.Sequential(AroundPenalised())):
+        path = "inner.conv" if isinstance(model, AroundPenalised) else "0.inner.conv"
+        assert decisions(model)[path] == ("skip", reason)
+
+
+class Pooled(nn.Module):
+    """Ends pooled, with its two axes kept, and not flattened; keepdim by place or by name."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.conv, self.by_name = nn.Conv2d(3, 4, 3), by_name
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return x.mean((2, 3), keepdim=True) if self.by_name else x.mean((2, 3), True)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 9, 9)])
+def test_keepdim_is_understood_by_place_as_by_name(example):
+    seen = [decisions(Pooled(by_name), example=example) for by_name in (False, True)]
+    assert seen[0] == seen[1]
+    assert seen[0]["conv"][0] == "insert"
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x=None, **_):
+        return F.relu(self.last(F.relu(self.conv(x))))
+
+
+def test_the_only_input_may_have_a_default_beside_keywords_of_any_name():
+    model, x = Keywords().eval(), torch.randn(4, 3, 9, 9)
+    for layout in ("native", "graph"):
+        converted = retrofit.add_batchnorm(model, [x], layout=layout, progress=False)
+        assert torch.equal(converted(x), model(x))
+
+
+def test_a_patch_of_torch_modules_that_was_there_stays(monkeypatch):
+    seen = []
+
+    def patched(module, name):
+        seen.append(name)
+        return object.__getattribute__(module, name)
+
+    monkeypatch.setattr(nn.Module, "__getattribute__", patched, raising=False)
+    retrofit.plan(nets.build(nets.Residual))
+    assert nn.Module.__getattribute__ is patched
+    assert "forward" in seen

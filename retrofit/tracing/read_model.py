@@ -1,4 +1,4 @@
-"""The one door to what a model does: traced with torch.fx, or run on an example."""
+"""Read what a model does: traced with torch.fx, or run on an example."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import ForwardFn, arguments_of
+from retrofit.tracing.attribute_reads import united
 from retrofit.tracing.calls import Call, Trace, Way, rebuilt
 from retrofit.tracing.example_run import watch
 from retrofit.tracing.symbolic import (
-    UntraceableError,
     defaults,
-    symbolic,
+    trace_pieces,
     trace_whole,
-    with_pieces,
 )
 
 
@@ -47,7 +46,7 @@ def read(
     if way == "run":
         return watch(model, example, forward_fn)
     if way == "symbolic" or example is None:
-        return with_pieces(model, trace_whole(model))
+        return trace_pieces(model, trace_whole(model))
     if forward_fn is None and not arguments_of(model, example).kwargs.keys() & defaults(model):
         traced = trace_whole(model)
         if traced.static:
@@ -79,30 +78,26 @@ def read_graph(
 def reads_in_training(
     model: nn.Module, trace: Trace, example: Any = None, forward_fn: ForwardFn | None = None
 ) -> Mapping[str, frozenset[str]]:
-    """Read what the model's own code reads of its layers in train mode (a penalty on a weight).
+    """List what the model's own code reads of its layers, in train mode too (a weight's penalty).
 
-    What `trace` has, where the code never asks for the mode; nothing more than that if the model
-    does not run in train mode (a detector without targets).
+    It is what `trace` has where the code never asks for the mode, and where the model does not run
+    in train mode (a detector without targets).
     """
     if not trace.asks_mode and not trace.opaque:
         return trace.reads
     found: Mapping[str, frozenset[str]] = {}
     with suppress(RetrofitError):
         found = _read_in_training(model, trace.way, example, forward_fn)
-    both = trace.reads.keys() | found.keys()
-    none: frozenset[str] = frozenset()
-    return {path: trace.reads.get(path, none) | found.get(path, none) for path in both}
+    return united(trace.reads, found)
 
 
 def _read_in_training(
     model: nn.Module, way: Way, example: Any, forward_fn: ForwardFn | None
 ) -> Mapping[str, frozenset[str]]:
     if way == "symbolic":
-        try:
-            return symbolic(model, training=True).reads.frozen()
-        except UntraceableError:
-            if example is None:
-                raise
+        found = trace_whole(model, training=True)
+        if example is None or "" not in found.opaque:
+            return trace_pieces(model, found, training=True).reads
     return watch(model, example, forward_fn, training=True).reads
 
 

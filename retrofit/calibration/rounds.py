@@ -1,4 +1,7 @@
-"""How far a calibration is, and when its sample is enough: for all of its processes together."""
+"""When a calibration ends: its data is used up, or its sample is enough.
+
+Its processes meet now and then, and go on or end together.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ ROUND = 8
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What one process has learned between two batches.
+class Learned:
+    """What one process has learned so far, as it stands between two batches.
 
     Attributes:
         statistics: of all sites, side by side.
@@ -69,8 +72,8 @@ class Rounds:
         self.file, self.data, self.described = file, data, described or {}
         self.begun = time.perf_counter()
 
-    def begin(self, start: Progress) -> Progress:
-        """Return the progress that the state file has for this process; without one, `start`."""
+    def begin(self, start: Learned) -> Learned:
+        """Return what the state file has of this process; without one, `start`."""
         if self.file is None or self.data is None:
             return start
         content = None
@@ -81,28 +84,28 @@ class Rounds:
             return start
         mine = content[self.processes.rank]
         try:
-            progress, place = _from_state(mine, start.statistics), dict(mine["data"])
+            learned, place = _from_state(mine, start.statistics), dict(mine["data"])
         except Exception as error:  # what a changed file makes the lines above raise
             raise RetrofitError(f"the state file is damaged: remove it ({error!r})") from error
         self.data.load_state_dict(place)
-        self.begun -= progress.seconds
-        return progress
+        self.begun -= learned.seconds
+        return learned
 
-    def after_batch(self, progress: Progress) -> Progress:
-        """Synchronise where it is time to; the progress has `ended` if that was the last batch."""
-        if self.processes.size > 1 and progress.fed.batches % ROUND:
-            return progress
-        return self._synchronised(progress, done=False)
+    def after_batch(self, learned: Learned) -> Learned:
+        """Synchronise where it is time to; `ended` is set if that was the last batch."""
+        if self.processes.size > 1 and learned.fed.batches % ROUND:
+            return learned
+        return self._synchronised(learned, done=False)
 
-    def end(self, progress: Progress) -> Progress:
+    def end(self, learned: Learned) -> Learned:
         """Wait for the others at the end of one's own data, and merge what all have learned."""
-        while not progress.ended:
-            progress = self._synchronised(progress, done=True)
-        progress = replace(progress, seconds=time.perf_counter() - self.begun)
+        while not learned.ended:
+            learned = self._synchronised(learned, done=True)
+        learned = replace(learned, seconds=time.perf_counter() - self.begun)
         if self.processes.size == 1:
-            return progress
-        feds = self.processes.gather(progress.fed)
-        statistics = self._merged(progress.statistics)
+            return learned
+        feds = self.processes.gather(learned.fed)
+        statistics = self._merged(learned.statistics)
         # Merged once, since not every processor adds up in the same order.
         statistics = self.processes.from_first(statistics)
         fed = Fed(
@@ -110,27 +113,27 @@ class Rounds:
             batches=sum(one.batches for one in feds),
             waited=max(one.waited for one in feds),
         )
-        return replace(progress, statistics=statistics, fed=fed)
+        return replace(learned, statistics=statistics, fed=fed)
 
-    def _synchronised(self, progress: Progress, *, done: bool) -> Progress:
+    def _synchronised(self, learned: Learned, *, done: bool) -> Learned:
         """Meet the others: have all ended, is the sample enough, is it time to write the state."""
         due = self.file is not None and self.file.due
-        news = self.processes.gather((progress.fed.images, done, due))
+        news = self.processes.gather((learned.fed.images, done, due))
         images = sum(one for one, _, _ in news)
-        ended, checked = all(one for _, one, _ in news), progress.checked
+        ended, checked = all(one for _, one, _ in news), learned.checked
         if self.tolerance is not None and not ended and _checks(images) > _checks(checked):
-            checked, ended = images, self._is_enough(progress, images, self.tolerance)
-        progress = replace(progress, checked=checked, ended=ended)
+            checked, ended = images, self._is_enough(learned, images, self.tolerance)
+        learned = replace(learned, checked=checked, ended=ended)
         if self.file is not None and self.data is not None and (news[0][2] or ended):
             elapsed = time.perf_counter() - self.begun
-            state = _to_state(replace(progress, seconds=elapsed)) | {"data": self.data.state_dict()}
+            state = _to_state(replace(learned, seconds=elapsed)) | {"data": self.data.state_dict()}
             content = self.processes.gather(state)
             if self.processes.rank == 0:
                 self.file.write(self.described, content)
-        return progress
+        return learned
 
-    def _is_enough(self, progress: Progress, images: int, tolerance: float) -> bool:
-        statistics = self._merged(progress.statistics)
+    def _is_enough(self, learned: Learned, images: int, tolerance: float) -> bool:
+        statistics = self._merged(learned.statistics)
         enough = self.processes.rank == 0 and standard_error([statistics], images) <= tolerance
         return self.processes.from_first(enough)
 
@@ -149,27 +152,27 @@ def _checks(images: int) -> int:
     return 1 + int(math.log(images / FIRST_CHECK) / math.log(GROWTH))
 
 
-def _to_state(progress: Progress) -> dict[str, Any]:
-    """Make plain values and tensors of a progress, for a state file."""
+def _to_state(learned: Learned) -> dict[str, Any]:
+    """Turn it into plain values and tensors, for a state file."""
     return {
-        "images": progress.fed.images,
-        "batches": progress.fed.batches,
-        "waited": progress.fed.waited,
-        "seconds": progress.seconds,
-        "checked": progress.checked,
-        "ended": progress.ended,
-        "statistics": progress.statistics.to(torch.device("cpu")).tensors(),
+        "images": learned.fed.images,
+        "batches": learned.fed.batches,
+        "waited": learned.fed.waited,
+        "seconds": learned.seconds,
+        "checked": learned.checked,
+        "ended": learned.ended,
+        "statistics": learned.statistics.to(torch.device("cpu")).tensors(),
     }
 
 
-def _from_state(state: Mapping[str, Any], like: ChannelStatistics) -> Progress:
+def _from_state(state: Mapping[str, Any], like: ChannelStatistics) -> Learned:
     """Undo `_to_state`; any error where the state is of other statistics than `like`."""
     statistics = ChannelStatistics(**state["statistics"])
     for name, tensor in like.tensors().items():
         found = getattr(statistics, name)
         if found.shape != tensor.shape or found.dtype != tensor.dtype:
             raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}")
-    return Progress(
+    return Learned(
         statistics,
         Fed(int(state["images"]), int(state["batches"]), float(state["waited"])),
         checked=int(state["checked"]),

@@ -1,0 +1,77 @@
+"""What a model's own code reads of its layers, such as `self.conv.weight`, while it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from retrofit.tracing.operations import is_activation, is_affine, is_norm
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class Reads:
+    """Notes what a model's own code reads of its modules.
+
+    Attributes:
+        by_path: of the layers, the names of attributes that an nn.Sequential in their place would
+            lack: path to names.
+        mode: `training` of any module was read.
+        muted: set while a layer's own code runs, which may read what it likes.
+    """
+
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
+        self.modules = set(map(id, model.modules()))
+        self.paths = {id(m): path for path, m in model.named_modules() if m in layers}
+        self.by_path: dict[str, set[str]] = {}
+        self.mode = False
+        self.muted = False
+
+    def frozen(self) -> dict[str, frozenset[str]]:
+        """Return `by_path` with sets that do not change."""
+        return {path: frozenset(names) for path, names in self.by_path.items()}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what is read in the block.
+
+        nn.Module is changed for that long: another thread that wants to do the same waits.
+        """
+        kept = set(dir(nn.Sequential()))
+        before = vars(nn.Module).get("__getattribute__")
+
+        def spy(module: nn.Module, name: str) -> Any:
+            if not self.muted:
+                if name == "training":
+                    self.mode |= id(module) in self.modules
+                elif name not in kept and id(module) in self.paths:
+                    self.by_path.setdefault(self.paths[id(module)], set()).add(name)
+            return (before or object.__getattribute__)(module, name)
+
+        with _ONE_AT_A_TIME:
+            nn.Module.__getattribute__ = spy  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                if before is None:
+                    del nn.Module.__getattribute__
+                else:
+                    nn.Module.__getattribute__ = before  # type: ignore[method-assign]
+
+
+def united(
+    one: Mapping[str, frozenset[str]], other: Mapping[str, frozenset[str]]
+) -> dict[str, frozenset[str]]:
+    """Take together what was read at two times."""
+    none: frozenset[str] = frozenset()
+    return {path: one.get(path, none) | other.get(path, none) for path in one.keys() | other.keys()}
+
+
+def watched_layers(model: nn.Module) -> set[nn.Module]:
+    """List the layers that something may be put after, or that may be put elsewhere."""
+    kinds = (is_affine, is_activation, is_norm)
+    return {module for module in model.modules() if any(kind(module) for kind in kinds)}
