@@ -103,8 +103,10 @@ class ChannelStatistics:
         if not self.lengths[0]:
             return other
         used, more = int((self.lengths > 0).sum()), int((other.lengths > 0).sum())
-        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
-        lengths, *tables = (torch.cat([a[:used], b[:more]]) for a, b in list(pairs)[:4])
+        lengths, *tables = (
+            torch.cat([getattr(self, name)[:used], getattr(other, name)[:more]])
+            for name in ("lengths", "count", "mean", "M2")
+        )
         stretches = Moments(*tables)
         while len(lengths) > STRETCHES:
             lengths, stretches = _paired(lengths, stretches)

@@ -26,19 +26,19 @@ Way = Literal["symbolic", "run"]
 class Call:
     """One operation of the forward pass.
 
-        Attributes:
-            name: the operation as `operations` names it; "input", "output" and "attribute" too, and
-    "unknown" for a module that could not be followed, and for both ends of one that was
-                followed on its own.
-            path: module path of the called module; of the calling module for a function.
-            module: the called module, None for a function.
-            inside: paths of the modules whose forward makes this call, outermost first.
-            alone: it is called with its one input and nothing more, as an nn.Sequential can be.
-            keepdim: the function's keepdim argument.
-            channels: of a function's weight, as a convolution has it; 0 where unknown.
-            shape: of its result, if that is one tensor and known.
-            arguments: of a traced function, or of the output, as they are written, but for tensors.
-            users: the calls that this one feeds, in order.
+    Attributes:
+        name: the operation as `operations` names it; "input", "output" and "attribute" too, and
+            "unknown" for a module that could not be followed, and for both ends of one that was
+            followed on its own.
+        path: module path of the called module; of the calling module for a function.
+        module: the called module, None for a function.
+        inside: paths of the modules whose forward makes this call, outermost first.
+        alone: it is called with its one input and nothing more, as an nn.Sequential can be.
+        keepdim: the function's keepdim argument.
+        channels: of a function's weight, as a convolution has it; 0 where unknown.
+        shape: of its result, if that is one tensor and known.
+        arguments: of a traced function, or of the output, as they are written, but for tensors.
+        users: the calls that this one feeds, in order.
     """
 
     name: str
