@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from retrofit.calibration.calibrate import calibrate
 from retrofit.calibration.observer import MomentObserver, observers_of
 from retrofit.checking.verify import verify
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.comparison import BRANCH_TOLERANCE
 from retrofit.numerics.moments import ChannelMoments
 from retrofit.numerics.tensor_checks import are_statistics
@@ -49,6 +48,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
     plan = planned(model) if plan is None else plan
     record = _extended(model, plan)
+    _warn_of(plan)
     copied = shared_copy(model)
 
     def observer(site: Site, layer: nn.Module | None) -> nn.Module:
@@ -56,7 +56,8 @@ def prepare(model: M, plan: Plan | None = None) -> M:
         return MomentObserver(site.path, site.channels, site.dims, device, last_axis=site.last_axis)
 
     prepared = cast("M", put_after_sites(copied, plan, observer))
-    training = tuple(path for path, module in prepared.named_modules() if module.training)
+    named = prepared.named_modules()
+    training = tuple(path for path, module in named if getattr(module, "training", False))
     for module in prepared.modules():
         module.training = False
     attach(prepared, dataclasses.replace(record, training=training))
@@ -104,10 +105,9 @@ def convert(
     refuse_inference_mode()
     record = required_record(prepared, "prepare")
     if eps != 1e-5:
-        warnings.warn(
+        warn(
             f"eps={eps:g} is not stored in a state dict: a model with torch's default of 1e-5 "
-            "that loads these weights computes something else",
-            stacklevel=2,
+            "that loads these weights computes something else"
         )
     learned = [tensor for observer in observers_of(prepared) for tensor in observer.buffers()]
     model, plan = shared_copy(prepared, keep=learned), record.plan
@@ -186,6 +186,12 @@ def insert(
     """
     refuse_inference_mode()
     plan = planned(model) if plan is None else plan
+    _warn_of(plan)
+    return inserted(model, plan, eps=eps, momentum=momentum)
+
+
+def inserted(model: M, plan: Plan, *, eps: float = 1e-5, momentum: float | None = 0.1) -> M:
+    """Do what `insert` does, for a plan that its caller knows."""
     record = _extended(model, plan)
     copied = shared_copy(model)
 
@@ -327,6 +333,25 @@ def _extended(model: nn.Module, plan: Plan) -> Record:
             f"this {type(model).__name__} was converted before: fold it, then plan all at once"
         )
     return earlier or Record(plan)
+
+
+def _warn_of(plan: Plan) -> None:
+    """Warn of a plan that does nothing, or whose BatchNorms cannot learn."""
+    frozen = [site.path for site in plan.inserted if site.frozen]
+    if not plan.sites:
+        warn(f"no BatchNorm is added to {plan.model}: it has no convolutions")
+    elif not plan.inserted:
+        warn(
+            f"no BatchNorm is added to {plan.model}: {len(plan.sites)} layers are skipped: "
+            f"{plan.skipped()}; print the plan to see each"
+        )
+    elif frozen:
+        which = f"{frozen[0]}{', ...' if len(frozen) > 1 else ''}"
+        warn(
+            f"{len(frozen)} of {len(plan.inserted)} BatchNorms follow frozen layers ({which}: "
+            "requires_grad=False): they are frozen too and will not learn; unless that is meant, "
+            "call requires_grad_(True) on the model first"
+        )
 
 
 def _leave_out(prepared: nn.Module, plan: Plan, paths: Collection[str]) -> Plan:

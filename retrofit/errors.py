@@ -1,6 +1,16 @@
-"""The exceptions that this package raises on purpose."""
+"""The exceptions that this package raises on purpose, and its warnings."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from itertools import count
+from pathlib import Path
+from types import FrameType
+
+# Where calls pass through on their way from a user's line; contextlib's decorators lie in between.
+_OURS = (str(Path(__file__).parent), contextlib.__file__)
 
 
 class RetrofitError(ValueError):
@@ -35,3 +45,13 @@ class NonFiniteError(RetrofitError):
 
 class PeerError(RetrofitError):
     """Another process has failed, or is gone: of the group, or one that reads pictures."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that led here: Python names it to the user."""
+    frame: FrameType | None = sys._getframe(1)
+    for level in count(2):  # Python 3.12 has skip_file_prefixes
+        if frame is None or not frame.f_code.co_filename.startswith(_OURS):
+            warnings.warn(message, stacklevel=level)
+            return
+        frame = frame.f_back

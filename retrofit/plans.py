@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +50,9 @@ class Site:
         layer, norm: module paths of the layer and its BatchNorm in the converted model; empty for
             a site that is skipped, and `layer` for a function.
         last_axis: the channels are the last axis, (N, ..., C).
+        frozen: the layer's weight requires no gradient, so the BatchNorm's do not either.
+        forwarded: attributes of the layer that the model's own code reads (`.stride`), which the
+            Sequential in its place then has too.
     """
 
     path: str
@@ -61,6 +66,8 @@ class Site:
     layer: str = ""
     norm: str = ""
     last_axis: bool = False
+    frozen: bool = False
+    forwarded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,17 @@ class Plan:
         summary = f"{len(self.inserted)} of {len(self.sites)} {layers} get a BatchNorm"
         if not rows:
             return f"{self.model} has no convolutions"
+        if frozen := sum(site.frozen for site in self.inserted):
+            summary += f"; {frozen} of these follow frozen layers and do not learn"
         return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
+
+    def skipped(self) -> str:
+        """Say in a few words why layers get no BatchNorm, and how many for each reason."""
+        reasons = (site.reason for site in self.sites if site.decision == "skip")
+        kinds = (re.split("; include=| by ", reason)[0] for reason in reasons)
+        found = Counter(kinds).most_common()
+        more = f", and {len(found) - 3} more reasons" if len(found) > 3 else ""
+        return ", ".join(f"{kind} ({count})" for kind, count in found[:3]) + more
 
     def to_json(self) -> str:
         """Write the plan for `from_json`."""

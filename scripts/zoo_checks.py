@@ -46,7 +46,7 @@ def examine(result: Result) -> None:
     assert plan is not None
     for site in plan.sites:
         if site.decision == "skip":
-            reason = re.sub(f"{NORMALISED} by .*", NORMALISED, site.reason)
+            reason = re.sub(f"{NORMALISED} by .*|; include=.*", "", site.reason) or NORMALISED
             result.left_out.setdefault(reason, []).append(site.path)
     result.inserted = batchnorms(converted) - norms
     if result.inserted != len(plan.inserted):

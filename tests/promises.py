@@ -1,6 +1,7 @@
 """Everything that is promised, checked of one network; see `networks`."""
 
 import copy
+import warnings
 
 import torch
 from networks import Drawn, is_convolution
@@ -48,7 +49,7 @@ def check(drawn: Drawn, options):
     # A checkpoint of the original loads through the key map.
     new = converted.state_dict()
     assert all(torch.equal(state[old], new[key]) for old, key in plan.key_map.items())
-    empty = retrofit.insert(model, plan)
+    empty = heard(retrofit.insert, model, plan)
     mapped = {key: torch.zeros_like(state[old]) for old, key in plan.key_map.items()}
     missing, unexpected = empty.load_state_dict(mapped, strict=False)
     assert not unexpected
@@ -78,7 +79,7 @@ def calibrated(model, data, options):
     """Plan and prepared model; without the layers that calibration refuses by name, as it asks."""
     plan, options = planned(model, data[0], options)
     while True:
-        prepared = retrofit.prepare(model, plan)
+        prepared = heard(retrofit.prepare, model, plan)
         try:
             retrofit.calibrate(prepared, data, progress=False)
         except retrofit.RetrofitError as error:
@@ -90,6 +91,17 @@ def calibrated(model, data, options):
             plan = retrofit.plan(model, example=data[0], **options)
         else:
             return plan, prepared, options
+
+
+def heard(act, model, plan):
+    """What `act` makes by the plan; it warns where that is nothing, or what cannot learn."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made = act(model, plan)
+    said = " ".join(str(warning.message) for warning in seen)
+    assert ("no BatchNorm is added" in said) == (not plan.inserted), said
+    assert ("frozen" in said) == any(site.frozen for site in plan.inserted), said
+    return made
 
 
 def consistent(plan, model):

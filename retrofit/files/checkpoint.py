@@ -20,7 +20,7 @@ from retrofit.atomic_write import write_whole
 from retrofit.calibration.sample_errors import Calibration
 from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
-from retrofit.conversion import insert
+from retrofit.conversion import inserted
 from retrofit.errors import RetrofitError
 from retrofit.files.model_sources import torchvision_model
 from retrofit.files.provenance import Provenance, provenance_of
@@ -129,12 +129,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
     record = provenance.record
     if record is not None:
-        result = insert(model, record.plan, eps=record.eps, momentum=record.momentum)
+        result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
         attach(result, record)
     elif tensors.keys() == plain.keys():  # folded, or never converted
         result = copy.deepcopy(shared_copy(model))
     else:
-        result = insert(model, _planned_for(model, tensors))
+        result = inserted(model, _planned_for(model, tensors))
     for key, own in result.state_dict(keep_vars=True).items():
         # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
         if key in tensors and isinstance(own, Tensor) and tensors[key].is_floating_point():

@@ -52,17 +52,18 @@ def plan(
     `example` instead, and the same rules are applied to what it did; without an example,
     the largest submodules that torch.fx can follow are planned, and the rest is left out.
 
-    By default every convolution gets a BatchNorm but those that a norm already follows, the output
+    By default every convolution gets a BatchNorm but those whose every reader is a norm, the output
     head, those whose feature map is a single pixel (where an example shows it: training would fail
-    on a batch of one), and those that the model's own code reads (`self.conv.weight`) or calls past
-    its module tree.
+    on a batch of one), and those that the model's own code reads (`self.conv.weight`,
+    `self.conv.stride`) or calls past its module tree.
 
     Args:
         model: any module.
         example: one batch, in the form that `calibrate` takes. Two images are enough.
         forward_fn: `forward_fn(model, example)`, as for `calibrate`.
-        include: glob pattern or patterns of module paths ("features.*"): only these, and output
-            heads and single pixels among them too.
+        include: glob pattern or patterns of module paths ("features.*"): only these, and all of
+            them where a BatchNorm is possible: output heads, single pixels, what is normalised
+            already, what code reads the geometry of. A module with several names has all of them.
         exclude: glob pattern or patterns of module paths: not these.
         renumber: path or paths of `nn.Sequential`s in which BatchNorm becomes a child of its own
             right after the convolution, as in torchvision's vgg*_bn; later children move up. By
@@ -71,7 +72,8 @@ def plan(
         layout: "native" keeps the model's class, methods and containers. "graph" makes a
             `torch.fx.GraphModule`, which also has a place after functional convolutions
             (`F.conv2d`) and one for each call of a shared layer; it needs torch.fx to follow the
-            whole model, alike in train and eval mode.
+            whole model, alike in train and eval mode. A graph that torch.export made,
+            `program.module()`, is taken as it is: its convolutions are functions.
         placement: "pre_activation", between the convolution and its activation, as in vgg*_bn; or
             "post_activation", after the activation. The latter cannot be folded after training.
         linear: `nn.Linear` layers too: BatchNorm1d for inputs of shape (N, F), statistics over all
@@ -110,7 +112,10 @@ def plan(
 def _refuse_unusable(model: nn.Module) -> None:
     """Raise RetrofitError for what is no module, or has lazy layers."""
     if not isinstance(model, nn.Module):
-        raise RetrofitError(f"plan takes an nn.Module, not a {type(model).__name__}")
+        raise RetrofitError(
+            f"plan takes an nn.Module, not a {type(model).__name__} (of an exported program, or "
+            "a checkpoint that holds one, pass the module inside)"
+        )
     for path, module in model.named_modules():
         tensors = (*module._parameters.values(), *module._buffers.values())
         if any(map(is_lazy, tensors)):

@@ -5,6 +5,7 @@ One set of rules for every way of reading a model, and for both layouts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from retrofit.errors import RetrofitError
+from retrofit.planning.scripted import scripted_sites
 from retrofit.plans import Options, Site
 from retrofit.tracing.calls import Call, Trace, is_candidate, occurrences
 from retrofit.tracing.operations import (
@@ -21,17 +23,21 @@ from retrofit.tracing.operations import (
     FLATTENINGS,
     HIDDEN_ACTIVATIONS,
     NORMS,
+    OUTPUT_ACTIVATIONS,
     VIEWS,
     WEIGHTED_FUNCTIONS,
     channels,
     dims,
+    is_frozen,
     is_leaf,
     is_linear,
     is_norm,
     is_weighted,
 )
+from retrofit.tracing.symbolic import defaults
 
 DIMS: dict[str, Literal[1, 2, 3]] = {"1": 1, "2": 2, "3": 3}  # of functions, by their names
+PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def decide(model: nn.Module, trace: Trace, options: Options) -> list[Site]:
@@ -40,15 +46,15 @@ def decide(model: nn.Module, trace: Trace, options: Options) -> list[Site]:
     Raises RetrofitError for a pattern that matches none of them.
     """
     calls: dict[str, list[Call]] = {}
-    for path, call in occurrences(trace.calls, options):
+    for path, call in occurrences(model, trace.calls, options):
         calls.setdefault(path, []).append(call)
     called = {call.path for made in calls.values() for call in made if call.module is not None}
     for path, module in model.named_modules():
         if is_candidate(module, options) and path not in called:
             calls[path] = []
-    _refuse_idle_patterns(model, calls, options)
-    rules = _Rules(model, trace, options)
-    return [rules.site(path, made) for path, made in calls.items()]
+    rules, scripted = _Rules(model, trace, options), scripted_sites(model, options)
+    rules.refuse_idle_patterns({**calls, **{site.path: [] for site in scripted}})
+    return [rules.site(path, made) for path, made in calls.items()] + scripted
 
 
 def activation_after(call: Call) -> Call | None:
@@ -80,13 +86,37 @@ class _Rules:
                 made.setdefault(call.module, []).append(call)
         return made
 
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """All paths of each module, by its first: one that is registered twice has several."""
+        names: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(path)
+        return {paths[0]: paths for paths in names.values()}
+
+    def _matches(self, path: str, pattern: str) -> bool:
+        """Tell whether a pattern means the site at `path`, by whichever name of its module."""
+        names = self._names.get(path)
+        if names is None:  # a function, of a module that may have several names
+            owner, _, function = path.rpartition(".")
+            names = [f"{name}.{function}".lstrip(".") for name in self._names.get(owner, ())]
+        return any(fnmatchcase(name, pattern) for name in (path, *names))
+
     def site(self, path: str, calls: list[Call]) -> Site:
         """Decide for the layer or function that makes `calls`."""
         layer = calls[0].module if calls else self.model.get_submodule(path)
-        skip = self._reason_to_skip(path, layer, calls)
+        included = any(self._matches(path, pattern) for pattern in self.options.include)
+        skip = self._reason_to_skip(path, layer, calls, included=included)
+        overridden = None
+        if included and not skip:
+            overridden = self._reason_to_skip(path, layer, calls, included=False)
         hosts = [] if skip else self._hosts(calls)
         host = hosts[0].path if hosts and hosts[0].module is not None else ""
-        pooled = f"called {len(calls)} times: one BatchNorm, moments pooled"
+        reason = "no norm follows"
+        if overridden:
+            reason = f"included, although {overridden.partition('; include=')[0]}"
+        elif len(calls) > 1:
+            reason = f"called {len(calls)} times: one BatchNorm, moments pooled"
         if layer is None:
             name = calls[0].name
             kind, width = name, calls[0].channels
@@ -100,10 +130,12 @@ class _Rules:
             dims=axes,
             calls=len(calls),
             decision="skip" if skip else "insert",
-            reason=skip or (pooled if len(calls) > 1 else "no norm follows"),
+            reason=skip or reason,
             host=host,
             layer="" if skip or layer is None else calls[0].path,
             last_axis=axes == 0 and not all(c.shape and len(c.shape) == 2 for c in calls),
+            frozen=is_frozen(layer or self.model),
+            forwarded=tuple(sorted(self.trace.reads.get(host, ()))) if host else (),
         )
 
     def _hosts(self, calls: list[Call]) -> list[Call]:
@@ -113,37 +145,51 @@ class _Rules:
         found = [activation for call in calls if (activation := activation_after(call))]
         return found if len(found) == len(calls) else []
 
-    def _reason_to_skip(self, path: str, layer: nn.Module | None, calls: list[Call]) -> str | None:
+    def _reason_to_skip(
+        self, path: str, layer: nn.Module | None, calls: list[Call], *, included: bool
+    ) -> str | None:
+        """Say why there will be no BatchNorm; to one that is included, only what is impossible."""
         options, hosts = self.options, self._hosts(calls)
-        included = _matches(path, options.include)
-        if excluded := next((p for p in options.exclude if fnmatchcase(path, p)), None):
+        if excluded := next((p for p in options.exclude if self._matches(path, p)), None):
             return f"excluded by {excluded!r}"
-        if options.include and not included:
+        if options.include and not any(self._matches(path, p) for p in options.include):
             return "not among those included"
         if not calls:
             return self._unreached(path)
-        if layer is not None and (inner := _norm_inside(layer)):
+        if not included and layer is not None and (inner := _norm_inside(layer)):
             return f"already normalised by {path}.{inner}"
         if options.layout == "graph" and layer is None and calls[0].channels == 0:
             return "a function whose weight is computed: the number of channels is not known"
         if layer is not None and _has_complex_weight(layer):
             return "complex weights"
-        activations = [after for call in calls if (after := activation_after(call))]
-        if norm := next((n for call in (*calls, *activations) if (n := _norm_after(call))), None):
+        if not included and (norm := _norm_after(calls)):
             return f"already normalised by {norm}"
         if not hosts:
             return "no activation follows it directly"
+        if any(map(_is_unbatched, calls)):
+            return "called on samples without a batch axis, which BatchNorm does not take"
         if options.layout == "native" and (obstacle := self._obstacle(hosts)):
             return obstacle
-        if not included and any(map(self._to_output.lead, calls)):
-            return "output head"
-        if not included and any(map(self._to_unknown.lead, calls)):
-            return "its values go where torch.fx cannot follow: pass example"
-        if not included and any(map(_is_lost, calls)):
+        return None if included else self._reason_to_be_asked(path, calls, hosts)
+
+    def _reason_to_be_asked(self, path: str, calls: list[Call], hosts: list[Call]) -> str | None:
+        """Say why a BatchNorm, which is possible here, has to be asked for."""
+        asked = f"; include={path!r} asks for it"
+        if self.options.layout == "native" and (read := self._read(hosts[0])):
+            return f"the model's own code reads its {read}{asked}"
+        if any(map(self._to_output.lead, calls)):
+            return f"output head: the model returns its values{asked}"
+        if any(map(self._to_unknown.lead, calls)):
+            return "its values go where torch.fx cannot follow: pass example (--data)"
+        if any(map(_is_lost, calls)):
             return "its values go where they cannot be followed"
-        if not included and any(map(_is_single_pixel, calls)):
+        if any(map(_is_single_pixel, calls)):
             return "its feature map is a single pixel: training would fail on a batch of one"
         return None
+
+    def _read(self, host: Call) -> str:
+        """Name what the model's own code reads of a layer."""
+        return ", ".join(f".{name}" for name in sorted(self.trace.reads.get(host.path, ())))
 
     def _obstacle(self, hosts: list[Call]) -> str | None:
         """Say why the module tree has no place after these calls of one module."""
@@ -157,8 +203,9 @@ class _Rules:
             return f"its activation {path} serves other layers too: only layout='graph' has a place"
         if not all(call.alone for call in hosts):
             return "called with more than its input"
-        if read := sorted(self.trace.reads.get(path, ())):
-            return f"the model's own code reads its {', '.join(f'.{name}' for name in read)}"
+        read = self.trace.reads.get(path, ())
+        if not all(is_forwardable(module, name) for name in read):
+            return f"the model's own code reads its {self._read(hosts[0])}"
         return None
 
     def _unreached(self, path: str) -> str:
@@ -173,31 +220,50 @@ class _Rules:
             if any(inner is module for inner in self.model.get_submodule(opaque).modules()):
                 return (
                     f"inside {opaque or 'code'}, which torch.fx cannot trace ({place}): pass "
-                    "example_inputs"
+                    "example (--data)"
                 )
-        return "not called in eval mode"
+        if read := sorted(self.trace.reads.get(path, ())):
+            return f"not called: the model's own code reads its {', '.join(f'.{r}' for r in read)}"
+        if self.trace.way == "run":
+            return "not called on the example"
+        kept = defaults(self.model)
+        return "not called in eval mode" + (f" with {_written(kept)}" if kept else "")
+
+    def refuse_idle_patterns(self, calls: dict[str, list[Call]]) -> None:
+        """Raise RetrofitError for a pattern that matches no layer, or none that has a place."""
+        for pattern in (*self.options.include, *self.options.exclude):
+            matched = [path for path in calls if self._matches(path, pattern)]
+            if not matched:
+                raise RetrofitError(
+                    f"the pattern {pattern!r} matches none of the {len(calls)} convolutions of "
+                    f"{type(self.model).__name__}: patterns are globs over module paths, such as "
+                    f"{next(iter(calls), 'features.*')!r}"
+                )
+            functions = [path for path in matched if calls[path] and calls[path][0].module is None]
+            if (
+                pattern in self.options.include
+                and self.options.layout == "native"
+                and functions == matched
+            ):
+                raise RetrofitError(
+                    f"{functions[0]} is a function: the native layout has no place after it; pass "
+                    "layout='graph'"
+                )
 
 
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
+def is_forwardable(layer: nn.Module, name: str) -> bool:
+    """Tell whether a Sequential in place of `layer` could have this attribute too: a plain value.
+
+    Its geometry, say, but not its weight. One that it does not have, the Sequential lacks as well.
+    """
+    value = getattr(layer, name, None)
+    return isinstance(value, PLAIN) and all(
+        isinstance(item, PLAIN) for item in (value if isinstance(value, tuple) else ())
+    )
 
 
-def _refuse_idle_patterns(model: nn.Module, calls: dict[str, list[Call]], options: Options) -> None:
-    """Raise RetrofitError for a pattern that matches no layer, or none that could be included."""
-    for pattern in (*options.include, *options.exclude):
-        matched = [path for path in calls if fnmatchcase(path, pattern)]
-        if not matched:
-            raise RetrofitError(
-                f"the pattern {pattern!r} matches none of the {len(calls)} convolutions of "
-                f"{type(model).__name__}: patterns are globs over module paths, such as "
-                f"{next(iter(calls), 'features.*')!r}"
-            )
-        functions = [path for path in matched if calls[path] and calls[path][0].module is None]
-        if pattern in options.include and options.layout == "native" and functions == matched:
-            raise RetrofitError(
-                f"{functions[0]} is a function: the native layout has no place after it; pass "
-                "layout='graph'"
-            )
+def _written(arguments: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _has_complex_weight(layer: nn.Module) -> bool:
@@ -220,16 +286,30 @@ def _is_lost(call: Call) -> bool:
     return all(user.name in VIEWS and _is_lost(user) for user in call.users)
 
 
-def _norm_after(call: Call) -> str | None:
-    """Find the norm that this call feeds, directly or through other views of its values."""
-    for user in call.users:
-        if user.module is not None and is_norm(user.module):
-            return user.path
-        if user.module is None and user.name in NORMS:
-            return user.name
-        if user.name in VIEWS and (norm := _norm_after(user)):
-            return norm
-    return None
+def _is_unbatched(call: Call) -> bool:
+    """Tell whether a convolution was seen to give (C, ...), one sample without a batch axis."""
+    axes = dims(call.module) if call.module is not None else DIMS.get(call.name[-2:-1], 0)
+    return bool(axes) and call.shape is not None and len(call.shape) == axes + 1
+
+
+def _norm_after(calls: Sequence[Call]) -> str | None:
+    """Find the norm that these calls feed, if everything that reads their values is one.
+
+    Directly, or behind an activation or other views of the values. A norm on a side branch is none:
+    the main path reads what is not normalised.
+    """
+    found = None
+    for user in (user for call in calls for user in call.users):
+        if is_norm(user.module) if user.module is not None else user.name in NORMS:
+            norm: str | None = user.path if user.module is not None else user.name
+        elif user.name in VIEWS | ACTIVATIONS | OUTPUT_ACTIVATIONS:
+            norm = _norm_after([user])
+        else:
+            return None
+        if norm is None:
+            return None
+        found = found or norm
+    return found
 
 
 # A call, and whether the values met a nonlinearity, were pooled, and were flattened after that.
@@ -278,7 +358,8 @@ class _PathsTo:
         user, nonlinear, pooled, flat = state
         if user.name == self.sink:
             return (_FLATTENED * flat if nonlinear else _STRAIGHT), []
-        if user.name in WEIGHTED_FUNCTIONS if user.module is None else is_weighted(user.module):
+        weighted = user.weighted or user.name in WEIGHTED_FUNCTIONS
+        if weighted if user.module is None else is_weighted(user.module):
             return _READ, []
         nonlinear |= user.name in ACTIVATIONS
         flat |= pooled and user.name in FLATTENINGS

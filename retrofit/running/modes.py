@@ -16,7 +16,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     Sets the `training` flags themselves: a model's own `train()` may do more than that.
     """
-    was = [(module, module.training) for model in models for module in model.modules()]
+    every = (module for model in models for module in model.modules())
+    # TorchScript that was frozen has no mode.
+    was = [(module, module.training) for module in every if hasattr(module, "training")]
     try:
         for module, _ in was:
             module.training = False

@@ -108,6 +108,14 @@ def _erase_defaults(model: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(made)
 
 
+def is_exported(module: fx.GraphModule) -> bool:
+    """Tell whether torch.export made this graph: its mode is that of the export, whatever it says.
+
+    It cannot be put in another (`train` and `eval` raise), so what comes to it starts in eval mode.
+    """
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
 def norm_paths(module: fx.GraphModule, sites: Iterable[str]) -> dict[str, str]:
     """Choose a new place beside each site: path of the site to path of its BatchNorm."""
     taken = {path for path, _ in module.named_modules()}
@@ -129,10 +137,11 @@ def put_after_sites(
 
     Raises RetrofitError when the plan is not one of this model.
     """
+    exported = is_exported(module)
     calls = calls_of(module, module.graph)
     nodes = {call: node for node, call in calls.items()}
     options = Options(layout="graph", linear=True)
-    found = {path: nodes[call] for path, call in occurrences(calls.values(), options)}
+    found = {path: nodes[call] for path, call in occurrences(module, calls.values(), options)}
     for site in plan.inserted:
         node = found.get(site.path)
         if node is not None and plan.placement == "post_activation":
@@ -144,7 +153,7 @@ def put_after_sites(
             )
         layer = module.get_submodule(site.layer) if site.layer else None
         around = module.get_submodule(site.norm.rpartition(".")[0])
-        training = around.training and (layer is None or layer.training)
+        training = around.training and (layer is None or layer.training) and not exported
         module.add_submodule(site.norm, make(site, layer).train(training))
         with module.graph.inserting_after(node):
             norm = module.graph.call_module(site.norm, (node,))

@@ -44,10 +44,8 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
         raise _misfit(
             model, f"not all of {', '.join(plan.renumbered)} are nn.Sequentials; plan it anew"
         )
-    made = {
-        host: make(site, _find(model, site.path))
-        for host, site in zip(hosts, plan.inserted, strict=True)
-    }
+    sites = dict(zip(hosts, plan.inserted, strict=True))
+    made = {host: make(site, _find(model, site.path)) for host, site in sites.items()}
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for inner in parent.children():
@@ -62,8 +60,9 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
         else:
             for name, child in parent._modules.items():
                 if child in made:
-                    parent._modules[name] = wrappers.setdefault(child, _wrap(child, made[child]))
-    for site, host in zip(plan.inserted, hosts, strict=True):
+                    wrapper = wrappers.setdefault(child, _wrap(child, made[child], sites[child]))
+                    parent._modules[name] = wrapper
+    for host, site in sites.items():
         layer, norm = find_site(model, site)
         if norm is not made[host] or _shape(layer) != (site.channels, site.dims):
             raise _misfit(
@@ -148,8 +147,11 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _wrap(host: nn.Module, norm: nn.Module) -> nn.Sequential:
+def _wrap(host: nn.Module, norm: nn.Module, site: Site) -> nn.Sequential:
     wrapper = nn.Sequential()
+    for name in site.forwarded:
+        if hasattr(host, name):
+            setattr(wrapper, name, getattr(host, name))
     wrapper.add_module(child_name(host), host)
     wrapper.add_module("bn", norm)
     wrapper.training = norm.training

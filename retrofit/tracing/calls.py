@@ -37,8 +37,9 @@ class Call:
         keepdim: the function's keepdim argument.
         channels: of a function's weight, as a convolution has it; 0 where unknown.
         shape: of its result, if that is one tensor and known.
+        weighted: a function that multiplies by parameters or buffers, as a layer does (x @ self.w).
         arguments: of a traced function, or of the output, as they are written, but for tensors.
-        users: the calls that this one feeds, in order.
+        users: the calls that its values reach, in order; one that reads the shape alone is none.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Call:
     keepdim: bool = False
     channels: int = 0
     shape: tuple[int, ...] | None = None
+    weighted: bool = False
     arguments: str = ""
     users: tuple[Call, ...] = field(default=(), repr=False)
 
@@ -112,7 +114,9 @@ def is_candidate(module: nn.Module, options: Options) -> bool:
     return is_conv(module) or (options.linear and is_linear(module))
 
 
-def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, Call]]:
+def occurrences(
+    model: nn.Module, calls: Iterable[Call], options: Options
+) -> Iterator[tuple[str, Call]]:
     """Yield each call of a layer that could get a BatchNorm, with the path of its site.
 
     In the native layout the calls of one module share a site; functions, and in the graph layout
@@ -120,6 +124,7 @@ def occurrences(calls: Iterable[Call], options: Options) -> Iterator[tuple[str, 
     """
     calls = list(calls)
     modules = {call.path for call in calls if call.module is not None}
+    modules |= {path for path, module in model.named_modules() if is_candidate(module, options)}
     counted: dict[str, int] = {}
     for call in calls:
         if call.module is not None:

@@ -19,11 +19,14 @@ from retrofit.tracing.attribute_reads import Reads, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
+    PRODUCTS,
+    factors,
     function_name,
     is_affine,
     is_leaf,
     keeps_dim,
     module_name,
+    with_values,
 )
 
 EXAMPLES = 2  # samples that are run; one alone may lose its batch axis to a squeeze
@@ -96,6 +99,7 @@ class _Watcher(TorchFunctionMode):
         users: for each call, the numbers of those that it feeds (the keys, in order).
         returns: numbers of the calls whose results the model returned (the keys).
         made: the number of the call that each tensor still alive came from.
+        constants: parameters, buffers, and what was made of these alone (the keys).
         stack: paths of the modules whose forward is running, outermost first.
     """
 
@@ -107,6 +111,9 @@ class _Watcher(TorchFunctionMode):
         self.users: list[dict[int, None]] = []
         self.returns: dict[int, None] = {}
         self.made = WeakIdKeyDictionary()
+        self.constants = WeakIdKeyDictionary()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.constants[tensor] = True
         self.stack: list[str] = []
 
     def linked(self, modules: Mapping[str, nn.Module]) -> tuple[Call, ...]:
@@ -173,9 +180,10 @@ class _Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.reads.muted:
             return func(*args, **kwargs)
-        feeding = self._feeding((args, kwargs))
+        name = function_name(_name(func), args)
+        feeding = self._feeding(with_values(name, args, kwargs))
+        weighted = name in PRODUCTS and self._has_constant(factors(name, args, kwargs))
         result = func(*args, **kwargs)
-        name = function_name(_name(func))
         made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
         if isinstance(made, (Tensor, tuple, list)):
             where = self.stack[-1] if self.stack else ""
@@ -183,9 +191,26 @@ class _Watcher(TorchFunctionMode):
             channels = 0
             if name in AFFINE_FUNCTIONS and isinstance(result, Tensor) and result.dim() > 1:
                 channels = result.shape[-1 if name == "linear" else 1]
-            call = Call(name, where, None, tuple(self.stack), keepdim=keepdim, channels=channels)
+            call = Call(
+                name,
+                where,
+                inside=tuple(self.stack),
+                keepdim=keepdim,
+                channels=channels,
+                weighted=weighted,
+            )
             self._note(call, feeding, made)
+            if (args or kwargs) and self._all_constant((args, kwargs)):
+                for tensor in tensors(made).values():
+                    self.constants[tensor] = True
         return result
+
+    def _has_constant(self, values: Any) -> bool:
+        return any(tensor in self.constants for tensor in tensors(values).values())
+
+    def _all_constant(self, values: Any) -> bool:
+        found = list(tensors(values).values())
+        return bool(found) and all(tensor in self.constants for tensor in found)
 
     def _feeding(self, values: Any) -> list[int]:
         """List the calls that these values came from. Asked before the call: it may be in place."""

@@ -17,11 +17,25 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 CONVOLUTIONS = {f"conv{t}{d}d" for t in ("", "transpose") for d in (1, 2, 3)}
 NORMS = {"batchnorm", "groupnorm", "layernorm", "instancenorm", "rmsnorm"}
+# What aten, the language of exported programs, calls otherwise.
+ATEN_NAMES = {
+    "cudnnbatchnorm": "batchnorm",
+    "fusedrmsnorm": "rmsnorm",
+    "nativebatchnorm": "batchnorm",
+    "nativebatchnormlegit": "batchnorm",
+    "nativebatchnormlegitnotraining": "batchnorm",
+    "nativedropout": "dropout",
+    "nativegroupnorm": "groupnorm",
+    "nativelayernorm": "layernorm",
+    "unsafeview": "view",
+}
 # The same values in another order, shape, memory format or precision.
 VIEWS = {
+    "alias",
     "bfloat16",
     "clone",
     "contiguous",
+    "data",
     "detach",
     "double",
     "dropout",
@@ -47,6 +61,35 @@ VIEWS = {
     "unsqueeze",
     "view",
 }
+# They read what a tensor is (its shape, its type), and none of its values.
+SHAPE_READERS = {
+    "device",
+    "dim",
+    "dtype",
+    "elementsize",
+    "getdevice",
+    "iscomplex",
+    "iscuda",
+    "isfloatingpoint",
+    "itemsize",
+    "layout",
+    "len",
+    "nbytes",
+    "ndim",
+    "ndimension",
+    "nelement",
+    "numel",
+    "requiresgrad",
+    "shape",
+    "size",
+    "stride",
+    "symnumel",
+    "symsize",
+    *(f"{name}like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+    *(f"new{name}" for name in ("empty", "emptystrided", "full", "ones", "tensor", "zeros")),
+}
+# They take the values of their first argument, and of others the shape or type alone.
+LIKE_ANOTHER = {"expandas", "reshapeas", "sumtosize", "to", "type", "typeas", "viewas"}
 FLATTENINGS = {"flatten", "getitem", "reshape", "squeeze", "view"}
 # Squashing that ends a network without making a hidden layer of its logits.
 OUTPUT_ACTIVATIONS = {
@@ -68,12 +111,53 @@ ACTIVATIONS = (
 HIDDEN_ACTIVATIONS = (ACTIVATIONS | {"hardsigmoid", "hardtanh", "sigmoid", "tanh"}) - {"glu"}
 AFFINE_FUNCTIONS = CONVOLUTIONS | {"linear"}
 WEIGHTED_FUNCTIONS = AFFINE_FUNCTIONS | NORMS | {"bilinear", "deformconv2d", "embedding"}
+# Weighted where one factor is a parameter, or made of parameters alone; to the name, how many
+# arguments come before the factors.
+PRODUCTS = {
+    "addbmm": 1,
+    "addmm": 1,
+    "addmv": 1,
+    "baddbmm": 1,
+    "bmm": 0,
+    "cdist": 0,
+    "cosinesimilarity": 0,
+    "dot": 0,
+    "einsum": 0,
+    "inner": 0,
+    "linalgmatmul": 0,
+    "linalgmultidot": 0,
+    "matmul": 0,
+    "mm": 0,
+    "mv": 0,
+    "rmatmul": 0,
+    "tensordot": 0,
+}
 _NORM_CLASS = re.compile(r"Norm(?!al)")
 
 
-def function_name(name: str) -> str:
-    """Name the operation of a function or method: "leaky_relu_" is "leakyrelu"."""
-    return name.replace("_", "").lower()
+def function_name(name: str, args: Sequence[Any] = ()) -> str:
+    """Name the operation of a function or method: "leaky_relu_" is "leakyrelu".
+
+    Of aten's operations too, whose names have an overload ("conv2d.default"); one of them needs its
+    arguments, since it stands for every kind of convolution.
+    """
+    plain = name.partition(".")[0].replace("_", "").lower()
+    if plain == "convolution" and len(args) > 6:  # input, weight, bias, stride, ..., transposed
+        return f"conv{'transpose' if args[6] is True else ''}{len(args[3])}d"
+    return ATEN_NAMES.get(plain, plain)
+
+
+def with_values(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """List those arguments of a function whose values reach its result."""
+    if name in SHAPE_READERS:
+        return ()
+    return args[:1] if name in LIKE_ANOTHER else (args, kwargs)
+
+
+def factors(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """List what a product multiplies: a parameter among it makes it a weighted layer."""
+    before = PRODUCTS[name]
+    return (args[before:], {k: v for k, v in kwargs.items() if not (before and k == "input")})
 
 
 def keeps_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -130,6 +214,12 @@ def is_activation(module: nn.Module) -> bool:
 def is_weighted(module: nn.Module) -> bool:
     """Tell whether this has parameters, other than those of an activation such as PReLU."""
     return not is_activation(module) and any(True for _ in module.parameters())
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Tell whether it has parameters, and none of them but biases requires a gradient."""
+    weights = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    return bool(weights) and not any(p.requires_grad for p in weights)
 
 
 def is_leaf(module: nn.Module) -> bool:

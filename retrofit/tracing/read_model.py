@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import ForwardFn, arguments_of
 from retrofit.tracing.attribute_reads import united
 from retrofit.tracing.calls import Call, Trace, Way, rebuilt
 from retrofit.tracing.example_run import watch
+from retrofit.tracing.operations import is_leaf
 from retrofit.tracing.symbolic import (
     defaults,
     trace_pieces,
@@ -67,12 +68,17 @@ def read_graph(
     if example is None:
         return traced
     run = watch(module, example, forward_fn)
-    if traced.modules_called != run.modules_called:
+    if _layers_called(traced) != _layers_called(run):
         raise RetrofitError(
             f"torch.fx sees other calls in {type(module).__name__} than a run on the example "
             "makes (its code may ask for types): use the native layout"
         )
-    return _with_shapes(traced, run)
+    return _with_shapes(traced, run, flat=isinstance(module, fx.GraphModule))
+
+
+def _layers_called(trace: Trace) -> list[str]:
+    """Paths of the layers called, without what a graph calls beside them (an export's guards)."""
+    return [call.path for call in trace.calls if call.module is not None and is_leaf(call.module)]
 
 
 def reads_in_training(
@@ -101,14 +107,18 @@ def _read_in_training(
     return watch(model, example, forward_fn, training=True).reads
 
 
-def _with_shapes(traced: Trace, run: Trace) -> Trace:
-    """Add to the traced calls what the run knows of their results."""
+def _with_shapes(traced: Trace, run: Trace, *, flat: bool = False) -> Trace:
+    """Add to the traced calls what the run knows of their results.
+
+    `flat`: the run was one of a graph, which itself calls the functions of all modules.
+    """
     known: dict[tuple[str, str], list[Call]] = {}
     for call in run.calls:
         known.setdefault((call.path, call.name), []).append(call)
     seen: dict[Call, Call] = {}
     for call in traced.calls:
-        if same := known.get((call.path, call.name)):
+        caller = "" if flat and call.module is None else call.path
+        if same := known.get((caller, call.name)):
             seen[call] = same.pop(0)
 
     def shaped(call: Call) -> Call:

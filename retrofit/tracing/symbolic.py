@@ -19,10 +19,13 @@ from retrofit.tracing.attribute_reads import Reads, united, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone, rebuilt
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
+    PRODUCTS,
+    factors,
     function_name,
     is_leaf,
     keeps_dim,
     module_name,
+    with_values,
 )
 
 
@@ -188,12 +191,49 @@ def calls_of(
     model: nn.Module, graph: fx.Graph, opaque: Collection[str] = ()
 ) -> dict[fx.Node, Call]:
     """Make the neutral record of a graph: a call for each node, in order."""
+    constants = _constants(graph)
+    read = {node: set(_nodes_in(_with_values(node))) for node in graph.nodes}
     calls: dict[fx.Node, Call] = {}
     for node in reversed(graph.nodes):  # users first
-        calls[node] = replace(
-            _call(model, node, opaque), users=tuple(calls[user] for user in node.users)
-        )
+        users = tuple(calls[user] for user in node.users if node in read[user])
+        weighted = _name(node) in PRODUCTS and not constants.isdisjoint(_nodes_in(_factors(node)))
+        calls[node] = replace(_call(model, node, opaque), users=users, weighted=weighted)
     return dict(reversed(calls.items()))
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """List the nodes that give parameters and buffers, or what is made of these alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        made = inputs and node.op != "output" and found.issuperset(inputs)
+        if node.op == "get_attr" or made:
+            found.add(node)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    """Name the operation of a function or method; empty for other nodes."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    target = node.target if node.op == "call_method" else node.target.__name__  # type: ignore[union-attr]
+    if target == "getattr" and isinstance(node.args[1], str):  # x.shape, x.T
+        target = node.args[1]
+    return function_name(str(target), node.args)
+
+
+def _with_values(node: fx.Node) -> Any:
+    return with_values(_name(node), node.args, node.kwargs)
+
+
+def _factors(node: fx.Node) -> Any:
+    return factors(_name(node), node.args, node.kwargs)
+
+
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
 
 
 def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
@@ -206,16 +246,14 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
         module = model.get_submodule(path)
         name = "unknown" if path in opaque else module_name(module)
         return Call(name, path, module, inside, alone=is_alone(node.args, node.kwargs))
-    if node.op in ("call_function", "call_method"):
-        target = node.target if node.op == "call_method" else node.target.__name__  # type: ignore[union-attr]
-        name = function_name(str(target))
+    if name := _name(node):
         return Call(
             name,
             where,
             None,
             inside,
             keepdim=keeps_dim(node.args, node.kwargs),
-            channels=_channels(model, node) if name in AFFINE_FUNCTIONS else 0,
+            channels=_channels(model, node, name) if name in AFFINE_FUNCTIONS else 0,
             arguments=_arguments_text(node),
         )
     names = {"placeholder": "input", "get_attr": "attribute"}
@@ -228,19 +266,21 @@ def _arguments_text(node: fx.Node) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(written))
 
 
-def _channels(model: nn.Module, node: fx.Node) -> int:
+def _channels(model: nn.Module, node: fx.Node, name: str) -> int:
     """Count the output channels of a function whose weight is a parameter, else 0."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return 0
-    owner, _, name = str(weight.target).rpartition(".")
-    tensor = getattr(model.get_submodule(owner), name, None)
+    owner, _, own = str(weight.target).rpartition(".")
+    tensor = getattr(model.get_submodule(owner), own, None)
     if tensor is None:  # a constant that forward made
         return 0
     shape = tensor.shape
-    if "transpose" not in node.target.__name__:  # type: ignore[union-attr]
+    if "transpose" not in name:
         return int(shape[0])
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    aten = len(node.args) > 8  # where all arguments are given, as of aten.convolution
+    place = 8 if aten else 6
+    groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
     return int(shape[1]) * groups if isinstance(groups, int) else 0
 
 

@@ -1,0 +1,68 @@
+"""What torch.export made: its convolutions are aten's functions, which the graph layout follows."""
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+
+X = nets.images(4, 3, 12, 12)
+
+
+class Exported(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU())
+        self.up, self.head = nn.ConvTranspose2d(8, 6, 2, groups=2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.body(F.relu(self.norm(self.stem(x))))
+        return self.head(F.relu(self.up(x)).mean((2, 3)))
+
+
+def exported(*, decomposed, dynamic):
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},) if dynamic else None
+    program = torch.export.export(nets.build(Exported), (X,), dynamic_shapes=shapes)
+    return (program.run_decompositions() if decomposed else program).module()
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["aten", "core aten"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one batch size", "any batch size"])
+def test_an_exported_program_is_converted_as_a_graph(decomposed, dynamic, tmp_path):
+    model = exported(decomposed=decomposed, dynamic=dynamic)
+    plan = retrofit.plan(model, layout="graph", example=X)
+    assert [(s.kind, s.channels, s.decision, s.reason) for s in plan.sites] == [
+        ("conv2d", 8, "skip", "already normalised by batchnorm"),
+        ("conv2d", 8, "insert", "no norm follows"),
+        ("convtranspose2d", 6, "insert", "no norm follows"),
+    ]
+    converted = retrofit.add_batchnorm(model, [X], layout="graph", progress=False)
+    assert torch.equal(converted(X), model(X))
+    assert retrofit.verify(model, converted, [X]).exact
+    folded = retrofit.fold(converted).state_dict()
+    assert all(torch.equal(folded[key], value) for key, value in model.state_dict().items())
+    retrofit.save(converted, tmp_path / "exported.safetensors")
+    assert torch.equal(retrofit.load(tmp_path / "exported.safetensors", model)(X), model(X))
+
+    for norm in (m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.train()
+    converted(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
+
+
+def test_in_the_native_layout_an_exported_program_is_told_the_way_out():
+    model = exported(decomposed=False, dynamic=True)
+    reasons = {site.reason for site in retrofit.plan(model).sites[1:]}
+    assert reasons == {"a function: only layout='graph' has a place after it"}
+    with pytest.warns(UserWarning, match=r"no BatchNorm is added .* only layout='graph'"):
+        retrofit.insert(model)
+
+
+def test_a_program_that_is_no_module_is_told_so():
+    program = torch.export.export(nets.build(Exported), (X,))
+    with pytest.raises(RetrofitError, match=r"not a ExportedProgram .* pass the module inside"):
+        retrofit.plan(program)
