@@ -13,6 +13,7 @@ CONVS = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 CONVS[True] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCENORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+KINDS_OF_BLOCKS = ["conv", "conv", "norm", "twice", "side norm", "geometry", "unbatched"]
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 SIZES = ((17,), (11, 9), (7, 6, 5))
@@ -150,6 +151,98 @@ class Twice(nn.Module):
         return torch.tanh(self.shared(self.between(self.shared(x))))
 
 
+class SideNormed(nn.Module):
+    """A norm on a side branch; the main path reads the raw values."""
+
+    def __init__(self, conv, norm):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x):
+        x = self.conv(x)
+        return F.silu(x) + self.norm(x)
+
+
+class Resized(nn.Module):
+    """The shape of what the block gives flows on, beside its values."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        x = self.block(x)
+        return F.interpolate(F.gelu(x), size=x.shape[2:]) + torch.zeros_like(x)
+
+
+class ReadsGeometry(nn.Module):
+    """Asks its convolution for numbers."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        if self.conv.stride[0] > self.conv.kernel_size[0]:
+            x = -x
+        return F.relu(self.conv(x))
+
+
+class TwoNames(nn.Module):
+    """One part under two names."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+        self.alias = part
+
+    def forward(self, x):
+        return F.gelu(self.alias(x))
+
+
+class OneByOne(nn.Module):
+    """Its convolution sees samples without a batch axis."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return torch.stack([F.relu(self.conv(sample)) for sample in x])
+
+
+class Product(nn.Module):
+    """A classifier that is no layer."""
+
+    def __init__(self, channels, kind):
+        super().__init__()
+        self.w, self.kind = nn.Parameter(torch.randn(channels, 3)), kind
+
+    def forward(self, x):
+        return x @ self.w if self.kind == "matmul" else torch.einsum("nc,ck->nk", x, self.w)
+
+
+class ShiftedBatchNorm1d(nn.BatchNorm1d):
+    """A norm that does more than its class says."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class ShiftedBatchNorm2d(nn.BatchNorm2d):
+    """The same over pictures."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class ShiftedBatchNorm3d(nn.BatchNorm3d):
+    """The same over volumes."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
 class LastAxisNorm(nn.Module):
     """LayerNorm over the channels, as in ConvNeXt."""
 
@@ -187,6 +280,7 @@ class Untraceable(nn.Module):
         return self.body(x) if x.sum() < 1e9 else x
 
 
+SUBCLASSES = (ShiftedBatchNorm1d, ShiftedBatchNorm2d, ShiftedBatchNorm3d)
 CONTAINERS = (nn.Sequential, Called, Indexed, Iterated, Listed, Named)
 MODULE_ACTIVATIONS = [
     nn.ReLU,
@@ -249,7 +343,7 @@ def activations(draw):
 @st.composite
 def norms(draw, dims, channels):
     """With statistics and parameters as after training."""
-    kind = draw(st.sampled_from(["batch", "group", "instance", "layer"]))
+    kind = draw(st.sampled_from(["batch", "group", "instance", "layer", "subclass"]))
     if kind == "group":
         divisors = [g for g in range(1, channels + 1) if channels % g == 0]
         return nn.GroupNorm(draw(st.sampled_from(divisors)), channels)
@@ -257,7 +351,7 @@ def norms(draw, dims, channels):
         return INSTANCENORMS[dims - 1](channels, affine=draw(st.booleans()))
     if kind == "layer":
         return LastAxisNorm(channels)
-    norm = BATCHNORMS[dims - 1](channels)
+    norm = (SUBCLASSES if kind == "subclass" else BATCHNORMS)[dims - 1](channels)
     nn.init.normal_(norm.running_mean)
     nn.init.uniform_(norm.running_var, 0.5, 2)
     nn.init.uniform_(norm.weight, 0.5, 2)
@@ -267,9 +361,10 @@ def norms(draw, dims, channels):
 @st.composite
 def blocks(draw, sizes, inputs, outputs, depth, keep=False):
     """(block, sizes of its output)."""
-    kinds = ["conv", "conv", "norm", "twice"]
+    kinds = list(KINDS_OF_BLOCKS)
     if depth:
-        kinds += ["sum", "gate", "nested"] + (["concat"] if outputs > 1 else [])
+        kinds += ["sum", "gate", "nested", "shape", "two names"]
+        kinds += ["concat"] if outputs > 1 else []
         kinds += ["skip"] if inputs == outputs else []
     kind = draw(st.sampled_from(kinds))
     container = draw(st.sampled_from(CONTAINERS))
@@ -283,12 +378,22 @@ def blocks(draw, sizes, inputs, outputs, depth, keep=False):
         return Join(branches, kind), sizes
     if kind == "skip":
         return Skip(draw(blocks(sizes, inputs, outputs, depth - 1, keep=True))[0]), sizes
+    if kind in ("shape", "two names"):
+        inner, after = draw(blocks(sizes, inputs, outputs, depth - 1, keep))
+        return (Resized if kind == "shape" else TwoNames)(inner), after
+    if kind == "unbatched":
+        conv = CONVS[False][len(sizes) - 1](inputs, outputs, 3, padding=1)
+        return OneByOne(conv), sizes
     if kind == "nested":
         inner, after = draw(blocks(sizes, inputs, outputs, depth - 1, keep))
         # What an activation gave may be needed for its gradient: none in place follows.
         last = draw(st.sampled_from([nn.Tanh(), nn.ReLU(), Function("gelu")]))
         return container(container(inner, last), nn.Sequential()), after
     conv, after = draw(convolutions(sizes, inputs, outputs, keep))
+    if kind == "geometry":
+        return ReadsGeometry(conv), after
+    if kind == "side norm":
+        return SideNormed(conv, draw(norms(len(sizes), outputs))), after
     parts = [conv]
     if kind == "norm":
         parts.append(draw(norms(len(sizes), outputs)))
@@ -305,11 +410,14 @@ def blocks(draw, sizes, inputs, outputs, depth, keep=False):
 def heads(draw, dims, channels):
     """What follows the last activation; None for a backbone."""
     pooled = [AVERAGES[dims - 1](1), nn.Flatten()]
-    kind = draw(st.sampled_from(["none", "linear", "conv", "conv pooled", "mlp"]))
+    kinds = ["none", "linear", "conv", "conv pooled", "mlp", "matmul", "einsum"]
+    kind = draw(st.sampled_from(kinds))
     one = CONVS[False][dims - 1](channels, 3, 1)
     return {
         "none": None,
         "linear": nn.Sequential(*pooled, nn.Linear(channels, 3)),
+        "matmul": nn.Sequential(*pooled, Product(channels, "matmul")),
+        "einsum": nn.Sequential(*pooled, Product(channels, "einsum")),
         "conv": one,
         "conv pooled": nn.Sequential(one, nn.ReLU(), *pooled),
         "mlp": nn.Sequential(
@@ -396,6 +504,8 @@ def features_of(module):
     if isinstance(module, Function):
         return {"activation in place" if "_" in module.name or "place" in module.name else
                 "activation as a function"}  # fmt: skip
+    if isinstance(module, Product):
+        return {f"{module.kind} head"}
     if isinstance(module, Outputs):
         return {f"output a {module.kind}"}
     if isinstance(module, nn.Sequential):
@@ -411,11 +521,17 @@ def features_of(module):
         Skip: "skip connection",
         Twice: "shared module",
         Untraceable: "untraceable",
+        SideNormed: "norm on a side branch",
+        Resized: "a shape that flows",
+        ReadsGeometry: "geometry is read",
+        TwoNames: "several names",
+        OneByOne: "convolution without a batch axis",
         nn.Linear: "Linear head",
         nn.Dropout: "Dropout",
         nn.GroupNorm: "GroupNorm there",
         nn.LayerNorm: "LayerNorm there",
         **dict.fromkeys(BATCHNORMS, "BatchNorm there"),
+        **dict.fromkeys(SUBCLASSES, "norm that is a subclass"),
         **dict.fromkeys(INSTANCENORMS, "InstanceNorm there"),
         **dict.fromkeys(POOLS, "max pool"),
     }
