@@ -27,7 +27,7 @@ from retrofit.numerics.moments import ChannelMoments
 from retrofit.planning.plan import plan
 from retrofit.plans import Plan, Site
 from retrofit.surgery.batchnorm import LastAxisBatchNorm
-from retrofit.surgery.folding import fold
+from retrofit.surgery.folding import fold, unfoldable
 from retrofit.surgery.record import plan_of
 from retrofit.version import __version__
 
@@ -63,6 +63,7 @@ __all__ = [
     "prepare",
     "recalibrate",
     "save",
+    "unfoldable",
     "unfreeze_statistics",
     "verify",
 ]

@@ -1,126 +1,275 @@
 """BatchNorm absorbed into weight and bias of the layer before it: the inverse of the conversion.
 
-What is computed for weight and bias stands in `numerics.folded_weights`.
+`fold_pairs` finds which layer each BatchNorm follows, `affine_map` what it computes, and
+`absorbing` gives it to the layer.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
 
 from retrofit.errors import RetrofitError
-from retrofit.numerics.exact_identity import scale_and_shift
-from retrofit.numerics.folded_weights import fold_weights
-from retrofit.numerics.tensor_checks import are_statistics
 from retrofit.plans import Plan
-from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
+from retrofit.surgery.absorbing import absorb, absorb_into_function, function_before
+from retrofit.surgery.affine_map import (
+    AffineMap,
+    UnfoldableError,
+    affine_map,
+    batchnorms,
+    is_batchnorm,
+)
 from retrofit.surgery.batchnorm import LastAxisBatchNorm
+from retrofit.surgery.fold_pairs import find_pairs
 from retrofit.surgery.native import find_site, replace, take_out
 from retrofit.surgery.record import attach, record_of
-from retrofit.tracing.calls import Call, Trace
-from retrofit.tracing.operations import channels, is_affine, is_conv, is_transposed
-from retrofit.tracing.read_model import read
 
 M = TypeVar("M", bound=nn.Module)
+EARLIER = "it was there before the conversion"
+NAMED = 3  # paths of each kind in a warning
 
 
-@uncollected()
+@dataclass(frozen=True)
+class Folded(Generic[M]):
+    """A folded model, and what is left in it.
+
+    Attributes:
+        model: the folded copy.
+        folded: how many BatchNorms were absorbed.
+        left: paths of the others, and why they stay.
+        unknown: arguments of forward whose other values may call other layers.
+    """
+
+    model: M
+    folded: int
+    left: Mapping[str, str]
+    unknown: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        total = self.folded + len(self.left)
+        if not total:
+            return f"this {type(self.model).__name__} has no BatchNorm: nothing was folded"
+        kinds: dict[str, list[str]] = {}
+        for path, reason in self.left.items():
+            kinds.setdefault(reason, []).append(path)
+        lines = (f"{_listed(paths)}: {reason}" for reason, paths in kinds.items())
+        return f"{len(self.left)} of {total} BatchNorms stay: {'; '.join(lines)}"
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"{', '.join(path or 'the model' for path in paths[:NAMED])}{more}"
+
+
 def fold(model: M, plan: Plan | None = None, *, example: Any = None) -> M:
     """Absorb the BatchNorms of a copy of `model` into the layers before them.
 
     The folded network computes, up to rounding, what `model` computes in eval mode. Right after
     the conversion, when each BatchNorm is the identity, the original state dict comes back bit
-    for bit.
+    for bit. BatchNorms that stay are counted in a warning, with the reasons; `unfoldable` lists
+    them.
 
     Args:
         model: converted by this package, or any other with BatchNorm after convolutions or Linear
             layers; not changed.
         plan: which BatchNorms, and the containers to restore; by default the model's own, so that
             what was there before the conversion stays, even if the conversion added nothing. A
-            model without one gets every torch.nn.BatchNorm folded that alone follows a layer
-            (found with torch.fx, as far as it can follow), and nn.Identity in its place so that no
-            index moves. Subclasses of BatchNorm stay, since they may do more; so does what the
-            model's own code reads (`self.bn.weight`). A BatchNorm1d after a Linear layer is taken
-            to get (N, F).
-        example: without a plan, one batch, as for `plan`: the pairs are then read off a run,
-            for models that torch.fx cannot follow.
+            model without one gets every BatchNorm folded that alone follows a layer, in every call
+            that torch.fx can follow, and nn.Identity in its place so that no index moves. Those
+            that are not torch's own (timm's BatchNormAct2d, FrozenBatchNorm2d) are tried; their
+            dropout and activation stay in their place. Inputs have a batch axis.
+        example: without a plan, one batch, as for `plan`: the pairs are then read off a run, for
+            models that torch.fx cannot follow, and calls that differ from the run are not seen. It
+            also tells whether a BatchNorm1d normalises the channels of a Linear layer.
 
     Raises:
-        RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model; a
-            BatchNorm has no running statistics, or some that are no numbers; a layer feeds several
-            BatchNorms; or, where the BatchNorm is not the identity: it comes after an activation or
-            a function, the weight is parametrized or serves a function too, the layer has a hook,
-            or its output does not follow its weight and bias linearly (weight standardisation).
+        RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model, or it is
+            an exported program or TorchScript. With a plan, where a BatchNorm has no running
+            statistics, or some that are no numbers, has a hook, or is not the identity and: comes
+            after an activation; its layer feeds several, has a hook, is parametrized other than by
+            weight_norm over its output channels, or does not follow its weight and bias linearly
+            (weight standardisation); or follows a function whose weight is no parameter of its own.
     """
+    result = folded(model, plan, example)
+    told = result.left.values() if result.folded else ()
+    if not result.folded or any(reason != EARLIER for reason in told):
+        hint = "; retrofit.unfoldable lists each" if result.left else ""
+        warnings.warn(f"{result}{hint}", stacklevel=2)
+    if result.unknown:
+        warnings.warn(
+            f"folded as {type(model).__name__}.forward is called by default: other values of "
+            f"{', '.join(result.unknown)} may call other layers, and torch.fx cannot tell",
+            stacklevel=2,
+        )
+    return result.model
+
+
+def unfoldable(
+    model: nn.Module, plan: Plan | None = None, *, example: Any = None
+) -> dict[str, str]:
+    """List the BatchNorms that `fold`, called alike, leaves in a model, with the reasons.
+
+    Args:
+        model: as for `fold`; not changed.
+        plan, example: as for `fold`.
+
+    Returns:
+        Module path to reason.
+
+    Raises:
+        RetrofitError: as `fold` does.
+
+    Example:
+        >>> retrofit.unfoldable(torchvision.models.densenet121())["features.norm5"]
+        'it follows cat, no convolution or Linear layer'
+    """
+    return dict(folded(model, plan, example).left)
+
+
+@uncollected()
+def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]:
+    """Fold a copy of `model`, as `fold` does, and list what is left."""
     refuse_inference_mode()
+    _refuse_exported(model)
     record = record_of(model)
     plan = plan or (record.plan if record else None)
     result = shared_copy(model)
+    before = batchnorms(result)
+    unknown: tuple[str, ...] = ()
     if plan is not None:
-        pairs = {site.path: _Pair(*find_site(result, site), site.host) for site in plan.inserted}
-        activated = plan.placement == "post_activation"
+        inserted = _fold_planned(result, plan)
+        left = {path: EARLIER for path, norm in before.items() if norm not in inserted}
     else:
-        pairs, activated = _pairs(model, result, example), False
-    _absorb_all(result, pairs, activated=activated)
-    if plan is not None:
-        take_out(result, plan)
-    else:
-        replace(result, {pair.norm: nn.Identity() for pair in pairs.values()})
+        left, unknown = _fold_all(model, result, example)
     attach(result, None)
-    return copy.deepcopy(result)
+    return Folded(copy.deepcopy(result), len(before) - len(left), left, unknown)
 
 
-class _Pair(NamedTuple):
-    """A BatchNorm and what it follows.
+def _refuse_exported(model: object) -> None:
+    """Raise RetrofitError for what torch.export made, which has functions in place of layers."""
+    exported = type(model).__name__ == "ExportedProgram"
+    if isinstance(model, fx.GraphModule):
+        targets = (node.target for node in model.graph.nodes)
+        exported = any(isinstance(target, torch._ops.OpOverload) for target in targets)
+    if exported:
+        raise RetrofitError(
+            "this is an exported program, which has functions in place of layers: fold the model "
+            "that it was exported from, and export the result"
+        )
 
-    Attributes:
-        layer: None for a function.
-        host: path of the layer or activation right before the BatchNorm.
+
+# --- by a plan: all that it inserted, or none ----------------------------------------------------
+
+
+def _fold_planned(model: nn.Module, plan: Plan) -> set[nn.Module]:
+    """Fold and take out, in place, what `plan` inserted; return that.
+
+    A BatchNorm that is the identity asks nothing of what it follows.
     """
-
-    layer: nn.Module | None
-    norm: nn.Module
-    host: str
-
-
-def _absorb_all(model: nn.Module, pairs: dict[str, _Pair], *, activated: bool) -> None:
-    """Give the layers new weights; those whose BatchNorm is the identity keep theirs.
-
-    `activated`: an activation stands between each layer and its BatchNorm.
-    """
-    changing: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-    for path, pair in pairs.items():
-        alpha, shift = _scale_and_shift(_foldable(pair.norm, path), path)
-        if bool((alpha == 1).all() and (shift == 0).all()):
-            continue
-        if activated:
-            activation = f"its activation {pair.host}" if pair.host else "an activation"
+    found = {site.path: (site, *find_site(model, site)) for site in plan.inserted}
+    maps = {path: _map_after(norm, path) for path, (_, _, norm) in found.items()}
+    changing = [path for path, found_map in maps.items() if not found_map.is_identity]
+    for path in changing:
+        site, layer, _ = found[path]
+        sharing = [p for p, (_, other, _) in found.items() if layer is not None and other is layer]
+        if plan.placement == "post_activation":
+            activation = f"its activation {site.host}" if site.host else "an activation"
             raise RetrofitError(
                 f"the BatchNorm of {path} comes after {activation}: the weights before the "
                 "activation cannot absorb it (placement='pre_activation' can be folded)"
             )
-        if pair.layer is None:
-            raise RetrofitError(
-                f"{path} is a function: there is no layer that could absorb its BatchNorm"
-            )
-        if isinstance(model, fx.GraphModule) and _is_read(model, pair.layer):
-            raise RetrofitError(
-                f"the weight of {path} serves a function too: it cannot absorb the BatchNorm"
-            )
-        sharing = [p for p, other in pairs.items() if other.layer is pair.layer]
         if len(sharing) > 1:
             raise RetrofitError(
                 f"one layer feeds the BatchNorms of {' and '.join(sharing)}: its one weight cannot "
                 "absorb them"
             )
-        changing[path] = (pair.layer, alpha, shift)
-    for path, (layer, alpha, shift) in changing.items():
-        _absorb(layer, alpha, shift, path)
+    for path in changing:
+        site, layer, _ = found[path]
+        try:
+            _absorb_one(model, layer, site.norm, maps[path])
+        except UnfoldableError as error:
+            raise RetrofitError(error.after(path)) from error
+    inserted = {
+        norm.bn if isinstance(norm, LastAxisBatchNorm) else norm for _, _, norm in found.values()
+    }
+    take_out(model, plan)
+    return inserted
+
+
+def _map_after(norm: nn.Module, path: str) -> AffineMap:
+    """Find what the BatchNorm after the layer at `path` computes; RetrofitError if that is more."""
+    inner = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
+    if not is_batchnorm(inner):
+        raise RetrofitError(f"after {path} comes a {type(inner).__name__}, not a BatchNorm")
+    try:
+        found = affine_map(norm)
+    except UnfoldableError as error:
+        raise RetrofitError(error.after(path)) from error
+    if not isinstance(found.rest, nn.Identity):
+        raise RetrofitError(
+            f"the BatchNorm after {path} has an activation of its own, for which the plain model "
+            "has no place"
+        )
+    return found
+
+
+# --- without a plan: what can be absorbed --------------------------------------------------------
+
+
+def _fold_all(
+    model: nn.Module, result: nn.Module, example: Any
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Fold in place, in `result`, a copy of `model`, every BatchNorm that a layer can absorb.
+
+    Returns those that stay, with the reasons, and what `Folded.unknown` says.
+    """
+    found = find_pairs(model, example)
+    layers: dict[str, nn.Module | None] = {
+        norm: result.get_submodule(pair.layer) for norm, pair in found.pairs.items()
+    }
+    left = dict(found.left)
+    if isinstance(result, fx.GraphModule):  # whose functions' parameters can be changed
+        layers |= {path: None for path in left if function_before(result, path) is not None}
+    new: dict[nn.Module, nn.Module] = {}
+    for path, layer in layers.items():
+        norm = result.get_submodule(path)
+        try:
+            found_map = affine_map(norm)
+            if not found_map.is_identity:
+                _absorb_one(result, layer, path, found_map)
+        except UnfoldableError as error:
+            left[path] = error.after("its layer")
+        else:
+            new[norm] = found_map.rest
+            left.pop(path, None)
+    replace(result, new)
+    order = batchnorms(model)
+    return {path: left[path] for path in order if path in left}, found.unknown
+
+
+def _absorb_one(model: nn.Module, layer: nn.Module | None, norm: str, found: AffineMap) -> None:
+    """Give `layer`, or the function before the BatchNorm at path `norm`, its scale and shift.
+
+    Raises UnfoldableError.
+    """
+    if layer is not None:
+        if isinstance(model, fx.GraphModule) and _is_read(model, layer):
+            raise UnfoldableError(
+                "the weight of {layer} serves a function too: it cannot absorb the BatchNorm"
+            )
+        absorb(layer, found.alpha, found.shift)
+        return
+    node = function_before(model, norm) if isinstance(model, fx.GraphModule) else None
+    if not isinstance(model, fx.GraphModule) or node is None:
+        raise UnfoldableError("{layer} is a function: there is no layer that could absorb it")
+    absorb_into_function(model, node, found.alpha, found.shift)
 
 
 def _is_read(model: fx.GraphModule, layer: nn.Module) -> bool:
@@ -128,156 +277,3 @@ def _is_read(model: fx.GraphModule, layer: nn.Module) -> bool:
     own = {id(parameter) for parameter in layer.parameters()}
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
     return any(node.op == "get_attr" and node.target in names for node in model.graph.nodes)
-
-
-def _foldable(norm: nn.Module, path: str) -> _BatchNorm:
-    """Return the BatchNorm that `norm` is or holds; RetrofitError if it cannot be folded."""
-    norm = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
-    if not isinstance(norm, _BatchNorm):
-        raise RetrofitError(f"after {path} comes a {type(norm).__name__}, not a BatchNorm")
-    if norm.running_mean is None or norm.running_var is None:
-        raise RetrofitError(
-            f"the BatchNorm after {path} has no running statistics (track_running_stats=False): "
-            "what it computes depends on the batch and cannot be folded"
-        )
-    return norm
-
-
-def _absorb(layer: nn.Module, alpha: Tensor, shift: Tensor, path: str) -> None:
-    """Give `layer` the weight and bias of alpha * layer(x) + shift."""
-    if "weight" not in layer._parameters:
-        raise RetrofitError(
-            f"the weight of {path} is parametrized: remove the parametrization (or weight_norm) "
-            "before folding"
-        )
-    folded = _absorbed(layer, alpha, shift)
-    if not _computes(folded, layer, alpha, shift):
-        raise RetrofitError(
-            f"the output of {path}, a {type(layer).__name__}, does not follow its weight and bias "
-            "linearly (or has a hook): the BatchNorm after it cannot be folded"
-        )
-    layer.weight, layer.bias = folded.weight, folded.bias
-
-
-def _scale_and_shift(norm: _BatchNorm, path: str) -> tuple[Tensor, Tensor]:
-    """Compute alpha and shift, in float32 or, for a float64 BatchNorm, in float64."""
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert var is not None
-    device = mean.device
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    mean, var, gamma, beta = (t.to("cpu", dtype) for t in (mean, var, gamma, beta))
-    if not (are_statistics(mean, var) and gamma.isfinite().all() and beta.isfinite().all()):
-        raise RetrofitError(
-            f"the BatchNorm after {path} has a NaN, an Inf or a negative running_var: folded, it "
-            "would spoil the weights"
-        )
-    alpha, shift = scale_and_shift(mean.numpy(), var.numpy(), gamma.numpy(), beta.numpy(), norm.eps)
-    return torch.from_numpy(alpha).to(device), torch.from_numpy(shift).to(device)
-
-
-def _absorbed(layer: nn.Module, alpha: Tensor, shift: Tensor) -> nn.Module:
-    """Make a copy of `layer` that computes alpha * layer(x) + shift."""
-    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-    new_weight, new_bias = fold_weights(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        alpha,
-        shift,
-        transposed=is_transposed(layer),
-        groups=int(getattr(layer, "groups", 1)),
-    )
-    folded = shared_copy(layer)
-    folded.weight = nn.Parameter(new_weight, weight.requires_grad)
-    if new_bias is not None:
-        learns = weight.requires_grad if bias is None else bias.requires_grad
-        folded.bias = nn.Parameter(new_bias, learns)
-    return folded
-
-
-def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
-    """Tell whether `folded` computes alpha * layer(x) + shift.
-
-    torch's own layers do; a subclass with a forward of its own (weight standardisation, an
-    activation) is asked by trying.
-    """
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return False
-    if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear"):
-        return True
-    generator = torch.Generator().manual_seed(0)
-    if is_conv(layer):
-        size = [
-            32 + dilation * (kernel - 1) + 1
-            for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True)  # type: ignore[arg-type]
-        ]
-        shape = [2, int(layer.in_channels), *size]  # type: ignore[arg-type]
-    else:
-        size, shape = [], [64, int(layer.in_features)]  # type: ignore[arg-type]
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    try:
-        with torch.no_grad(), evaluating(layer, folded):
-            x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-            scale, offset = (t.view(-1, *[1] * len(size)) for t in (alpha, shift))
-            expected = layer(x) * scale + offset
-            error = (folded(x) - expected).norm() / expected.norm()
-    except Exception:  # noqa: BLE001 - its forward takes something else
-        return False
-    return bool(error < (1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2))
-
-
-def _is_foldable(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Tell whether this is torch's own; a subclass may do more, such as timm's BatchNormAct2d."""
-    own = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    return isinstance(module, _BatchNorm) and own and not hooked
-
-
-def _pairs(model: nn.Module, copied: nn.Module, example: Any) -> dict[str, _Pair]:
-    """Find layers of `copied`, and the BatchNorm that alone reads each: by path of the layer."""
-    trace = read(model, example)
-    if "" in trace.opaque:
-        raise RetrofitError(
-            f"torch.fx cannot trace this {type(model).__name__} ({trace.opaque['']}), so that "
-            "nobody knows which layer a BatchNorm follows: pass example"
-        )
-    calls: dict[nn.Module, list[Call]] = {}
-    for call in trace.calls:
-        # What is inside of an opaque module may be called by code that nobody has seen.
-        if call.module is not None and not trace.is_inside_opaque(call.path):
-            calls.setdefault(copied.get_submodule(call.path), []).append(call)
-    pairs: dict[str, _Pair] = {}
-    for layer, made in calls.items():
-        pair = _pair(copied, layer, calls, trace) if is_affine(layer) else None
-        if pair is not None:
-            pairs[made[0].path] = pair
-    return pairs
-
-
-def _pair(
-    copied: nn.Module, layer: nn.Module, calls: dict[nn.Module, list[Call]], trace: Trace
-) -> _Pair | None:
-    """Pair `layer` with the one BatchNorm that reads it, if nothing else does and it fits."""
-    made = calls[layer]
-    users = [user for call in made for user in call.users]
-    norms = {
-        copied.get_submodule(user.path): user.path
-        for user in users
-        if user.module is not None and _is_foldable(user.module)
-    }
-    if len(norms) > 1:
-        raise RetrofitError(
-            f"{made[0].path} feeds several BatchNorms, {' and '.join(norms.values())}: its one "
-            "weight cannot absorb them"
-        )
-    for norm, norm_path in norms.items():
-        # A BatchNorm1d over (N, T, C) normalises T, which is not what a Linear gives C of.
-        fits = is_conv(layer) or norm.num_features == channels(layer)
-        alone = len(users) == len(made) == len(calls.get(norm, ()))
-        is_read = {made[0].path, norm_path} & trace.reads.keys()
-        if fits and alone and not is_read:
-            return _Pair(layer, norm, made[0].path)
-    return None

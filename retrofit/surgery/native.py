@@ -102,10 +102,12 @@ def take_out(model: nn.Module, plan: Plan) -> None:
         graph.take_out(model, plan)
         return
     norms = {find_site(model, site)[1] for site in plan.inserted}
-    wrappers = {
+    wrappers: dict[nn.Module, nn.Module] = {
         module: next(module.children())
         for module in model.modules()
-        if list(module._modules)[1:] == ["bn"] and module.bn in norms
+        if isinstance(module, nn.Sequential)
+        and list(module._modules)[1:] == ["bn"]
+        and module.bn in norms
     }
     for parent in list(model.modules()):
         children = [child for child in parent._modules.values() if child is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,18 @@ def defaults(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symbolic:
+def symbolic(
+    model: nn.Module,
+    *,
+    training: bool = False,
+    seed: int = 0,
+    fixed: Mapping[str, Any] | None = None,
+) -> Symbolic:
     """Trace `model` in the given mode; arguments of forward that have a default keep it.
 
-    The seed is for what forward draws while it is traced; the generator is afterwards as it was. A
-    submodule that torch.fx cannot follow becomes opaque, and the rest is traced around it.
+    `fixed` gives values of arguments instead; those that it does not name are inputs. The seed is
+    for what forward draws while it is traced; the generator is afterwards as it was. A submodule
+    that torch.fx cannot follow becomes opaque, and the rest is traced around it.
 
     Raises UntraceableError when it cannot follow the model itself, with the line that stopped it.
     """
@@ -94,7 +101,8 @@ def symbolic(model: nn.Module, *, training: bool = False, seed: int = 0) -> Symb
             tracer, reads = _Tracer(traced, opaque), Reads(traced, watched_layers(traced))
             try:
                 with reads.noted():
-                    graph = tracer.trace(traced, concrete_args=defaults(model))
+                    values = defaults(model) if fixed is None else dict(fixed)
+                    graph = tracer.trace(traced, concrete_args=values)
                 return Symbolic(graph, traced, opaque, reads)
             except Exception as error:
                 frame, reason = _culprit(error)

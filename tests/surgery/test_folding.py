@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import retrofit
 from retrofit import RetrofitError
-from retrofit.surgery.folding import fold_weights
+from retrofit.numerics.folded_weights import fold_weights
 
 
 def trained(model):

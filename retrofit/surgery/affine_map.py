@@ -1,0 +1,190 @@
+"""What a BatchNorm computes in eval mode: scale and shift of each channel, and what follows.
+
+torch's own are read off their buffers. Of others (timm's BatchNormAct2d, torchvision's
+FrozenBatchNorm2d, detectron2's) nobody knows but by trying.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from retrofit.errors import RetrofitError
+from retrofit.numerics.exact_identity import scale_and_shift
+from retrofit.numerics.tensor_checks import are_statistics
+from retrofit.running.modes import evaluating
+from retrofit.running.shared_copy import shared_copy
+from retrofit.surgery.batchnorm import LastAxisBatchNorm
+
+OWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+SIZES = (5, 6, 7)  # of the spatial axes that are tried
+TOLERANCE = 1e-5  # of the largest value: some compute in float32 whatever they get
+
+
+class UnfoldableError(RetrofitError):
+    """A BatchNorm cannot be folded; in the reason, "{layer}" stands for the layer before it."""
+
+    def after(self, layer: str) -> str:
+        """Give the reason, with the layer by this name."""
+        return str(self).replace("{layer}", layer)
+
+
+class AffineMap(NamedTuple):
+    """What a BatchNorm computes in eval mode: rest(alpha * x + shift).
+
+    Attributes:
+        alpha, shift: (C,), on the device of the running statistics.
+        rest: takes the place of the BatchNorm once alpha and shift are absorbed.
+    """
+
+    alpha: Tensor
+    shift: Tensor
+    rest: nn.Module
+
+    @property
+    def is_identity(self) -> bool:
+        """Tell whether alpha and shift change nothing."""
+        return bool((self.alpha == 1).all() and (self.shift == 0).all())
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Tell whether this is a BatchNorm: torch's, a subclass, or named and built like one.
+
+    Those in TorchScript too.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        names = [str(module.original_name)]
+    else:
+        names = [kind.__name__ for kind in type(module).__mro__]
+    built = all(
+        isinstance(getattr(module, n, None), Tensor) for n in ("running_mean", "running_var")
+    )
+    return isinstance(module, _BatchNorm) or (built and any("BatchNorm" in name for name in names))
+
+
+def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
+    """List the BatchNorms of a model, by path."""
+    return {path: module for path, module in model.named_modules() if is_batchnorm(module)}
+
+
+def affine_map(norm: nn.Module) -> AffineMap:
+    """Find what a BatchNorm (or a LastAxisBatchNorm) computes in eval mode; it is not changed.
+
+    Raises UnfoldableError where that is no scale and shift of each channel, with a reason.
+    """
+    inner = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
+    if any(module._forward_hooks or module._forward_pre_hooks for module in {norm, inner}):
+        raise UnfoldableError(
+            "the BatchNorm after {layer} has a hook, which folding would lose: remove it"
+        )
+    mean, var = inner.running_mean, inner.running_var
+    if mean is None or var is None:
+        raise UnfoldableError(
+            "the BatchNorm after {layer} has no running statistics (track_running_stats=False): "
+            "what it computes depends on the batch and cannot be folded"
+        )
+    if is_lazy(mean):  # type: ignore[arg-type]
+        raise UnfoldableError("the BatchNorm after {layer} is lazy: run one batch through it first")
+    if not are_statistics(mean, var):  # type: ignore[arg-type]
+        raise _not_finite()
+    found = AffineMap(*_read(inner), nn.Identity()) if type(inner) in OWN else _tried(inner)
+    if not (found.alpha.isfinite().all() and found.shift.isfinite().all()):
+        raise _not_finite()
+    return found
+
+
+def _not_finite() -> UnfoldableError:
+    return UnfoldableError(
+        "the BatchNorm after {layer} has a NaN, an Inf or a negative running_var: folded, it would "
+        "spoil the weights"
+    )
+
+
+def _read(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Compute alpha and shift as torch's kernel does, in float32, or float64 for float64."""
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    var: Tensor = norm.running_var  # type: ignore[assignment]
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach()  # type: ignore[operator]
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()  # type: ignore[operator]
+    device, dtype = mean.device, torch.float64 if mean.dtype == torch.float64 else torch.float32
+    mean, var, gamma, beta = (t.to("cpu", dtype) for t in (mean, var, gamma, beta))
+    eps: float = norm.eps  # type: ignore[assignment]
+    alpha, shift = scale_and_shift(mean.numpy(), var.numpy(), gamma.numpy(), beta.numpy(), eps)
+    return torch.from_numpy(alpha).to(device), torch.from_numpy(shift).to(device)
+
+
+# --- by trying ---------------------------------------------------------------------------------
+
+
+def _tried(norm: nn.Module) -> AffineMap:
+    """Find alpha and shift of a BatchNorm with a forward of its own, in float64.
+
+    What it has inside (dropout, an activation) must come after them, in the order of registration.
+    """
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    whole = shared_copy(norm).to("cpu", torch.float64)
+    bare = shared_copy(whole)
+    for name in bare._modules:
+        bare._modules[name] = nn.Identity()
+    after = nn.Sequential(*whole.children())
+    with torch.no_grad(), evaluating(whole, bare, after):
+        for axes in (2, 1, 0, 3):
+            measured = _measured(bare, whole, after, len(mean), axes)
+            if measured is not None:
+                alpha, shift = (tensor.to(mean.device) for tensor in _exact(norm, measured))
+                return AffineMap(alpha, shift, _rest(norm))
+    raise UnfoldableError(
+        f"the BatchNorm after {{layer}}, a {type(norm).__name__}, computes something else than a "
+        "scale and a shift, dropout and an activation"
+    )
+
+
+def _measured(
+    bare: nn.Module, whole: nn.Module, after: nn.Module, channels: int, axes: int
+) -> tuple[Tensor, Tensor] | None:
+    """Measure alpha and shift on inputs of so many spatial axes; None where they are not all."""
+    x = torch.randn(
+        (4, channels, *SIZES[:axes]),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
+    try:
+        at_zero, at_one = bare(torch.zeros_like(x)), bare(torch.ones_like(x))
+        shift = at_zero.movedim(1, 0).flatten(1)[:, 0]
+        alpha = at_one.movedim(1, 0).flatten(1)[:, 0] - shift
+        scale, offset = (tensor.view(-1, *[1] * axes) for tensor in (alpha, shift))
+        expected = x * scale + offset
+        fits = _close(bare(x.clone()), expected) and _close(whole(x.clone()), after(expected))
+    except Exception:  # noqa: BLE001 - its forward takes something else
+        return None
+    return (alpha, shift) if fits else None
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    )
+
+
+def _exact(norm: nn.Module, measured: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Take what torch's kernel would compute if it is the same, so that an identity is exact."""
+    if not isinstance(norm, _BatchNorm):
+        return measured
+    read = _read(norm)
+    alpha, shift = (tensor.to("cpu", torch.float64) for tensor in read)
+    sizes = measured[0].abs(), (norm.running_mean.cpu() * alpha).abs() + shift.abs()  # type: ignore[union-attr]
+    errors = (alpha - measured[0]).abs(), (shift - measured[1]).abs()
+    return (
+        read if all((e <= 1e-6 * s).all() for e, s in zip(errors, sizes, strict=True)) else measured
+    )
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """Take what stays of `norm` under the names that it has there, so that keys stay too."""
+    kept = {n: m for n, m in norm.named_children() if not isinstance(m, nn.Identity)}
+    return nn.Sequential(OrderedDict(kept)).train(norm.training) if kept else nn.Identity()

@@ -1,0 +1,314 @@
+"""Which layer each BatchNorm alone follows; why the others follow none that could absorb them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.running.call_arguments import arguments_of
+from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.channel_axis import kept_in_graph, kept_in_run, of_two_axes, ranks_in
+from retrofit.tracing.branches import branches
+from retrofit.tracing.calls import Call
+from retrofit.tracing.operations import (
+    AFFINE_FUNCTIONS,
+    VIEWS,
+    dims,
+    is_affine,
+    is_linear,
+)
+from retrofit.tracing.read_model import read
+from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defaults, symbolic
+
+# The same numbers in another order or shape. (Of VIEWS, others change the precision.)
+BETWEEN = (VIEWS - {"bfloat16", "double", "float", "half", "to", "type", "typeas"}) | {"getitem"}
+ASKS_SHAPE = {"dim", "getattr", "len", "ndimension", "numel", "size"}
+TENSORS = {"bias", "parametrizations", "weight", "weight_g", "weight_v"}
+NO_CALL = "no call of it is seen in eval mode"
+
+
+class Pair(NamedTuple):
+    """A BatchNorm and the layer that it alone follows.
+
+    Attributes:
+        layer, norm: paths.
+        between: the views from one to the other, as they are written, in each call.
+        calls: each call of the layer, and that of the BatchNorm which takes what it gives.
+    """
+
+    layer: str
+    norm: str
+    between: tuple[tuple[str, ...], ...]
+    calls: tuple[tuple[Call, Call], ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All BatchNorms of a model: those that follow a layer, and the others.
+
+    Attributes:
+        pairs: by path of the BatchNorm.
+        left: the others: path to reason.
+        unknown: arguments of forward that decide what is called, in ways not all of which could be
+            followed.
+    """
+
+    pairs: dict[str, Pair]
+    left: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def without(self, reasons: Mapping[str, str]) -> Pairs:
+        """Leave out pairs, for these reasons."""
+        kept = {norm: pair for norm, pair in self.pairs.items() if norm not in reasons}
+        return Pairs(kept, {**self.left, **reasons}, self.unknown)
+
+
+class _Reading(NamedTuple):
+    """What a model does in eval mode.
+
+    Attributes:
+        static: torch.fx followed the model.
+        special: the example gives another value for an argument that has a default.
+        symbolic, nodes: where no example was given.
+    """
+
+    calls: Sequence[Call]
+    opaque: Mapping[str, str]
+    reads: Mapping[str, frozenset[str]]
+    static: bool
+    special: bool = False
+    symbolic: Symbolic | None = None
+    nodes: Mapping[Call, fx.Node] = MappingProxyType({})
+
+
+def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
+    """Find for each BatchNorm of `model` the layer that it alone follows; nothing is changed.
+
+    Args:
+        model: any module.
+        example: one batch; the calls are then read off a run where torch.fx cannot follow.
+
+    Raises:
+        RetrofitError: without an example, torch.fx cannot trace the model; with one, it does not
+            run.
+    """
+    norms = batchnorms(model)
+    if not norms:
+        return Pairs({})
+    reading = _read(model, example)
+    found = _followed(reading.calls, norms)
+    found = found.without(_hidden(model, found, reading))
+    found = found.without(_read_by_code(found, reading))
+    found = found.without(_on_another_axis(model, found, reading, example))
+    return _in_every_branch(model, found, reading)
+
+
+def _read(model: nn.Module, example: Any) -> _Reading:
+    if example is not None:
+        trace = read(model, example)
+        special = bool(arguments_of(model, example).kwargs.keys() & defaults(model).keys())
+        static = trace.way == "symbolic"
+        return _Reading(trace.calls, trace.opaque, trace.reads, static, special)
+    try:
+        found = symbolic(model)
+    except UntraceableError as error:
+        raise RetrofitError(
+            f"torch.fx cannot trace this {type(model).__name__} ({error.place}), so that nobody "
+            "knows which layer a BatchNorm follows: pass example"
+        ) from error
+    nodes = {call: node for node, call in calls_of(model, found.graph, found.opaque).items()}
+    reads = found.reads.frozen()
+    return _Reading(tuple(nodes), found.opaque, reads, static=True, symbolic=found, nodes=nodes)
+
+
+# --- what feeds what ---------------------------------------------------------------------------
+
+
+def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
+    """Pair BatchNorms and layers by the calls of a forward pass."""
+    calls = list(calls)
+    made: dict[str, list[Call]] = {}
+    for call in calls:
+        if call.module is not None and call.name != "unknown":
+            made.setdefault(call.path, []).append(call)
+    sources: dict[Call, tuple[Call, tuple[str, ...]]] = {}
+    for call in calls:
+        if call.module is not None and call.name != "unknown" and is_affine(call.module):
+            reader, views = _only_reader(call)
+            if reader is not None and reader.path in norms and reader.alone:
+                sources[reader] = call, views
+    feeders: dict[Call, list[Call]] = {}
+    for call in calls:
+        for user in call.users:
+            feeders.setdefault(user, []).append(call)
+    pairs: dict[str, Pair] = {}
+    left: dict[str, str] = {}
+    for norm in norms:
+        own = made.get(norm, [])
+        found = [sources[call] for call in own if call in sources]
+        layers = {call.path for call, _ in found}
+        between = tuple(passed for _, passed in found)
+        if not own:
+            left[norm] = NO_CALL
+        elif len(found) < len(own):
+            left[norm] = next(_reason(c, feeders, norms) for c in own if c not in sources)
+        elif len(layers) > 1:
+            left[norm] = "it is called after several layers"
+        elif len(made[layer := next(iter(layers))]) > len(own):
+            left[norm] = "its layer is called elsewhere too"
+        else:
+            both = zip((call for call, _ in found), own, strict=True)
+            pairs[norm] = Pair(layer, norm, between, tuple(both))
+    return Pairs(pairs, left)
+
+
+def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
+    """Find the one call that takes the numbers `call` gives, and the views on the way there."""
+    between: list[str] = []
+    while True:
+        users = [user for user in call.users if not _asks_shape(user)]
+        if len(users) != 1:
+            return None, ()
+        call = users[0]
+        if call.name not in BETWEEN:
+            return call, tuple(between)
+        between.append(f"{call.name} {call.path} {call.arguments}")
+
+
+def _asks_shape(call: Call) -> bool:
+    return call.module is None and call.name in ASKS_SHAPE
+
+
+def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str]) -> str:
+    """Say why a call of a BatchNorm is not paired."""
+    if not call.alone:
+        return "it is called with more than its one input"
+    while True:
+        before = [c for c in feeders.get(call, ()) if not _asks_shape(c)]
+        if not before:
+            return "what it follows is not known"
+        call = before[0]
+        if call.name not in BETWEEN or len(before) > 1:
+            break
+    if call.name == "input":
+        return "it follows the model's input, no convolution or Linear layer"
+    if call.name in AFFINE_FUNCTIONS and call.module is None:
+        return f"it follows a function ({call.name}), no layer that could absorb it"
+    if call.name == "unknown" or call.module is None or not is_affine(call.module):
+        name = type(call.module).__name__ if call.module is not None else call.name
+        return f"it follows {name}, no convolution or Linear layer"
+    users = [user for user in call.users if not _asks_shape(user)]
+    if all(user.path in norms and user.module is not None for user in users):
+        return "its layer feeds several BatchNorms, and has one weight"
+    return "what its layer gives is used elsewhere too"
+
+
+# --- what a trace does not say -----------------------------------------------------------------
+
+
+def _hidden(model: nn.Module, found: Pairs, reading: _Reading) -> dict[str, str]:
+    """Give the reasons of BatchNorms, and of layers' BatchNorms, whose calls nobody sees."""
+    reasons: dict[str, str] = {}
+    for norm in (*found.pairs, *found.left):
+        places = (norm, found.pairs[norm].layer) if norm in found.pairs else (norm,)
+        for path in places:
+            for above in _above(path):
+                if above in reading.opaque:
+                    reasons[norm] = (
+                        f"it is inside {above}, which torch.fx cannot follow "
+                        f"({reading.opaque[above]}): pass example"
+                    )
+                elif isinstance(model.get_submodule(above), torch.jit.ScriptModule):
+                    reasons[norm] = f"it is inside {above}, which is TorchScript and cannot change"
+    return reasons
+
+
+def _above(path: str) -> list[str]:
+    """List a path and those of the modules around it, the outermost last."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _read_by_code(found: Pairs, reading: _Reading) -> dict[str, str]:
+    """Give the reasons of pairs whose tensors the model's own code reads."""
+    reasons: dict[str, str] = {}
+    for norm, pair in found.pairs.items():
+        # None but tensors change in the layer; of the BatchNorm nothing stays.
+        of_layer = reading.reads.get(pair.layer, frozenset()) & TENSORS
+        names = sorted({*reading.reads.get(norm, ()), *of_layer})
+        if names:
+            reasons[norm] = f"the model's own code reads {names[0]} of it or of its layer"
+    return reasons
+
+
+def _on_another_axis(
+    model: nn.Module, found: Pairs, reading: _Reading, example: Any
+) -> dict[str, str]:
+    """Give the reasons of pairs in which the BatchNorm may not normalise the layer's channels."""
+    unsure = {
+        norm: pair
+        for norm, pair in found.pairs.items()
+        if any(pair.between) or dims(model.get_submodule(pair.layer)) < 2
+    }
+    if not unsure:
+        return {}
+    if reading.symbolic is None:
+        kept = kept_in_run(model, example, {norm: pair.layer for norm, pair in unsure.items()})
+        reason = "it normalises another axis than the one of its layer's channels"
+    else:
+        kept = _kept(reading.symbolic, reading.nodes, unsure)
+        reason = "it may get (N, T, C) from its layer, and normalise T: pass example"
+    return {norm: reason for norm in unsure if norm not in kept}
+
+
+def _kept(found: Symbolic, nodes: Mapping[Call, fx.Node], pairs: Mapping[str, Pair]) -> set[str]:
+    """Tell in which pairs the BatchNorm normalises the layer's channels, as far as a graph can."""
+    root, ranks = found.traced, ranks_in(found.graph, found.traced)
+    calls = {n: [(nodes[one], nodes[other]) for one, other in p.calls] for n, p in pairs.items()}
+    unknown = [
+        one
+        for norm, pair in pairs.items()
+        for one, _ in calls[norm]
+        if not any(pair.between)
+        and is_linear(root.get_submodule(pair.layer))
+        and ranks[one] is None
+    ]
+    ranks |= dict.fromkeys(of_two_axes(root, unknown), 2)
+    return {
+        norm
+        for norm, both in calls.items()
+        if all(kept_in_graph(root, one, other, ranks[one]) for one, other in both)
+    }
+
+
+def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs:
+    """Leave out the pairs that are none where forward is called with other arguments."""
+    # What a model that asks for types does in a run, torch.fx does not see.
+    if not found.pairs or not (reading.static or reading.special):
+        return found
+    others = branches(model, usual=reading.special)
+    reasons: dict[str, str] = {}
+    for words, other in others.traces.items():
+        calls = list(calls_of(model, other.graph, other.opaque).values())
+        seen = _followed(calls, found.pairs)
+        called = {call.path for call in calls if call.module is not None}
+        for norm, pair in found.pairs.items():
+            same = seen.pairs.get(norm)
+            hidden = any(
+                above in other.opaque.keys() - reading.opaque.keys()
+                for path in (norm, pair.layer)
+                for above in _above(path)
+            )
+            if hidden:
+                reasons[norm] = f"what {words} does with it cannot be followed"
+            elif {norm, pair.layer} & called and (
+                same is None or (same.layer, same.between) != (pair.layer, pair.between)
+            ):
+                reasons[norm] = f"{words} uses it or its layer otherwise"
+    return Pairs(found.pairs, found.left, others.unknown).without(reasons)

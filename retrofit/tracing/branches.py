@@ -1,0 +1,125 @@
+"""Other ways through a forward pass than the one with every argument at its default."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from retrofit.errors import RetrofitError
+from retrofit.tracing.symbolic import Symbolic, defaults, symbolic
+
+MOST = 16  # combinations of values that are traced
+ANY = object()  # in place of a value: an input, so that a trace holds for every one
+
+
+class Branches(NamedTuple):
+    """Traces with other arguments.
+
+    Attributes:
+        traces: how it is called, in words ("forward(mode='b')"), to the trace.
+        unknown: names of the arguments on which the code depends such that not every way can be
+            found.
+    """
+
+    traces: dict[str, Symbolic]
+    unknown: tuple[str, ...]
+
+
+def branches(model: nn.Module, *, usual: bool = False) -> Branches:
+    """Trace `model` with other values of those arguments of forward that have a default.
+
+    A flag is turned; in place of None comes an input, or True; a string becomes each of those that
+    the code compares it with, an Enum each member; any other value, an input. All combinations are
+    traced where they are few, else one other value at a time. `usual`: the defaults, too.
+    """
+    given = defaults(model)
+    found = {name: _values(model, given, name) for name in given}
+    unknown = tuple(name for name, values in found.items() if values is None)
+    others = {name: values for name, values in found.items() if values}
+    every = itertools.product(*([given[name], *values] for name, values in others.items()))
+    ways = [dict(zip(others, way, strict=True)) for way in every]
+    if len(ways) > MOST:
+        ways = [{}, *({name: value} for name, values in others.items() for value in values)]
+    traces: dict[str, Symbolic] = {}
+    for way in ways if usual else ways[1:]:
+        changed = {name: value for name, value in way.items() if value is not given[name]}
+        trace = _traced(model, given | way)
+        if trace is not None:
+            traces[_words(changed)] = trace
+    return Branches(traces, unknown)
+
+
+def _words(changed: Mapping[str, Any]) -> str:
+    values = (f"{name}={'...' if v is ANY else repr(v)}" for name, v in changed.items())
+    return f"forward({', '.join(values)})"
+
+
+def _traced(model: nn.Module, values: Mapping[str, Any]) -> Symbolic | None:
+    """Trace `model` with these arguments; None where torch.fx, or the model, refuses them."""
+    fixed = {name: value for name, value in values.items() if value is not ANY}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fx's, that it asserts no such value
+            return symbolic(model, fixed=fixed)
+    except RetrofitError:
+        return None
+
+
+def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> list[Any] | None:
+    """List what else an argument can be; None where nobody knows."""
+    value = usual[name]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, Enum):
+        return [member for member in type(value) if member is not value]
+    as_input = _traced(model, {**usual, name: ANY})
+    if as_input is not None and not as_input.opaque:
+        return [ANY]
+    if value is None:  # a flag?
+        flagged = _traced(model, {**usual, name: True})
+        return None if flagged is None else [True]
+    if isinstance(value, str):
+        return _compared(model, usual, name)
+    return None
+
+
+def _compared(model: nn.Module, usual: Mapping[str, Any], name: str) -> list[Any] | None:
+    """List the strings that the code compares an argument with; None if it looks it up, too."""
+    known = [str(usual[name]), ""]  # "" passes every comparison by
+    for value in known:
+        asked = _Asked(value)
+        _traced(model, {**usual, name: asked})
+        if asked.looked_up or len(known) > MOST:
+            return None
+        known += [other for other in asked.compared if other not in known]
+    return known[2:]
+
+
+class _Asked(str):  # noqa: SLOT000 - it has attributes
+    """A string that notes what it is compared with.
+
+    Attributes:
+        compared: the other strings.
+        looked_up: it was the key of a dict, say, so that others are not known.
+    """
+
+    def __init__(self, _: str) -> None:
+        self.compared: list[str] = []
+        self.looked_up = False
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is str:
+            self.compared.append(other)
+        return str.__eq__(self, other)  # type: ignore[arg-type]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        self.looked_up = True
+        return str.__hash__(self)
