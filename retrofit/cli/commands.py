@@ -28,13 +28,14 @@ from retrofit.cli.requests import (
     VerifyRequest,
 )
 from retrofit.cli.sample import naming_pictures, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table
+from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table, show_warning
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, trained
 from retrofit.files.provenance import Provenance
 from retrofit.files.weights import read_weights
 from retrofit.json_values import to_plain
 from retrofit.report import check_report, measured_drift, write_report
+from retrofit.surgery.folding import folded
 from retrofit.surgery.record import attach, record_of
 from retrofit.tables import one_line
 
@@ -72,14 +73,16 @@ def run_fold(request: FoldRequest) -> int:
     """Fold the model of a file, and save it."""
     check_output(request.output, overwrite=request.overwrite)
     model, name, _ = _load(request.file, request.model)
-    folded = retrofit.fold(model)
-    before, after = _batchnorms(model), _batchnorms(folded)
-    if before == after:
-        raise RetrofitError(f"{request.file} has no BatchNorm that can be folded")
+    result = folded(model)
+    if not result.folded:
+        reasons = f": {result}" if result.left else ""
+        raise RetrofitError(f"{request.file} has no BatchNorm that can be folded{reasons}")
     # What was not converted here is not the plain model after folding: it has new biases.
     plain = name if record_of(model) else None
-    retrofit.save(folded, request.output, name=plain, overwrite=request.overwrite)
-    print(f"{before - after} BatchNorms folded, {after} left; written: {request.output}")
+    retrofit.save(result.model, request.output, name=plain, overwrite=request.overwrite)
+    for line in result.remarks:
+        show_warning(line)
+    print(f"{result.folded} BatchNorms folded, {len(result.left)} left; written: {request.output}")
     return 0
 
 

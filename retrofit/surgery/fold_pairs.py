@@ -135,13 +135,13 @@ def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
     calls = list(calls)
     made: dict[str, list[Call]] = {}
     for call in calls:
-        if call.module is not None and call.name != "unknown":
+        if _is_seen(call):
             made.setdefault(call.path, []).append(call)
     sources: dict[Call, tuple[Call, tuple[str, ...]]] = {}
     for call in calls:
-        if call.module is not None and call.name != "unknown" and is_affine(call.module):
+        if _is_seen(call) and call.module is not None and is_affine(call.module):
             reader, views = _only_reader(call)
-            if reader is not None and reader.path in norms and reader.alone:
+            if reader is not None and _is_seen(reader) and reader.path in norms and reader.alone:
                 sources[reader] = call, views
     feeders: dict[Call, list[Call]] = {}
     for call in calls:
@@ -168,6 +168,11 @@ def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
     return Pairs(pairs, left)
 
 
+def _is_seen(call: Call) -> bool:
+    """Tell whether this is the call of a module that was followed."""
+    return call.module is not None and call.name != "unknown"
+
+
 def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
     """Find the one call that takes the numbers `call` gives, and the views on the way there."""
     between: list[str] = []
@@ -189,12 +194,9 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
     """Say why a call of a BatchNorm is not paired."""
     if not call.alone:
         return "it is called with more than its one input"
-    while True:
-        before = [c for c in feeders.get(call, ()) if not _asks_shape(c)]
-        if not before:
-            return "what it follows is not known"
-        call = before[0]
-        if call.name not in BETWEEN or len(before) > 1:
+    while before := [c for c in feeders.get(call, ()) if not _asks_shape(c)]:
+        call = before[-1]  # sizes, of a view, were computed before
+        if call.name not in BETWEEN:
             break
     if call.name == "input":
         return "it follows the model's input, no convolution or Linear layer"
@@ -221,11 +223,11 @@ def _hidden(model: nn.Module, found: Pairs, reading: _Reading) -> dict[str, str]
             for above in _above(path):
                 if above in reading.opaque:
                     reasons[norm] = (
-                        f"it is inside {above}, which torch.fx cannot follow "
+                        "it is inside a module that torch.fx cannot follow "
                         f"({reading.opaque[above]}): pass example"
                     )
                 elif isinstance(model.get_submodule(above), torch.jit.ScriptModule):
-                    reasons[norm] = f"it is inside {above}, which is TorchScript and cannot change"
+                    reasons[norm] = "it is inside TorchScript, which cannot be changed"
     return reasons
 
 
@@ -306,9 +308,9 @@ def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs
                 for above in _above(path)
             )
             if hidden:
-                reasons[norm] = f"what {words} does with it cannot be followed"
+                reasons.setdefault(norm, f"what {words} does with it cannot be followed")
             elif {norm, pair.layer} & called and (
                 same is None or (same.layer, same.between) != (pair.layer, pair.between)
             ):
-                reasons[norm] = f"{words} uses it or its layer otherwise"
+                reasons.setdefault(norm, f"{words} uses it or its layer otherwise")
     return Pairs(found.pairs, found.left, others.unknown).without(reasons)

@@ -52,6 +52,19 @@ class Folded(Generic[M]):
     left: Mapping[str, str]
     unknown: tuple[str, ...] = ()
 
+    @property
+    def remarks(self) -> list[str]:
+        """Say what the user has to know: what is left unasked, or that nothing was folded."""
+        said = []
+        if not self.folded or any(reason != EARLIER for reason in self.left.values()):
+            said.append(f"{self}; retrofit.unfoldable lists each" if self.left else str(self))
+        if self.unknown:
+            said.append(
+                f"folded as {type(self.model).__name__}.forward is called by default: other values "
+                f"of {', '.join(self.unknown)} may call other layers, and torch.fx cannot tell"
+            )
+        return said
+
     def __str__(self) -> str:
         total = self.folded + len(self.left)
         if not total:
@@ -98,16 +111,8 @@ def fold(model: M, plan: Plan | None = None, *, example: Any = None) -> M:
             (weight standardisation); or follows a function whose weight is no parameter of its own.
     """
     result = folded(model, plan, example)
-    told = result.left.values() if result.folded else ()
-    if not result.folded or any(reason != EARLIER for reason in told):
-        hint = "; retrofit.unfoldable lists each" if result.left else ""
-        warnings.warn(f"{result}{hint}", stacklevel=2)
-    if result.unknown:
-        warnings.warn(
-            f"folded as {type(model).__name__}.forward is called by default: other values of "
-            f"{', '.join(result.unknown)} may call other layers, and torch.fx cannot tell",
-            stacklevel=2,
-        )
+    for remark in result.remarks:
+        warnings.warn(remark, stacklevel=2)
     return result.model
 
 

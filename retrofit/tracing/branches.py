@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -63,9 +62,7 @@ def _traced(model: nn.Module, values: Mapping[str, Any]) -> Symbolic | None:
     """Trace `model` with these arguments; None where torch.fx, or the model, refuses them."""
     fixed = {name: value for name, value in values.items() if value is not ANY}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fx's, that it asserts no such value
-            return symbolic(model, fixed=fixed)
+        return symbolic(model, fixed=fixed)
     except RetrofitError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,9 @@ def symbolic(
         while True:
             tracer, reads = _Tracer(traced, opaque), Reads(traced, watched_layers(traced))
             try:
-                with reads.noted():
+                with reads.noted(), warnings.catch_warnings():
+                    # That a graph asserts no default of this type; it is not run.
+                    warnings.filterwarnings("ignore", "Was not able to add assertion")
                     values = defaults(model) if fixed is None else dict(fixed)
                     graph = tracer.trace(traced, concrete_args=values)
                 return Symbolic(graph, traced, opaque, reads)

@@ -1,0 +1,312 @@
+"""What `fold` leaves it counts, with the reasons; what it cannot do it refuses in one line."""
+
+import enum
+import warnings
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from test_folding_kinds import assert_folded, trained
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+from retrofit.cli import main
+
+NETS = """
+import torch
+from torch import nn
+
+def some():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()
+    ).eval()
+
+def none():
+    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
+"""
+
+
+class Mixed(nn.Module):
+    """BatchNorms of which one follows a convolution alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.conv, self.after = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.sums = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(5))
+        self.unused = nn.BatchNorm2d(3)
+        self.script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
+
+    def forward(self, x):
+        x = self.after(self.conv(F.relu(self.first(x))))
+        for norm in self.sums:
+            x = norm(x + 1)
+        return self.script(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_is_left_is_counted_and_grouped_by_reason():
+    model = trained(Mixed())
+    with pytest.warns(UserWarning) as told:  # noqa: PT030 - the whole of it
+        folded = retrofit.fold(model)
+    assert len(told) == 1
+    assert str(told[0].message) == (
+        "8 of 9 BatchNorms stay: first: it follows the model's input, no convolution or Linear "
+        "layer; sums.0, sums.1, sums.2 and 2 more: it follows add, no convolution or Linear layer; "
+        "unused: no call of it is seen in eval mode; script.1: it is inside TorchScript, which "
+        "cannot be changed; retrofit.unfoldable lists each"
+    )
+    assert told[0].filename == __file__
+    assert list(retrofit.unfoldable(folded)) == list(retrofit.unfoldable(model))
+    assert isinstance(folded.after, nn.Identity)
+    x = nets.images(2, 3, 5, 5)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fold_that_folds_nothing_says_so():
+    with pytest.warns(UserWarning, match="this Residual has no BatchNorm: nothing was folded"):
+        retrofit.fold(nets.build(nets.Residual))
+    normed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    converted = retrofit.insert(normed)
+    assert retrofit.unfoldable(converted) == {"1": "it was there before the conversion"}
+    with pytest.warns(UserWarning, match="1 of 1 BatchNorms stay: 1: it was there before"):
+        assert str(retrofit.fold(converted)) == str(normed)
+
+
+def test_what_was_there_before_the_conversion_is_not_remarked_on():
+    model = nets.build(nets.AlreadyNormed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = retrofit.fold(retrofit.insert(model))
+    assert list(folded.state_dict()) == list(model.state_dict())
+    assert retrofit.unfoldable(folded) == {}  # without the conversion's record each is asked
+
+
+def test_only_the_batchnorms_before_a_convolution_stay_in_a_densenet():
+    model = trained(torchvision.models.DenseNet(8, (2, 2), 16))
+    left = retrofit.unfoldable(model)
+    before_conv = [p for p in left if p.endswith(("norm1", "norm", "norm5"))]
+    assert before_conv == list(left)
+    assert len(left) == 6
+    assert_folded(model, nets.images(2, 3, 32, 32), left=left)
+
+
+# --- branches that default arguments hide --------------------------------------------------------
+
+
+class Mode(enum.Enum):
+    NORMED = 1
+    PLAIN = 2
+
+
+class Branching(nn.Module):
+    """`use(self, x, argument)` decides how conv and bn are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+
+class ByName(Branching):
+    def forward(self, x, mode="a"):
+        x = self.stem(x)
+        if mode == "a":
+            return self.bn(self.conv(x))
+        if mode in ("b", "c"):
+            return self.conv(x)
+        raise ValueError(mode)
+
+
+class ByFlag(Branching):
+    def forward(self, x, normed=True, *, twice=False):
+        y = self.conv(self.stem(x))
+        return self.bn(y) if normed or twice else y
+
+
+class ByTensor(Branching):
+    def forward(self, x, mask=None):
+        y = self.conv(self.stem(x))
+        return self.bn(y) if mask is None else self.bn(y * mask)
+
+
+class ByTruth(Branching):
+    def forward(self, x, features=None):
+        y = self.conv(self.stem(x))
+        return (self.bn(y), y) if features else self.bn(y)
+
+
+class ByMember(Branching):
+    def forward(self, x, mode=Mode.NORMED):
+        y = self.conv(self.stem(x))
+        return self.bn(y) if mode is Mode.NORMED else y
+
+
+class Both(Branching):
+    def forward(self, x, one=False, other=False):
+        y = self.conv(self.stem(x))
+        return y if one and other else self.bn(y)
+
+
+BRANCHES = [
+    (ByName, {"mode": "b"}, "forward(mode='b') uses it or its layer otherwise"),
+    (ByFlag, {"normed": False}, "forward(normed=False) uses it or its layer otherwise"),
+    (ByTensor, {"mask": torch.ones(1)}, "forward(mask=...) uses it or its layer otherwise"),
+    (ByTruth, {"features": True}, "forward(features=True) uses it or its layer otherwise"),
+    (
+        ByMember,
+        {"mode": Mode.PLAIN},
+        "forward(mode=<Mode.PLAIN: 2>) uses it or its layer otherwise",
+    ),
+    (
+        Both,
+        {"one": True, "other": True},
+        "forward(one=True, other=True) uses it or its layer otherwise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("net", "arguments", "reason"), BRANCHES)
+def test_what_another_branch_uses_otherwise_stays(net, arguments, reason):
+    model, x = trained(net()), nets.images(2, 3, 5, 5)
+    assert retrofit.unfoldable(model) == {"bn": reason}
+    folded = assert_folded(model, x, left=["bn"])
+    ours, theirs = folded(x, **arguments), model(x, **arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_folded(model, x, left=["bn"], example=x)
+
+
+def test_an_example_with_other_arguments_does_not_change_what_the_default_computes():
+    class Swapped(Branching):
+        def forward(self, x, normed=False):
+            y = self.conv(self.stem(x))
+            return self.bn(y) if normed else y
+
+    model, x = trained(Swapped()), nets.images(2, 3, 5, 5)
+    assert_folded(model, x, left=["bn"], example={"x": x, "normed": True})
+
+
+def test_arguments_that_change_no_branch_or_use_both_together_change_nothing():
+    class Scaled(Branching):
+        def forward(self, x, scale=2.0, skip=False, name="x"):
+            x = self.stem(x)
+            return {name: x if skip else self.bn(self.conv(x)) * scale}["x"]
+
+    assert_folded(trained(ByPlace()), nets.images(2, 3, 5, 5))
+    model = trained(Scaled())
+    with pytest.warns(UserWarning, match="values of name may call other layers"):
+        folded = retrofit.fold(model)
+    assert isinstance(folded.bn, nn.Identity)
+
+
+class ByPlace(Branching):
+    """Its flag decides where the same pair is called."""
+
+    def forward(self, x, late=False):
+        return self.bn(self.conv(self.stem(x))) if late else self.stem(self.bn(self.conv(x)))
+
+
+# --- bad requests ------------------------------------------------------------------------------
+
+
+def exported():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    return torch.export.export(model, (torch.randn(2, 3, 5, 5),))
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) if x.sum() < 1e9 else x
+
+
+def trained_conversion(change):
+    """A conversion whose BatchNorm was then changed."""
+    converted = retrofit.insert(nets.build(nets.root_sequential))
+    change(converted[0].bn)
+    return converted
+
+
+def hooked(norm):
+    norm.register_forward_hook(lambda _m, _i, y: y.relu())
+
+
+def without_statistics(norm):
+    norm.running_mean = norm.running_var = None
+
+
+REFUSED = [
+    (lambda: retrofit.fold(exported()), "this is an exported program, which has functions"),
+    (lambda: retrofit.fold(exported().module()), "fold the model that it was exported from"),
+    (lambda: retrofit.fold(scripted()), "TorchScript module, whose layers are fixed: pass"),
+    (lambda: retrofit.fold(Asking()), "cannot trace this Asking (test_what_fold_says.py"),
+    (lambda: retrofit.unfoldable(Asking()), "follows: pass example"),
+    (lambda: retrofit.fold(Asking(), example=torch.ones(2, 5, 4, 4)), "not run on the example"),
+    (lambda: retrofit.fold(Asking(), example="picture"), "holds no tensor"),
+    (lambda: retrofit.unfoldable(3), "expected an nn.Module, not a int"),
+    (
+        lambda: retrofit.fold(trained_conversion(hooked)),
+        "the BatchNorm after 0 has a hook, which folding would lose: remove it",
+    ),
+    (
+        lambda: retrofit.fold(trained_conversion(without_statistics)),
+        "the BatchNorm after 0 has no running statistics (track_running_stats=False)",
+    ),
+    (
+        lambda: retrofit.fold(nets.build(nets.Residual), retrofit.plan(nets.build(nets.Residual))),
+        "it has no stem.bn, the place of stem",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_a_bad_request_is_refused_in_one_line(call, words):
+    with pytest.raises(RetrofitError) as refused:
+        call()
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """Weights of NETS, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETS)
+    scope = {}
+    exec(NETS, scope)  # noqa: S102
+    for name in ("some", "none"):
+        retrofit.save(scope[name](), tmp_path / f"{name}.pth")
+    return tmp_path
+
+
+def test_the_command_prints_what_stays_in_one_line(weights, capsys):
+    words = ["fold", "some.pth", "--model", "net.py:some", "--output", "out.pth"]
+    assert main(words) == 0
+    assert (weights / "out.pth").exists()
+    out, err = capsys.readouterr()
+    assert out == "1 BatchNorms folded, 1 left; written: out.pth\n"
+    assert err.count("\n") == 1
+    assert "warning: 1 of 2 BatchNorms stay: 3: it follows ReLU, no convolution" in err
+
+
+def test_the_command_refuses_a_model_in_which_nothing_can_be_folded(weights, capsys):
+    assert main(["fold", "none.pth", "--model", "net.py:none", "--output", "out.pth"]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "retrofit: none.pth has no BatchNorm that can be folded: 1 of 1 BatchNorms stay: 1: it "
+        "follows ReLU, no convolution or Linear layer\n"
+    )
+    assert not (weights / "out.pth").exists()
