@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError
 
@@ -70,6 +71,16 @@ def refuse_inference_mode() -> None:
             "what is made in torch.inference_mode() can never be trained: call this outside of it, "
             "or under torch.no_grad()"
         )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise RetrofitError for layers that wait for a first batch to tell their shape."""
+    for path, module in model.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise RetrofitError(
+                f"{path or 'the model'} is a lazy {type(module).__name__} that has no shape yet: "
+                "run one batch through the model first"
+            )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

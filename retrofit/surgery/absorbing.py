@@ -15,7 +15,13 @@ from retrofit.numerics.folded_weights import fold_weights
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import shared_copy
 from retrofit.surgery.affine_map import UnfoldableError
-from retrofit.tracing.operations import AFFINE_FUNCTIONS, function_name, is_conv, is_transposed
+from retrofit.tracing.operations import (
+    AFFINE_FUNCTIONS,
+    channels,
+    function_name,
+    is_conv,
+    is_transposed,
+)
 
 # In the calls of F.conv2d, F.linear and their like; groups of the transposed ones.
 PLACES = {"weight": 1, "bias": 2, "groups": 6}
@@ -96,22 +102,53 @@ def _absorbed(layer: nn.Module, place: _Place, alpha: Tensor, shift: Tensor) -> 
     """Make a copy of `layer` that computes alpha * layer(x) + shift."""
     weight = layer.get_submodule(place.owner)._parameters[place.name]
     assert weight is not None
-    bias = layer._parameters["bias"]
+    folded = shared_copy(layer)
+    folded.get_submodule(place.owner)._parameters[place.name], folded._parameters["bias"] = (
+        _scaled_by(
+            alpha,
+            shift,
+            weight,
+            layer._parameters["bias"],
+            channels=channels(layer),
+            transposed=is_transposed(layer),
+            groups=int(getattr(layer, "groups", 1)),
+        )
+    )
+    return folded
+
+
+def _scaled_by(
+    alpha: Tensor,
+    shift: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    *,
+    channels: int,
+    transposed: bool,
+    groups: int,
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Make new parameters: see `fold_weights`. UnfoldableError where there are none."""
+    if len(alpha) != channels:
+        raise UnfoldableError(
+            f"the BatchNorm after {{layer}} has {len(alpha)} channels, and {{layer}} {channels}"
+        )
     new_weight, new_bias = fold_weights(
         weight.detach(),
         None if bias is None else bias.detach(),
-        alpha,
-        shift,
-        transposed=is_transposed(layer),
-        groups=int(getattr(layer, "groups", 1)),
+        alpha.to(weight.device),
+        shift.to(weight.device),
+        transposed=transposed,
+        groups=groups,
     )
-    folded = shared_copy(layer)
-    owner = folded.get_submodule(place.owner)
-    owner._parameters[place.name] = nn.Parameter(new_weight, weight.requires_grad)
-    if new_bias is not None:
-        learns = weight.requires_grad if bias is None else bias.requires_grad
-        folded.bias = nn.Parameter(new_bias, learns)
-    return folded
+    new = [tensor for tensor in (new_weight, new_bias) if tensor is not None]
+    if not all(tensor.isfinite().all() for tensor in new):
+        raise UnfoldableError(
+            f"the weight or bias of {{layer}}, folded, would leave the range of {weight.dtype}, or "
+            "has a NaN or Inf already"
+        )
+    learns = (weight if bias is None else bias).requires_grad
+    made = None if new_bias is None else nn.Parameter(new_bias, learns)
+    return nn.Parameter(new_weight, weight.requires_grad), made
 
 
 def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
@@ -189,23 +226,24 @@ def absorb_into_function(
             "{layer} is a function: its bias or groups are computed, and no parameter can absorb "
             "the BatchNorm"
         )
-    new_weight, new_bias = fold_weights(
-        weight.detach(),
-        None if bias is None else bias.detach(),
+    count = 1 if groups is None else groups
+    new_weight, new_bias = _scaled_by(
         alpha,
         shift,
+        weight,
+        bias,
+        channels=weight.shape[1] * count if transposed else len(weight),
         transposed=transposed,
-        groups=1 if groups is None else groups,
+        groups=count,
     )
-    _set_parameter(module, target, nn.Parameter(new_weight, weight.requires_grad))
+    _set_parameter(module, target, new_weight)
     if new_bias is None:
         return
-    learns = (weight if bias is None else bias).requires_grad
     if bias is None or _others_use(module, bias, node):
         bias_target = _free_name(module, target)
         with module.graph.inserting_before(node):
             _set_argument(node, "bias", module.graph.create_node("get_attr", bias_target))
-    _set_parameter(module, bias_target, nn.Parameter(new_bias, learns))
+    _set_parameter(module, bias_target, new_bias)
     module.recompile()
 
 

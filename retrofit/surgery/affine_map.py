@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError
 from retrofit.numerics.exact_identity import scale_and_shift
@@ -88,8 +87,10 @@ def affine_map(norm: nn.Module) -> AffineMap:
             "the BatchNorm after {layer} has no running statistics (track_running_stats=False): "
             "what it computes depends on the batch and cannot be folded"
         )
-    if is_lazy(mean):  # type: ignore[arg-type]
-        raise UnfoldableError("the BatchNorm after {layer} is lazy: run one batch through it first")
+    if mean.is_meta:
+        raise UnfoldableError(
+            "the BatchNorm after {layer} is on the meta device and has no numbers"
+        )
     if not are_statistics(mean, var):  # type: ignore[arg-type]
         raise _not_finite()
     found = AffineMap(*_read(inner), nn.Identity()) if type(inner) in OWN else _tried(inner)

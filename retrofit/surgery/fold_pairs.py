@@ -105,6 +105,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
     found = _followed(reading.calls, norms)
     found = found.without(_hidden(model, found, reading))
     found = found.without(_read_by_code(found, reading))
+    found = found.without(_hooked(model, found))
     found = found.without(_on_another_axis(model, found, reading, example))
     return _in_every_branch(model, found, reading)
 
@@ -181,9 +182,14 @@ def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
         if len(users) != 1:
             return None, ()
         call = users[0]
-        if call.name not in BETWEEN:
+        if not _is_view(call):
             return call, tuple(between)
         between.append(f"{call.name} {call.path} {call.arguments}")
+
+
+def _is_view(call: Call) -> bool:
+    # F.dropout may drop in eval mode, too.
+    return call.name in BETWEEN and not (call.module is None and "dropout" in call.name)
 
 
 def _asks_shape(call: Call) -> bool:
@@ -196,7 +202,7 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
         return "it is called with more than its one input"
     while before := [c for c in feeders.get(call, ()) if not _asks_shape(c)]:
         call = before[-1]  # sizes, of a view, were computed before
-        if call.name not in BETWEEN:
+        if not _is_view(call):
             break
     if call.name == "input":
         return "it follows the model's input, no convolution or Linear layer"
@@ -249,6 +255,19 @@ def _read_by_code(found: Pairs, reading: _Reading) -> dict[str, str]:
     return reasons
 
 
+def _hooked(model: nn.Module, found: Pairs) -> dict[str, str]:
+    """Give the reasons of pairs with a hook on a module on the way, which no trace shows."""
+    reasons: dict[str, str] = {}
+    for norm, pair in found.pairs.items():
+        for call, norm_call in pair.calls:
+            left, entered = set(call.inside), set(norm_call.inside)
+            after = [m._forward_hooks for m in map(model.get_submodule, left - entered)]
+            before = [m._forward_pre_hooks for m in map(model.get_submodule, entered - left)]
+            if any(after) or any(before):
+                reasons[norm] = "a module between it and its layer has a hook"
+    return reasons
+
+
 def _on_another_axis(
     model: nn.Module, found: Pairs, reading: _Reading, example: Any
 ) -> dict[str, str]:
@@ -265,7 +284,7 @@ def _on_another_axis(
         reason = "it normalises another axis than the one of its layer's channels"
     else:
         kept = _kept(reading.symbolic, reading.nodes, unsure)
-        reason = "it may get (N, T, C) from its layer, and normalise T: pass example"
+        reason = "whether it normalises the channels of its layer an example tells: pass example"
     return {norm: reason for norm in unsure if norm not in kept}
 
 

@@ -17,7 +17,12 @@ from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.plans import Plan
-from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
+from retrofit.running.shared_copy import (
+    refuse_inference_mode,
+    refuse_lazy,
+    shared_copy,
+    uncollected,
+)
 from retrofit.surgery.absorbing import absorb, absorb_into_function, function_before
 from retrofit.surgery.affine_map import (
     AffineMap,
@@ -144,6 +149,7 @@ def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]
     refuse_inference_mode()
     _refuse_exported(model)
     record = record_of(model)
+    refuse_lazy(model)
     plan = plan or (record.plan if record else None)
     result = shared_copy(model)
     before = batchnorms(result)

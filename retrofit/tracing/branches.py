@@ -32,14 +32,16 @@ class Branches(NamedTuple):
 def branches(model: nn.Module, *, usual: bool = False) -> Branches:
     """Trace `model` with other values of those arguments of forward that have a default.
 
-    A flag is turned; in place of None comes an input, or True; a string becomes each of those that
-    the code compares it with, an Enum each member; any other value, an input. All combinations are
-    traced where they are few, else one other value at a time. `usual`: the defaults, too.
+    A flag is turned; in place of None comes an input, or True; an Enum becomes each member. Any
+    other value becomes an input; where the code decides by it, a string becomes each of those that
+    it is compared with and each key of an nn.ModuleDict, an index each place in an nn.ModuleList.
+    All combinations are traced where they are few, else one other value at a time. `usual`: the
+    defaults, too.
     """
     given = defaults(model)
     found = {name: _values(model, given, name) for name in given}
-    unknown = tuple(name for name, values in found.items() if values is None)
-    others = {name: values for name, values in found.items() if values}
+    unknown = tuple(name for name, (_, all_of_them) in found.items() if not all_of_them)
+    others = {name: values for name, (values, _) in found.items() if values}
     every = itertools.product(*([given[name], *values] for name, values in others.items()))
     ways = [dict(zip(others, way, strict=True)) for way in every]
     if len(ways) > MOST:
@@ -67,34 +69,40 @@ def _traced(model: nn.Module, values: Mapping[str, Any]) -> Symbolic | None:
         return None
 
 
-def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> list[Any] | None:
-    """List what else an argument can be; None where nobody knows."""
+def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[list[Any], bool]:
+    """List what else an argument can be, and tell whether that is all."""
     value = usual[name]
     if isinstance(value, bool):
-        return [not value]
+        return [not value], True
     if isinstance(value, Enum):
-        return [member for member in type(value) if member is not value]
+        return [member for member in type(value) if member is not value], True
     as_input = _traced(model, {**usual, name: ANY})
     if as_input is not None and not as_input.opaque:
-        return [ANY]
+        return [ANY], True
     if value is None:  # a flag?
         flagged = _traced(model, {**usual, name: True})
-        return None if flagged is None else [True]
+        return ([], False) if flagged is None else ([True], True)
     if isinstance(value, str):
         return _compared(model, usual, name)
-    return None
+    if isinstance(value, int):
+        lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        places = range(min(MOST, max(map(len, lists), default=0)))
+        return [place for place in places if place != value], False
+    return [], False
 
 
-def _compared(model: nn.Module, usual: Mapping[str, Any], name: str) -> list[Any] | None:
-    """List the strings that the code compares an argument with; None if it looks it up, too."""
-    known = [str(usual[name]), ""]  # "" passes every comparison by
+def _compared(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[list[Any], bool]:
+    """List the strings that the code may compare an argument with; not all if it looks it up."""
+    known, looked_up = [str(usual[name]), ""], False  # "" passes every comparison by
     for value in known:
-        asked = _Asked(value)
-        _traced(model, {**usual, name: asked})
-        if asked.looked_up or len(known) > MOST:
-            return None
-        known += [other for other in asked.compared if other not in known]
-    return known[2:]
+        if len(known) <= MOST:
+            asked = _Asked(value)
+            _traced(model, {**usual, name: asked})
+            looked_up |= asked.looked_up
+            known += [other for other in asked.compared if other not in known]
+    dicts = [m for m in model.modules() if looked_up and isinstance(m, nn.ModuleDict)]
+    known += [key for found in dicts for key in found if key not in known]
+    return list(dict.fromkeys(known[2:])), not looked_up and len(known) <= MOST
 
 
 class _Asked(str):  # noqa: SLOT000 - it has attributes

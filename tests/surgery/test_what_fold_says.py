@@ -210,6 +210,77 @@ class ByPlace(Branching):
         return self.bn(self.conv(self.stem(x))) if late else self.stem(self.bn(self.conv(x)))
 
 
+class Domains(Branching):
+    """One convolution, and a BatchNorm for each domain that the caller names."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3)})
+
+    def forward(self, x, domain="a"):
+        return self.norms[domain](self.conv(self.stem(x)))
+
+
+class NumberedDomains(Branching):
+    """The same by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+
+    def forward(self, x, domain=0):
+        return self.norms[domain](self.conv(self.stem(x)))
+
+
+@pytest.mark.parametrize(("net", "first", "other"), [(Domains, "a", "b"), (NumberedDomains, 0, 1)])
+def test_batchnorms_for_several_domains_stay_and_what_is_not_known_is_said(net, first, other):
+    model, x = trained(net()), nets.images(2, 3, 5, 5)
+    assert retrofit.unfoldable(model) == {
+        "bn": "no call of it is seen in eval mode",
+        f"norms.{first}": f"forward(domain={other!r}) uses it or its layer otherwise",
+        f"norms.{other}": "no call of it is seen in eval mode",
+    }
+    unsure = "other values of domain may call other layers"
+    with pytest.warns(UserWarning, match="3 of 4"), pytest.warns(UserWarning, match=unsure):
+        folded = retrofit.fold(model)
+    assert isinstance(folded.stem[1], nn.Identity)
+    for domain in (first, other):
+        torch.testing.assert_close(folded(x, domain), model(x, domain), rtol=1e-5, atol=1e-5)
+
+
+# --- what a trace does not show ------------------------------------------------------------------
+
+
+def test_a_hook_on_what_lies_between_keeps_the_batchnorm():
+    model = trained(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    model[0].register_forward_hook(lambda _m, _i, y: y.relu())
+    assert_folded(model, nets.images(2, 3, 5, 5), left=["1"])
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4))))
+    model[1].register_forward_pre_hook(lambda _m, inputs: (inputs[0].relu(),))
+    assert_folded(model, nets.images(2, 3, 5, 5), left=["1.0"])
+
+
+def test_dropout_that_eval_mode_does_not_switch_off_keeps_the_batchnorm():
+    class Always(Branching):
+        def forward(self, x):
+            return self.bn(F.dropout(self.conv(x), 0.5, training=True)) + self.stem(x)
+
+    assert retrofit.unfoldable(Always()) == {
+        "bn": "it follows dropout, no convolution or Linear layer"
+    }
+
+
+def test_weights_that_would_leave_their_range_or_do_not_fit_keep_the_batchnorm():
+    half = nn.Sequential(nn.Conv2d(3, 4, 3).half(), nn.BatchNorm2d(4)).eval()
+    half[1].weight.data.fill_(1e6)
+    assert "would leave the range of torch.float16" in retrofit.unfoldable(half)["1"]
+    misfit = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5)).eval()
+    assert "has 5 channels, and its layer 4" in retrofit.unfoldable(misfit)["1"]
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    assert "meta device" in retrofit.unfoldable(empty)["1"]
+
+
 # --- bad requests ------------------------------------------------------------------------------
 
 
@@ -256,6 +327,10 @@ REFUSED = [
     (lambda: retrofit.unfoldable(Asking()), "follows: pass example"),
     (lambda: retrofit.fold(Asking(), example=torch.ones(2, 5, 4, 4)), "not run on the example"),
     (lambda: retrofit.fold(Asking(), example="picture"), "holds no tensor"),
+    (
+        lambda: retrofit.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d())),
+        "1 is a lazy LazyBatchNorm2d that has no shape yet: run one batch through the model first",
+    ),
     (lambda: retrofit.unfoldable(3), "expected an nn.Module, not a int"),
     (
         lambda: retrofit.fold(trained_conversion(hooked)),
