@@ -55,3 +55,14 @@ def warn(message: str) -> None:
             warnings.warn(message, stacklevel=level)
             return
         frame = frame.f_back
+
+
+class NeitherTrueNorFalse:
+    """Base of results whose truth nobody should guess: an object is true by default."""
+
+    ask_for = ""
+
+    def __bool__(self) -> bool:
+        raise RetrofitError(
+            f"a {type(self).__name__} is neither true nor false: ask for {self.ask_for}"
+        )

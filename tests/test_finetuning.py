@@ -111,3 +111,65 @@ def test_a_training_step_lowers_the_loss(batch):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def decayed_names(model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = retrofit.param_groups(model)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    return {names[id(p)] for p in decayed["params"]}
+
+
+class WithTables(nn.Module):
+    """Biases of other names and shapes, a layer scale, and a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.q_bias = nn.Parameter(torch.zeros(1, 4))
+        self.gamma, self.temperature = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "decayed"),
+    [
+        (
+            nn.MultiheadAttention(8, 2, add_bias_kv=True),
+            {"in_proj_weight", "out_proj.weight"},
+        ),
+        (nn.LSTM(3, 4), {"weight_ih_l0", "weight_hh_l0"}),
+        (nn.Sequential(nn.LayerNorm([4, 2]), nn.GroupNorm(2, 4), nn.RMSNorm([3, 2])), set()),
+        (nn.Sequential(nn.Bilinear(2, 3, 4), nn.PReLU(4), nn.InstanceNorm2d(4, affine=True)),
+         {"0.weight"}),
+        (WithTables(), {"weight"}),
+    ],
+    ids=["attention", "LSTM", "norms", "bilinear", "tables"],
+)  # fmt: skip
+def test_no_bias_norm_or_vector_decays(model, decayed):
+    assert decayed_names(model) == decayed
+
+
+def test_where_only_batchnorms_learn_the_first_group_is_empty_and_an_optimizer_takes_it():
+    model = converted().requires_grad_(False)
+    model.stem.bn.requires_grad_(True)
+    decayed, free = retrofit.param_groups(model)
+    assert decayed["params"] == []
+    assert len(free["params"]) == 2
+    torch.optim.AdamW([decayed, free], lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Linear(2, 2).requires_grad_(False), {}, "no parameter of this Linear requires a gradi"),
+        (nn.ReLU(), {}, "no parameter of this ReLU requires a gradient"),
+        (nn.LazyLinear(2), {}, "weight is lazy and has no shape yet: run one batch first"),
+        (nn.Linear(2, 2), {"weight_decay": "5e-4"}, "from 0 up, not '5e-4'"),
+        (nn.Linear(2, 2), {"weight_decay": -1}, "weight_decay must be a number from 0 up, not -1"),
+        ([nn.Linear(2, 2)], {}, "param_groups takes an nn.Module, not a list"),
+    ],
+)
+def test_groups_that_no_optimizer_could_use_are_refused(model, options, message):
+    with pytest.raises(retrofit.RetrofitError, match=message):
+        retrofit.param_groups(model, **options)

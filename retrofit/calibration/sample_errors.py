@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retrofit.errors import NeitherTrueNorFalse
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.tables import table
 
@@ -43,7 +44,7 @@ class SiteSample:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(NeitherTrueNorFalse):
     """What one call of `calibrate` did, and whether its sample was enough.
 
     Attributes:
@@ -63,6 +64,7 @@ class Calibration:
     waited: float
     standard_error: float
     sites: tuple[SiteSample, ...]
+    ask_for = "its standard_error or images_needed(tolerance)"
 
     @property
     def disagreement(self) -> float:

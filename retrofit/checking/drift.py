@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import RetrofitError
-from retrofit.numerics.comparison import Comparison, Top1
+from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.numerics.comparison import (
+    Comparison,
+    Top1,
+    Variation,
+    refuse_other_structure,
+    rms_over_std,
+)
 from retrofit.running.call_arguments import arguments_of, call_model, refuse_single_tensor, tensors
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.tables import table
@@ -24,7 +31,7 @@ class BatchDrift:
         batch_size: images in a batch.
         images: how many were measured, in whole batches.
         error: root mean square of the difference from the original's outputs, divided by their
-            standard deviation.
+            standard deviation; of several outputs each varies about a mean of its own.
         top1: share of images with the same largest output; None if the output is not (N, classes).
     """
 
@@ -35,7 +42,7 @@ class BatchDrift:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(NeitherTrueNorFalse):
     """What `drift` found: what batch statistics change.
 
     Attributes:
@@ -45,6 +52,7 @@ class Drift:
 
     rows: tuple[BatchDrift, ...]
     left_out: tuple[int, ...]
+    ask_for = "rows, and the error of each"
 
     def __str__(self) -> str:
         cells = [
@@ -99,19 +107,32 @@ def drift(
     if not batches or not sizes or total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
     images = torch.cat(batches)
-    rows = []
-    for size in (s for s in sizes if s <= total):
-        error, top1 = Comparison(), Top1()
-        for x in images[: total // size * size].split(size):
-            with torch.no_grad(), evaluating(original):
-                expected = tensors(call_model(original, x, None), "output")
-            with torch.no_grad(), batch_statistics(converted):
-                actual = tensors(call_model(converted, x, None), "output")
-            for name, tensor in expected.items():
-                error.add(tensor, actual[name], name)
-            top1.add(expected, actual, len(x))
-        rows.append(BatchDrift(size, total // size * size, error.rms_over_std(), top1.share))
-    return Drift(tuple(rows), tuple(s for s in sizes if s > total))
+    fitting = [size for size in sizes if size <= total]
+    rows = [
+        _measured(original, converted, images[: total // size * size], size) for size in fitting
+    ]
+    return Drift(tuple(rows), tuple(size for size in sizes if size > total))
+
+
+def _measured(
+    original: nn.Module, converted: nn.Module, images: Tensor, batch_size: int
+) -> BatchDrift:
+    """Measure the drift for batches of one size, of which `images` are a multiple."""
+    errors: dict[str, Comparison] = defaultdict(Comparison)
+    variations: dict[str, Variation] = defaultdict(Variation)
+    top1 = Top1()
+    for x in images.split(batch_size):
+        with torch.no_grad(), evaluating(original):
+            expected = tensors(call_model(original, x, None), "output")
+        with torch.no_grad(), batch_statistics(converted):
+            actual = tensors(call_model(converted, x, None), "output")
+        refuse_other_structure(expected, actual)
+        for name, tensor in expected.items():
+            errors[name].add(tensor, actual[name], name)
+            variations[name].add(tensor)
+        top1.add(expected, actual, len(x))
+    error = rms_over_std(errors.values(), variations.values())
+    return BatchDrift(batch_size, len(images), error, top1.share)
 
 
 def _picture_batch(model: nn.Module, batch: Any) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import RetrofitError
-from retrofit.numerics.comparison import Comparison, Difference, Top1
+from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
 from retrofit.plans import Plan, Site
 from retrofit.running.call_arguments import (
     ForwardFn,
@@ -28,8 +28,11 @@ from retrofit.tables import table
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(NeitherTrueNorFalse):
     """What `verify` found: whether two models compute the same.
+
+    Its truth is ambiguous, and `if verify(...)` raises RetrofitError: ask for `exact`, or for
+    `passed(tolerance)`.
 
     Attributes:
         images: how many they were compared on.
@@ -45,6 +48,7 @@ class Verification:
     outputs: tuple[Difference, ...]
     sites: tuple[Difference, ...]
     top1: float | None
+    ask_for = "report.exact (bit for bit) or report.passed(tolerance)"
 
     @property
     def exact(self) -> bool:
@@ -146,10 +150,7 @@ def _compare(
     expected: dict[str, Tensor], actual: dict[str, Tensor], pooled: dict[str, Comparison]
 ) -> bool:
     """Add the outputs for one batch to what is pooled; return whether these are equal."""
-    if expected.keys() != actual.keys():
-        raise RetrofitError(
-            f"the outputs differ in structure: {', '.join(expected)} against {', '.join(actual)}"
-        )
+    refuse_other_structure(expected, actual)
     exact = True
     for name, tensor in expected.items():
         exact &= pooled.setdefault(name, Comparison()).add(tensor, actual[name], name)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.numerics.moments import Moments, pooled
 
 # Of the root mean square: more than a GPU's rounding, less than another branch of a model's code.
 BRANCH_TOLERANCE = 1e-3
+MOST = 1 << 20  # squares; of 200 million float32 loses a third
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(NeitherTrueNorFalse):
     """How one tensor of the converted model differs from that of the original.
 
     Attributes:
@@ -31,6 +34,7 @@ class Difference:
     max_abs: float
     relative: float
     finite: bool = True
+    ask_for = "its exact, max_abs or relative"
 
 
 class Comparison:
@@ -40,7 +44,7 @@ class Comparison:
         self.exact = self.finite = True
         self.max_abs = 0.0
         self.count = 0
-        self.sum = self.squares = self.squared_errors = 0.0
+        self.squares = self.squared_errors = 0.0
 
     def add(self, expected: Tensor, actual: Tensor, name: str) -> bool:
         """Add a pair; return whether it is equal."""
@@ -54,12 +58,11 @@ class Comparison:
             expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
         self.count += expected.numel()
         wide = expected if expected.dtype == torch.float64 else expected.float()
-        self.sum += float(wide.sum())
-        norm = float(torch.linalg.vector_norm(wide))
+        norm = _norm(wide)
         if not math.isfinite(norm):  # infinities, NaN, or an overflow
             finite = wide.isfinite()
             self.finite &= bool(finite.all())
-            norm = float(torch.linalg.vector_norm(wide[finite].double()))
+            norm = _norm(wide[finite].double())
         self.squares += norm * norm  # which may be infinite, while ** would raise
         if torch.equal(expected, actual):
             return True
@@ -80,12 +83,47 @@ class Comparison:
         relative = 0.0 if self.max_abs == 0 else self.max_abs / rms if known else math.inf
         return Difference(name, self.exact, self.max_abs, relative, self.finite)
 
-    def rms_over_std(self) -> float:
-        """Divide the root mean square of the errors by the standard deviation expected."""
-        if not self.count:
-            return 0.0
-        variance = self.squares / self.count - (self.sum / self.count) ** 2
-        return math.sqrt(self.squared_errors / self.count / variance) if variance > 0 else math.inf
+
+class Variation:
+    """How much tensors vary about their mean, pooled over batches in float64."""
+
+    def __init__(self) -> None:
+        zero = torch.zeros((), dtype=torch.float64)
+        self.moments = Moments(zero, zero, zero)
+
+    def add(self, x: Tensor) -> None:
+        """Add a tensor of any shape; a complex number counts as two."""
+        wide = (torch.view_as_real(x) if x.is_complex() else x).to("cpu", torch.float64)
+        if wide.numel():
+            M2, mean = torch.var_mean(wide, correction=0)
+            count = torch.tensor(float(wide.numel()), dtype=torch.float64)
+            self.moments = pooled(self.moments, Moments(count, mean, M2 * count))
+
+
+def rms_over_std(errors: Iterable[Comparison], expected: Iterable[Variation]) -> float:
+    """Divide the root mean square of the errors by the standard deviation expected.
+
+    Of several tensors each varies about a mean of its own. Infinity where nothing varies, yet
+    something differs.
+    """
+    squares = sum(error.squared_errors for error in errors)
+    M2 = sum(float(one.moments.M2) for one in expected)
+    if squares == 0:
+        return 0.0
+    return math.sqrt(squares / M2) if M2 > 0 else math.inf
+
+
+def _norm(x: Tensor) -> float:
+    """Compute the Euclidean norm; float32 adds up no more than a million squares, or a sample."""
+    rows = x.split(max(1, MOST * len(x) // max(1, x.numel()))) if x.dim() else (x,)
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in rows))
+
+
+def refuse_other_structure(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    """Raise RetrofitError where two outputs do not have the same tensors."""
+    if expected.keys() != actual.keys():
+        names = (", ".join(one) or "no tensor" for one in (expected, actual))
+        raise RetrofitError(f"the outputs differ in structure: {' against '.join(names)}")
 
 
 class Top1:

@@ -89,8 +89,8 @@ def gather(
 def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Layer, ...]:
     plan, eps = provenance.plan, provenance.eps or EPS
     calibration, verification = provenance.calibration, provenance.verification
-    samples = {sample.site: sample for sample in calibration.sites} if calibration else {}
-    differences = {d.name: d for d in verification.sites} if verification else {}
+    samples = {s.site: s for s in (calibration.sites if calibration is not None else ())}
+    differences = {d.name: d for d in (verification.sites if verification is not None else ())}
     if plan is None:
         return tuple(
             Layer(number, norm, norm, None, _summary(tensors, norm, eps), None, None)

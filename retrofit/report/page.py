@@ -60,7 +60,7 @@ def render(facts: Facts) -> str:
         channel_figures=_of_channels(facts),
         sample_figures=_of_sample(facts, layers),
         drift_figure=_of_drift(facts),
-        sites_equal=sum(d.exact for d in verification.sites) if verification else 0,
+        sites_equal=sum(d.exact for d in verification.sites) if verification is not None else 0,
         provenance=_provenance(facts),
         version=__version__,
     )
@@ -169,7 +169,7 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
 
 def _of_drift(facts: Facts) -> Figure | None:
     drift = facts.provenance.drift
-    rows = drift.rows if drift else ()
+    rows = drift.rows if drift is not None else ()
     if not rows or not all(math.isfinite(row.error) for row in rows):
         return None
     return Figure(

@@ -11,6 +11,7 @@ from torch import nn
 
 import retrofit
 from retrofit import RetrofitError
+from retrofit.numerics.comparison import Comparison
 
 X = nets.images(40, 3, 16, 16)
 
@@ -254,3 +255,61 @@ def test_complex_outputs_are_compared_in_both_their_parts():
     assert not report.passed(1e-3)
     assert report.outputs[0].max_abs == pytest.approx(0.5, abs=1e-5)
     assert report.top1 is None
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 3000.0), (1e-3, 50.0), (1.0, -1e6)])
+def test_drift_is_right_for_outputs_far_from_zero(scale, offset):
+    class Far(nets.Residual):
+        def forward(self, x):
+            return scale * super().forward(x).double() + offset
+
+    model, converted = pair(Far)
+    row = retrofit.drift(model, converted, X.split(10), [8]).rows[0]
+    trained = copy.deepcopy(converted).train()
+    with torch.no_grad():
+        expected = model(X)
+        actual = torch.cat([trained(x) for x in X.split(8)])
+    error = (actual - expected).square().mean().sqrt() / expected.std(correction=0)
+    assert row.error == pytest.approx(float(error), rel=1e-6)
+
+
+def test_in_drift_each_of_several_outputs_varies_about_its_own_mean():
+    class Two(nets.Residual):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"near": y, "far": [y.double() + 1e4]}
+
+    one, two = (
+        retrofit.drift(*pair(net), X.split(10), [8]).rows[0] for net in (nets.Residual, Two)
+    )
+    assert two.error == pytest.approx(one.error, rel=1e-5)
+
+
+def test_drift_of_outputs_of_another_structure_is_refused_by_name():
+    model, converted = pair()
+    converted.head = nn.LSTM(8, 5)
+    with pytest.raises(RetrofitError, match=r"differ in structure: output against output\[0\], "):
+        retrofit.drift(model, converted, [X], [8])
+
+
+def test_the_root_mean_square_of_many_numbers_is_not_lost_to_float32():
+    ones, few = torch.ones(1, 1).expand(1 << 14, 20_000), torch.ones(2, 2)
+    compared = Comparison()
+    compared.add(ones, ones, "output")  # float32 counts no further than to 134 million
+    compared.add(few, few + 0.5, "output")
+    assert compared.difference("output").relative == pytest.approx(0.5, rel=1e-6)
+
+
+def test_nobody_takes_a_report_for_a_yes():
+    model, converted = pair()
+    report = retrofit.verify(model, converted, [X])
+    calibration = retrofit.calibrate(retrofit.prepare(model), [X], progress=False)
+    for result, message in (
+        (report, r"^a Verification is neither true nor false: ask for report.exact \(bit for bit\) "
+         r"or report.passed\(tolerance\)$"),
+        (report.outputs[0], "a Difference is neither true nor false: ask for its exact"),
+        (retrofit.drift(model, converted, [X], [8]), "a Drift is neither .* the error of each"),
+        (calibration, "a Calibration is neither .* its standard_error or images_needed"),
+    ):  # fmt: skip
+        with pytest.raises(RetrofitError, match=message):
+            bool(result)
