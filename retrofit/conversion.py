@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.calibration.calibrate import calibrate
-from retrofit.calibration.observer import MomentObserver, observers_of
+from retrofit.calibration.observer import MomentObserver, observers_of, prepared_record
 from retrofit.checking.verify import verify
 from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.comparison import BRANCH_TOLERANCE
 from retrofit.numerics.moments import ChannelMoments
 from retrofit.numerics.tensor_checks import are_statistics
+from retrofit.option_checks import check_models, check_number
 from retrofit.planning.plan import plan as planned
 from retrofit.planning.plan import without
 from retrofit.plans import LayoutName, Patterns, Placement, Plan, Site
-from retrofit.running.call_arguments import ForwardFn, refuse_single_tensor
+from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
 from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
 from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
@@ -44,9 +47,10 @@ def prepare(model: M, plan: Plan | None = None) -> M:
         RetrofitError: the plan is not one of this model, or the model is already prepared.
     """
     refuse_inference_mode()
+    check_models("prepare", model)
     if observers_of(model):
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
-    plan = planned(model) if plan is None else plan
+    plan = _checked_plan("prepare", plan) or planned(model)
     record = _extended(model, plan)
     _warn_of(plan)
     copied = shared_copy(model)
@@ -103,7 +107,8 @@ def convert(
             finite or leave float32's range; or `match` does not fit the sites.
     """
     refuse_inference_mode()
-    record = required_record(prepared, "prepare")
+    record = prepared_record(prepared, "convert")
+    _check_options(eps, momentum)
     if eps != 1e-5:
         warn(
             f"eps={eps:g} is not stored in a state dict: a model with torch's default of 1e-5 "
@@ -185,7 +190,9 @@ def insert(
         RetrofitError: as for `prepare`.
     """
     refuse_inference_mode()
-    plan = planned(model) if plan is None else plan
+    check_models("insert", model)
+    _check_options(eps, momentum)
+    plan = _checked_plan("insert", plan) or planned(model)
     _warn_of(plan)
     return inserted(model, plan, eps=eps, momentum=momentum)
 
@@ -255,9 +262,13 @@ def add_batchnorm(
     """
     if inplace and layout == "graph":
         raise RetrofitError("the graph layout makes a new module: it cannot be done in place")
-    refuse_single_tensor(data)
+    check_models("add_batchnorm", model)
+    check_data(data)
+    _check_options(eps, momentum)
     batches = iter(data)
     first = next(batches, None)
+    if first is None:
+        raise RetrofitError(nothing_in(data))
     plan = planned(
         model,
         example=first,
@@ -288,6 +299,24 @@ def add_batchnorm(
     if layout == "graph":
         _refuse_other_graph(model, result, first, forward_fn)
     return result
+
+
+def _checked_plan(function: str, plan: object) -> Plan | None:
+    """Return the plan; RetrofitError for something else, data for instance."""
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    raise RetrofitError(
+        f"the second argument of {function} is a plan, as plan(model) makes it, not a "
+        f"{type(plan).__name__}; data goes to calibrate(prepared, data)"
+    )
+
+
+def _check_options(eps: object, momentum: object) -> None:
+    """Raise RetrofitError for what no BatchNorm can have."""
+    check_number("eps", eps, "be positive", lambda e: 0 < e < math.inf)
+    if momentum is not None:
+        wanted = "lie between 0 and 1, or be None for a cumulative average"
+        check_number("momentum", momentum, wanted, lambda m: 0 <= m <= 1)
 
 
 class _Again:

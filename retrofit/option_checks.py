@@ -11,14 +11,14 @@ from retrofit.errors import RetrofitError
 
 
 def check_number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Raise RetrofitError, "`name` must `wanted`, not ...", unless `value` is a number that fits."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not fits(float(value)):
+    """Raise RetrofitError, "`name` must `wanted`", unless `value` is a number that fits."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
         raise RetrofitError(f"{name} must {wanted}, not {value!r}")
 
 
 def check_count(name: str, value: object) -> None:
     """Raise RetrofitError unless `value` is a whole number above 0."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise RetrofitError(f"{name} must be positive and a whole number, not {value!r}")
 
 

@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.forward_pass import ForwardPass
-from retrofit.calibration.observer import observers_of
+from retrofit.calibration.observer import observers_of, prepared_record
 from retrofit.calibration.processes import Processes, digest, fingerprint
 from retrofit.calibration.rounds import Learned, Rounds
 from retrofit.calibration.sample_errors import Calibration, site_sample, standard_error
@@ -23,10 +23,11 @@ from retrofit.calibration.site_samples import SiteSamples
 from retrofit.calibration.state_file import StateFile, stateful
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
+from retrofit.option_checks import check_number
 from retrofit.plans import Plan
-from retrofit.running.call_arguments import ForwardFn, refuse_single_tensor
+from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
-from retrofit.surgery.record import required_record
 
 # On the demo's network the halves of well-mixed samples of 256 pictures differ by 0.2, seldom more
 # than 0.3, of more pictures by less; those of samples sorted by class by 0.6 to 1.4.
@@ -90,7 +91,7 @@ def calibrate(
         NonFiniteError: NaN or Inf at a site, with the site and the image.
         PeerError: another process failed or died, or has another model or other options.
     """
-    plan = required_record(prepared, "prepare").plan
+    plan = prepared_record(prepared, "calibrate").plan
     observers = observers_of(prepared)
     if not observers:
         return Calibration(0, 0, 0.0, 0.0, math.inf, ())
@@ -98,12 +99,17 @@ def calibrate(
     feed = Feed(data, device, max_images, forward_fn, progress and processes.rank == 0)
     samples = SiteSamples({observer.site: observer.channels for observer in observers})
     with processes.failing_together():
-        _refuse_bad_request(data, tolerance)
+        check_data(data)
+        if tolerance is not None:
+            wanted = "lie between 0 and 1 (0.02: 2 %)"
+            check_number("tolerance", tolerance, wanted, lambda t: 0 < t < 1)
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, tolerance)
         learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:
             learned = _run_data(prepared, plan, samples, feed, learned, rounds.after_batch)
         learned = rounds.end(learned)
+        if not learned.fed.batches and isinstance(data, Iterator):
+            raise RetrofitError(nothing_in(data))
         if learned.fed.images < 2:
             raise RetrofitError(
                 f"calibration got {learned.fed.images} of the at least 2 images that a variance "
@@ -116,12 +122,6 @@ def calibrate(
     if processes.rank == 0:
         _warn(report, tolerance)
     return report
-
-
-def _refuse_bad_request(data: Iterable[Any], tolerance: float | None) -> None:
-    refuse_single_tensor(data)
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise RetrofitError(f"tolerance must lie between 0 and 1 (0.02: 2 %), not {tolerance}")
 
 
 def _wrapped(

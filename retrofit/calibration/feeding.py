@@ -15,14 +15,9 @@ from tqdm import tqdm
 from retrofit.calibration.observer import MomentObserver, observers_of
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import NonFiniteError, RetrofitError
-from retrofit.running.call_arguments import (
-    Arguments,
-    ForwardFn,
-    arguments_of,
-    home,
-    images_in,
-    refuse_single_tensor,
-)
+from retrofit.option_checks import check_count
+from retrofit.running.batch_checks import check_data, explained
+from retrofit.running.call_arguments import Arguments, ForwardFn, arguments_of, home, images_in
 from retrofit.running.modes import eager
 
 _END = object()
@@ -76,9 +71,9 @@ class Feed:
             NonFiniteError: with the image's place in the data, if the site gets one sample for
                 each image.
         """
-        refuse_single_tensor(self.data)
-        if self.max_images is not None and self.max_images < 1:
-            raise RetrofitError(f"max_images must be positive, not {self.max_images}")
+        check_data(self.data)
+        if self.max_images is not None:
+            check_count("max_images", self.max_images)
         call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
         fed, batches, began = start, iter(self.data), time.perf_counter()
         with (
@@ -117,12 +112,15 @@ class Feed:
         try:
             if self.forward_fn is not None:
                 count = images_in(model, batch, self.forward_fn)
-                self.forward_fn(model, batch)
+                with explained(model, batch):
+                    self.forward_fn(model, batch)
             else:
                 most = None if self.max_images is None else self.max_images - earlier
                 arguments = arguments_of(model, batch).head(most)
                 count = arguments.images
-                call(arguments.to(device, copy=True))
+                arguments = arguments.to(device, copy=True)
+                with explained(model, arguments):
+                    call(arguments)
         except NonFiniteError as error:
             if error.samples != (count or samples.length):
                 raise
@@ -209,7 +207,9 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(1, device=target).item()  # meta has no items
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
+        if not isinstance(device, (str, torch.device)) or str(device).startswith("gpu"):
+            reason = 'torch calls its devices "cpu", "cuda", "cuda:1" or "mps"'
         raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
     return target

@@ -12,6 +12,8 @@ from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import ChannelMoments, Moments
 from retrofit.numerics.reductions import finite
+from retrofit.option_checks import check_models
+from retrofit.surgery.record import Record, record_of
 
 
 class MomentObserver(nn.Module):
@@ -139,6 +141,18 @@ class MomentObserver(nn.Module):
 def observers_of(model: nn.Module) -> list[MomentObserver]:
     """List the observers in a model, in its order."""
     return [module for module in model.modules() if isinstance(module, MomentObserver)]
+
+
+def prepared_record(model: nn.Module, function: str) -> Record:
+    """Read the record of a prepared model; RetrofitError for any other one."""
+    check_models(function, model)
+    record = record_of(model)
+    if record is None:
+        raise RetrofitError(
+            f"{function} takes a model made by prepare, and this {type(model).__name__} is not "
+            "prepared: call prepared = retrofit.prepare(model) first"
+        )
+    return record
 
 
 def channel_moments(prepared: nn.Module) -> dict[str, ChannelMoments]:

@@ -25,8 +25,11 @@ from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.tensor_checks import are_statistics
-from retrofit.running.call_arguments import Arguments, ForwardFn, first_tensor
+from retrofit.option_checks import check_models, check_number
+from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.call_arguments import Arguments, ForwardFn
 from retrofit.running.modes import batch_statistics, evaluating
+from retrofit.running.nested import first_tensor
 
 UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
@@ -143,13 +146,15 @@ def recalibrate(
     Example:
         >>> retrofit.recalibrate(averaged.module, loader, max_images=10_000)
     """
+    check_models("recalibrate", model)
+    check_data(data)
     while isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         model = model.module
     norms = _tracking(model)
     if layerwise:
         _refuse_iterator(data)
-    if not 0 <= prior < math.inf:
-        raise RetrofitError(f"prior must be a number of images from 0 up, not {prior}")
+    wanted = "be a number of images from 0 up"
+    check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
     feed = Feed(data, device, max_images, forward_fn, progress)
     old = {path: (norm, _buffers(norm)) for path, norm in norms.items()}
     try:
@@ -175,7 +180,7 @@ def _at_once(model: nn.Module, norms: Norms, feed: Feed, prior: float) -> tuple[
     """Measure all BatchNorms in one pass, in which each normalises with its batch."""
     with batch_statistics(model, frozen=True):
         fed, measured = _measured(model, norms, norms, feed)
-    _refuse_nothing(fed)
+    _refuse_nothing(fed, feed)
     for path, statistics in measured.items():
         _settle(path, norms[path], statistics, fed, prior)
     return fed, measured
@@ -190,7 +195,7 @@ def _layer_by_layer(
         order = _Order(model, norms)
         with order.noted():
             fed, _ = _measured(model, norms, (), quiet, call=order)
-        _refuse_nothing(fed)
+        _refuse_nothing(fed, feed)
         settled: Measured = {}
         for path in tqdm(list(order.calls), unit="layer", disable=not feed.progress):
             again, measured = _measured(
@@ -378,9 +383,12 @@ def _uncertain(fed: Fed, error: float) -> str:
     )
 
 
-def _refuse_nothing(fed: Fed) -> None:
+def _refuse_nothing(fed: Fed, feed: Feed) -> None:
     if not fed.images:
-        raise RetrofitError("there is no data to recalibrate on")
+        used_up = isinstance(feed.data, Iterator)
+        raise RetrofitError(
+            nothing_in(feed.data) if used_up else "there is no data to recalibrate on"
+        )
 
 
 def _refuse_iterator(data: Iterable[Any]) -> None:

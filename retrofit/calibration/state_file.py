@@ -15,7 +15,7 @@ import torch
 from retrofit.atomic_write import write_whole
 from retrofit.calibration.processes import difference, digest
 from retrofit.errors import RetrofitError
-from retrofit.running.call_arguments import first_tensor
+from retrofit.running.nested import first_tensor
 
 FORMAT = 2
 SHARE = 0.05  # of the time, at most, that writing may take

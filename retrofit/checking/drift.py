@@ -18,8 +18,11 @@ from retrofit.numerics.comparison import (
     refuse_other_structure,
     rms_over_std,
 )
-from retrofit.running.call_arguments import arguments_of, call_model, refuse_single_tensor, tensors
+from retrofit.option_checks import check_count, check_models
+from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.call_arguments import arguments_of, call_model
 from retrofit.running.modes import batch_statistics, evaluating
+from retrofit.running.nested import tensors
 from retrofit.tables import table
 
 
@@ -96,15 +99,16 @@ def drift(
         RetrofitError: no data; too few images for the smallest batch size; a batch size below 1;
             images of several sizes; or a model that takes more than one tensor.
     """
-    refuse_single_tensor(data)
+    check_models("drift", original, converted)
+    check_data(data)
+    sizes = sorted(_checked_sizes(batch_sizes))
     batches = [_picture_batch(original, batch) for batch in data]
-    sizes = sorted(set(batch_sizes))
+    if not batches:
+        raise RetrofitError(nothing_in(data))
     total = sum(map(len, batches))
-    if sizes and sizes[0] < 1:
-        raise RetrofitError(f"a batch size must be positive, not {sizes[0]}")
     if len({x.shape[1:] for x in batches}) > 1:
         raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
-    if not batches or not sizes or total < sizes[0]:
+    if not sizes or total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
     images = torch.cat(batches)
     fitting = [size for size in sizes if size <= total]
@@ -133,6 +137,15 @@ def _measured(
         top1.add(expected, actual, len(x))
     error = rms_over_std(errors.values(), variations.values())
     return BatchDrift(batch_size, len(images), error, top1.share)
+
+
+def _checked_sizes(batch_sizes: object) -> set[int]:
+    if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Iterable):
+        raise RetrofitError(f"batch_sizes must be a list such as [8, 32], not {batch_sizes!r}")
+    sizes = list(batch_sizes)
+    for size in sizes:
+        check_count("a batch size", size)
+    return set(sizes)
 
 
 def _picture_batch(model: nn.Module, batch: Any) -> Tensor:

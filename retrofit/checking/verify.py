@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
 from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
+from retrofit.option_checks import check_models
 from retrofit.plans import Plan, Site
-from retrofit.running.call_arguments import (
-    ForwardFn,
-    call_model,
-    images_in,
-    refuse_single_tensor,
-    tensors,
-)
+from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.call_arguments import ForwardFn, call_model, images_in
 from retrofit.running.modes import eager, evaluating
+from retrofit.running.nested import tensors
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
 from retrofit.tables import table
@@ -111,14 +108,16 @@ def verify(
             random, whose outputs differ between two runs on the same batch; or one that lacks a
             layer of the plan, or calls it another number of times.
     """
-    refuse_single_tensor(data)
+    check_models("verify", original, converted)
+    check_data(data)
     record = record_of(converted)
     points = _points(record.plan if record else None)
     at_sites = {point.site.path: Comparison() for point in points}
     at_outputs: dict[str, Comparison] = {}
-    images, top1, repeats = 0, Top1(), False
+    images, top1, repeats, any_data = 0, Top1(), False, False
     with evaluating(original, converted), torch.no_grad(), eager():
         for batch in data:
+            any_data = True
             with _recorded(original, points) as seen:
                 expected = tensors(call_model(original, batch, forward_fn), "output")
             try:
@@ -135,9 +134,8 @@ def verify(
             images += count
             top1.add(expected, actual, count)
     if not at_outputs:
-        raise RetrofitError(
-            "there is no data, or no tensor in the output, to compare the models on"
-        )
+        nothing = f"there is no tensor in what this {type(original).__name__} returns"
+        raise RetrofitError(f"{nothing} to compare" if any_data else nothing_in(data))
     return Verification(
         images=images,
         outputs=tuple(c.difference(name) for name, c in at_outputs.items()),

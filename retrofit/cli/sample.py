@@ -17,7 +17,7 @@ from retrofit.errors import NonFiniteError
 from retrofit.files.model_sources import transforms
 from retrofit.pictures.batches import PictureBatches, Transform, preprocessing, shuffled
 from retrofit.pictures.sources import Pictures, open_pictures
-from retrofit.running.call_arguments import takes_lists
+from retrofit.running.signatures import takes_lists
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from retrofit.errors import RetrofitError
 from retrofit.files.weights import KINDS, SUFFIXES, load_weights, read_weights
 from retrofit.pictures.batches import DETECTION_PRESET, PRESET, Transform, Transforms
-from retrofit.running.call_arguments import takes_lists
+from retrofit.running.signatures import takes_lists
 
 NAMES = (
     "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "

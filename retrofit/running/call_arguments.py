@@ -5,11 +5,8 @@ And which tensors are in it, or come out.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,22 +14,32 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
+from retrofit.running.batch_checks import explained, refuse_single_sample
+from retrofit.running.first_argument import first_argument
+from retrofit.running.nested import first_tensor
+from retrofit.running.signatures import first_kinds, sample_axes, signature_of
 
-_TAKES_LIST = re.compile(r"#\s*type:\s*\(\s*([Ll]ist|Sequence)\[")
 ForwardFn = Callable[[nn.Module, Any], object]
 
 
 class Arguments(NamedTuple):
-    """The arguments of one forward pass: `model(*args, **kwargs)`."""
+    """The arguments of one forward pass: `model(*args, **kwargs)`.
+
+    Attributes:
+        args, kwargs: what the model is called with.
+        axes: of one sample, without the batch: 3 of a picture. It tells lists of pictures from
+            lists of feature maps.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    axes: int = 3
 
     @property
     def images(self) -> int:
         """How many samples: the length of the first tensor, or of a list of images."""
         first = next(iter((*self.args, *self.kwargs.values())), None)
-        if isinstance(first, (list, tuple)) and _is_images(first):
+        if isinstance(first, (list, tuple)) and _are_samples(first, self.axes):
             return len(first)
         tensor = first_tensor((self.args, self.kwargs))
         return len(tensor) if tensor is not None and tensor.dim() else 0
@@ -48,26 +55,28 @@ class Arguments(NamedTuple):
             return self
 
         def cut(value: Any) -> Any:
-            if isinstance(value, (list, tuple)) and len(value) == images and not _batched(value):
+            listed = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+            if listed and len(value) == images and not _are_batches(value, self.axes):
                 return value[first:end]  # images, or what belongs to each, such as targets
             return tree_map_only(
                 Tensor, lambda t: t[first:end] if t.dim() and len(t) == images else t, value
             )
 
-        return Arguments(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
+        return self._replace(
+            args=tuple(map(cut, self.args)), kwargs={k: cut(v) for k, v in self.kwargs.items()}
+        )
 
     def to(self, device: torch.device | None, *, copy: bool = False) -> Arguments:
         """Move all tensors to a device; `copy` them, since a model may write to its input."""
-        return Arguments(
-            *tree_map_only(
-                Tensor,
-                # From pinned memory, while the GPU still computes.
-                lambda t: t.to(
-                    device, copy=copy, non_blocking=device is not None and device.type == "cuda"
-                ),
-                (self.args, self.kwargs),
-            )
+        args, kwargs = tree_map_only(
+            Tensor,
+            # From pinned memory, while the GPU still computes.
+            lambda t: t.to(
+                device, copy=copy, non_blocking=device is not None and device.type == "cuda"
+            ),
+            (self.args, self.kwargs),
         )
+        return self._replace(args=args, kwargs=kwargs)
 
 
 def arguments_of(model: nn.Module, batch: Any) -> Arguments:
@@ -78,29 +87,35 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
       does not take (labels, say) is left out.
     - Of a tuple or list, as many leading items as `forward` requires: (images, labels) gives
       `model(images)`, and (image1, image2, flow) gives `model(image1, image2)`.
-    - Where `forward` requires one argument, that is the first tensor in the batch; or, if it is
-      annotated as a list (torchvision's detectors), the first list of tensors, or all images of the
-      first tensor.
+    - Where `forward` requires one argument, that is what it is annotated as: a list or tuple of
+      tensors (feature maps, or a detector's pictures), a mapping of them, or else the first tensor
+      in the batch. A list of tensors is taken from the batch, or is the batch; a detector also gets
+      all images of one tensor, as a list.
 
-    Raises RetrofitError when the batch does not have what `forward` requires; `forward_fn` is for
-    every other way of calling a model.
+    Raises RetrofitError when the batch does not have what `forward` requires, or could be meant in
+    two ways; `forward_fn` is for every other way of calling a model.
     """
-    model, named = _signature(model)
+    axes = sample_axes(model)
+    forward, named = signature_of(model)
     required = [n for n, p in named.items() if p.default is p.empty]
+    kinds = first_kinds(model) if len(required) < 2 else set()
     if isinstance(batch, Mapping) and set(required) <= batch.keys() and named.keys() & batch.keys():
-        return Arguments((), {name: batch[name] for name in named if name in batch})
+        by_name = {name: batch[name] for name in named if name in batch}
+        if kinds != {"mapping"} or isinstance(by_name.get(next(iter(named))), Mapping):
+            return Arguments((), by_name, axes)
     if len(required) > 1:
         if isinstance(batch, (list, tuple)) and len(batch) >= len(required):
-            return Arguments(tuple(batch[: len(required)]), {})
+            refuse_single_sample(model, batch)
+            return Arguments(tuple(batch[: len(required)]), {}, axes)
         raise RetrofitError(
-            f"{type(model).__name__} takes {' and '.join(required)}: give batches that are tuples "
-            "of these or dicts with these keys, or pass forward_fn= to say how the model is called"
+            f"{type(forward).__name__} takes {' and '.join(required)}: give batches that are "
+            "tuples of these or dicts with these keys, or pass forward_fn= to say how the model is "
+            "called"
         )
-    if takes_lists(model):
-        return Arguments((_images(batch),), {})
+    value = first_argument(model, batch, kinds, axes)
     if required and named[required[0]].kind is inspect.Parameter.KEYWORD_ONLY:
-        return Arguments((), {required[0]: input_of(batch)})
-    return Arguments((input_of(batch),), {})
+        return Arguments((), {required[0]: value}, axes)
+    return Arguments((value,), {}, axes)
 
 
 def images_in(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> int:
@@ -109,111 +124,18 @@ def images_in(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> int
         return arguments_of(model, batch).images
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (list, tuple)):
         batch = batch[0]  # of images, beside their targets
-    return Arguments((batch,), {}).images
+    return Arguments((batch,), {}, sample_axes(model)).images
 
 
-def _signature(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Parameter]]:
-    """Find what `forward` takes by name; of a wrapper, such as DataParallel, what is inside."""
-    try:
-        parameters = inspect.signature(model.forward).parameters
-    except ValueError:  # a traced TorchScript module
-        return model, {}
-    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for name in () if named else ("module", "_orig_mod"):
-        if isinstance(inside := getattr(model, name, None), nn.Module):
-            return _signature(inside)
-    return model, named
+def _are_samples(value: Sequence[Any], axes: int) -> bool:
+    """Tell whether this is a list of samples: tensors without a batch axis, or mappings."""
+    tensors_alone = all(isinstance(item, Tensor) and item.dim() <= axes for item in value)
+    return tensors_alone or all(isinstance(item, Mapping) for item in value)
 
 
-def takes_lists(model: nn.Module) -> bool:
-    """Tell whether `model` is annotated to take a list of images, as torchvision's detectors."""
-    model, named = _signature(model)
-    parameter = next(iter(named), "")
-    try:
-        hint = typing.get_type_hints(model.forward).get(parameter)
-        source = "" if hint else inspect.getsource(model.forward)
-    except Exception:  # noqa: BLE001 - an annotation may be any text, and is evaluated
-        return False
-    # RetinaNet has its types in a comment, as TorchScript took them.
-    return typing.get_origin(hint) in (list, Sequence, Iterable) or bool(_TAKES_LIST.search(source))
-
-
-def _images(batch: Any) -> list[Tensor]:
-    """Find the first list of tensors in a batch, or the images of its first tensor."""
-    if isinstance(batch, (list, tuple)) and batch:
-        return list(batch) if _is_images(batch) else _images(batch[0])
-    return list(input_of(batch))
-
-
-def _is_images(value: Sequence[Any]) -> bool:
-    """Tell whether this is a list of tensors without a batch axis."""
-    return all(isinstance(item, Tensor) and item.dim() < 4 for item in value)
-
-
-def _batched(value: Sequence[Any]) -> bool:
+def _are_batches(value: Sequence[Any], axes: int) -> bool:
     """Tell whether this is a list of tensors with a batch axis, such as feature maps."""
-    return all(isinstance(item, Tensor) and item.dim() > 3 for item in value)
-
-
-def input_of(batch: Any) -> Tensor:
-    """Find the first tensor in a batch; RetrofitError when no convolution could take it."""
-    x = first_tensor(batch)
-    if x is None:
-        raise RetrofitError(
-            f"a batch of type {type(batch).__name__} holds no tensor: pass forward_fn= to say how "
-            "the model is called"
-        )
-    if not x.is_floating_point():
-        raise RetrofitError(
-            f"the batches are {x.dtype} of shape {tuple(x.shape)}: convert them to float and "
-            "normalise them as the model was trained"
-        )
-    return x
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """Find the first tensor in nested values; None if there is none."""
-    return next(iter(tensors(value).values()), None)
-
-
-def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    """List all tensors in nested values by their place: "output", "output[1].boxes".
-
-    Looks into mappings, lists, tuples, dataclasses, and objects with attributes such as
-    SimpleNamespace.
-    """
-    return dict(_walk(value, name, set()))
-
-
-def _walk(value: Any, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-        return
-    items: Iterable[tuple[str, Any]]
-    if isinstance(value, Mapping):
-        items = ((f"{name}[{key!r}]", item) for key, item in value.items())
-    elif isinstance(value, (list, tuple)):
-        items = ((f"{name}[{i}]", item) for i, item in enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        items = ((f"{name}.{key}", item) for key, item in vars(value).items())
-    else:
-        return
-    if id(value) not in above:  # an object may hold itself
-        for place, item in items:
-            yield from _walk(item, place, above | {id(value)})
-
-
-def refuse_single_tensor(data: Iterable[Any]) -> None:
-    """Raise RetrofitError for a tensor: it is iterable too, and yields unbatched images."""
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise RetrofitError(f"data must be an iterable of batches, not {type(data).__name__}")
-    if isinstance(data, Tensor):
-        raise RetrofitError(
-            f"data is one tensor of shape {tuple(data.shape)}: pass an iterable of batches, "
-            "such as [images] or images.split(32)"
-        )
+    return all(isinstance(item, Tensor) and item.dim() > axes for item in value)
 
 
 def home(model: nn.Module) -> torch.device | None:
@@ -223,8 +145,13 @@ def home(model: nn.Module) -> torch.device | None:
 
 
 def call_model(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
-    """Call the model with a batch, on the model's device: see `arguments_of`, or `forward_fn`."""
+    """Call the model with a batch, on the model's device: see `arguments_of`, or `forward_fn`.
+
+    Raises RetrofitError in place of the model's own error where the batch is plainly the cause.
+    """
     if forward_fn is not None:
-        return forward_fn(model, batch)
+        with explained(model, batch):
+            return forward_fn(model, batch)
     arguments = arguments_of(model, batch).to(home(model), copy=True)
-    return model(*arguments.args, **arguments.kwargs)
+    with explained(model, arguments):
+        return model(*arguments.args, **arguments.kwargs)

@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from retrofit.errors import RetrofitError
-from retrofit.running.call_arguments import ForwardFn, arguments_of, home, tensors
+from retrofit.running.batch_checks import explained
+from retrofit.running.call_arguments import ForwardFn, arguments_of, home
+from retrofit.running.nested import tensors
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.attribute_reads import Reads, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone
@@ -52,7 +54,8 @@ def watch(
 
 def _run_on(model: nn.Module, batch: Any, most: int | None) -> Any:
     arguments = arguments_of(model, batch).head(most).to(home(model), copy=True)
-    return model(*arguments.args, **arguments.kwargs)
+    with explained(model, arguments):
+        return model(*arguments.args, **arguments.kwargs)
 
 
 def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool) -> Trace:
@@ -67,6 +70,8 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
         try:
             with watcher.watching():
                 result = run(watched)
+        except RetrofitError:  # which says what is wrong with the example
+            raise
         except Exception as error:
             text = " ".join(str(error).split())
             raise RetrofitError(

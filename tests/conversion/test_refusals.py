@@ -1,14 +1,18 @@
 """What cannot be done in Python is refused by name; the command line's are in test_bad_requests."""
 
+from pathlib import Path
+
 import nets
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import retrofit
 from retrofit import RetrofitError
 
-X = nets.images(8, 3, 16, 16)
+X, LABELS = nets.images(8, 3, 16, 16), torch.arange(8)
+PICTURE = Image.new("RGB", (16, 16))
 
 
 def converted(net=nets.root_sequential):
@@ -51,12 +55,109 @@ REFUSED = [
     (lambda: retrofit.convert(prepared_elsewhere()), "0.bn is no observer"),
     (graph_plan_of_another, "it has no place after"),
     (folded_with_another_norm, "after 0 comes a GroupNorm, not a BatchNorm"),
-    (lambda: retrofit.drift(converted(), converted(), [X], [0]), "must be positive, not 0"),
+    (
+        lambda: retrofit.drift(converted(), converted(), [X], [0]),
+        "must be positive and a whole number, not 0",
+    ),
     (lambda: retrofit.drift(converted(), converted(), [X, X[..., 1:]]), "several sizes"),
     (lambda: retrofit.drift(Pairs(), Pairs(), [(X, X)]), "Pairs takes more than one tensor"),
     (lambda: retrofit.verify(nn.Sequential(), converted(), [X]), "a Sequential, has no 0"),
     (lambda: retrofit.fold("vgg16"), "nn.Module, not a str"),
+    # --- what is no model, plan or prepared model ---
+    (lambda: add("vgg16", [X]), "add_batchnorm takes an nn.Module, not a str"),
+    (lambda: add([X], net()), "add_batchnorm takes an nn.Module, not a list"),
+    (lambda: retrofit.verify(net(), [X], [X]), "verify takes an nn.Module, not a list"),
+    (lambda: retrofit.drift(net(), X, [X]), "drift takes an nn.Module, not a Tensor"),
+    (lambda: retrofit.recalibrate([X], net()), "recalibrate takes an nn.Module, not a list"),
+    (lambda: retrofit.prepare("vgg16"), "prepare takes an nn.Module, not a str"),
+    (
+        lambda: retrofit.prepare(net(), [X]),
+        "second argument of prepare is a plan, as plan(model) makes it, not a list; data goes to",
+    ),
+    (lambda: retrofit.insert(net(), "plan.json"), "second argument of insert is a plan"),
+    (lambda: retrofit.convert(net()), "convert takes a model made by prepare, and this Sequential"),
+    (lambda: retrofit.calibrate(net(), [X]), "call prepared = retrofit.prepare(model) first"),
+    # --- options of the wrong type ---
+    (lambda: add(net(), [X], max_images="100"), "max_images must be positive and a whole number, "),
+    (lambda: add(net(), [X], max_images=2.5), "a whole number, not 2.5"),
+    (lambda: add(net(), [X], max_images=True), "a whole number, not True"),
+    (lambda: add(net(), [X], tolerance="2%"), "between 0 and 1 (0.02: 2 %), not '2%'"),
+    (lambda: add(net(), [X], tolerance=True), "between 0 and 1 (0.02: 2 %), not True"),
+    (lambda: add(net(), [X], device="gpu"), 'torch calls its devices "cpu", "cuda", "cuda:1"'),
+    (lambda: add(net(), [X], device=1.5), "device 1.5 cannot be used here: torch calls"),
+    (lambda: add(net(), [X], eps="1e-5"), "eps must be positive, not '1e-5'"),
+    (lambda: retrofit.insert(net(), eps=0), "eps must be positive, not 0"),
+    (lambda: add(net(), [X], momentum="0.1"), "momentum must lie between 0 and 1, or be None for"),
+    (lambda: add(net(), [X], momentum=2), "momentum must lie between 0 and 1, or be None for a"),
+    (lambda: retrofit.recalibrate(converted(), [X], prior="64"), "from 0 up, not '64'"),
+    (lambda: retrofit.drift(net(), net(), [X], 8), "batch_sizes must be a list such as [8, 32]"),
+    (lambda: retrofit.drift(net(), net(), [X], ["8"]), "a whole number, not '8'"),
+    # --- what is no iterable of batches ---
+    (lambda: add(net(), "pictures"), "not str: a DataLoader over torchvision.datasets.ImageFolder"),
+    (lambda: add(net(), Path("pictures")), "must be an iterable of batches, not PosixPath"),
+    (lambda: add(net(), {"image": X}), "not dict: of one batch make a list, [batch]"),
+    (lambda: add(net(), X.numpy()), "data is one numpy array of shape (8, 3, 16, 16)"),
+    (lambda: retrofit.verify(net(), net(), net()), "not Sequential: the data comes after the mod"),
+    (lambda: add(net(), used_up()), "no data: this generator is used up, or was empty; it can be"),
+    (lambda: retrofit.verify(net(), net(), used_up()), "no data: this generator is used up"),
+    (lambda: retrofit.drift(net(), net(), used_up()), "no data: this generator is used up"),
+    (lambda: retrofit.recalibrate(converted(), used_up()), "no data: this generator is used up"),
+    (lambda: retrofit.calibrate(retrofit.prepare(net()), used_up()), "this generator is used up"),
+    # --- batches that are none ---
+    (lambda: add(net(), Samples(X)), "single picture of shape (3, 16, 16), without a batch axis"),
+    (lambda: retrofit.verify(net(), net(), Samples(X)), "DataLoader(dataset, batch_size=32)"),
+    (lambda: retrofit.drift(net(), net(), list(X)), "without a batch axis"),
+    (lambda: retrofit.recalibrate(converted(), Samples(X)), "add the axis with x.unsqueeze(0)"),
+    (lambda: add(net(), [X.numpy()]), "a batch is a numpy array, or holds one: make a tensor of"),
+    (lambda: add(net(), [(X.numpy(), LABELS)]), "torch.from_numpy(x).float(), of shape (N, C, H"),
+    (lambda: add(net(), [PICTURE]), "a batch is a picture of PIL, or holds some: give the data"),
+    (lambda: add(net(), [(PICTURE, 3)]), "transform that makes tensors of them"),
+    (lambda: add(net(), ["a.png", "b.png"]), "the name of a file, it seems: read it first"),
+    (lambda: add(net(), [(LABELS, X)]), "a batch begins with int64 (8,), labels it seems, and flo"),
+    (lambda: add(net(), [(LABELS.float(), X)]), "give batches of (images, labels)"),
+    (lambda: add(net(), [(X * 255).byte()]), "are torch.uint8 of shape (8, 3, 16, 16): convert th"),
+    (lambda: add(net(), [{"image": (X * 255).byte()}]), "convert them to float and normalise"),
+    (lambda: add(Named(), [{"pixels": (X * 255).byte()}]), "the batches are torch.uint8 of shape"),
+    (lambda: add(net().half(), [X]), "the batches are torch.float32, the model torch.float16"),
+    (lambda: retrofit.verify(net(), net(), [X.double()]), "as by batch.to(torch.float32)"),
+    (lambda: add(net(), [X.permute(0, 2, 3, 1)]), "has its channels last: permute it"),
 ]
+
+
+def net():
+    return nets.build(nets.root_sequential)
+
+
+def add(model, data, **options):
+    return retrofit.add_batchnorm(model, data, progress=False, **options)
+
+
+def used_up():
+    batches = (x for x in [X])
+    list(batches)
+    return batches
+
+
+class Samples(torch.utils.data.Dataset):
+    """One picture and its label at a time, as in torchvision.datasets."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], index
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, pixels):
+        return self.body(pixels)
 
 
 @pytest.mark.parametrize(("call", "words"), REFUSED, ids=[words for _, words in REFUSED])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Annotated, List, Optional  # noqa: UP035
 
 import pytest
 import torch
@@ -15,9 +18,8 @@ from retrofit.running.call_arguments import (
     Arguments,
     arguments_of,
     call_model,
-    first_tensor,
-    tensors,
 )
+from retrofit.running.nested import first_tensor, tensors
 
 X, Y, LABELS = torch.randn(6, 3, 4, 4), torch.randn(6, 2), torch.arange(6)
 
@@ -77,6 +79,130 @@ def test_a_model_is_called_as_its_signature_says(forward, batch, args, kwargs):
     torch.testing.assert_close(found.kwargs, kwargs, rtol=0, atol=0)
 
 
+MAPS = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 16, 16)]
+PICTURES = [torch.randn(3, 8, 8), torch.randn(3, 9, 5)]
+TARGETS = [{"boxes": torch.randn(4, 4)}, {"boxes": torch.randn(1, 4)}]
+KEYS = {"0": MAPS[0], "1": MAPS[1]}
+
+
+def annotated(hint):
+    """A convolutional model whose forward is annotated with `hint`, alone."""
+
+    def forward(self, maps): ...
+
+    forward.__annotations__ = {"maps": hint}
+    made = model(forward)
+    made.conv = nn.Conv2d(3, 4, 3)
+    return made
+
+
+LISTS = [
+    list[Tensor],
+    List[Tensor],  # noqa: UP006
+    Sequence[Tensor],
+    Iterable[Tensor],
+    Optional[list[Tensor]],  # noqa: UP045
+    list[Tensor] | None,
+    Annotated[list[Tensor], "feature maps"],
+    "list[Tensor]",
+    "Optional[typing.List[Unknown]]",
+    "'Sequence[Unknown] | None'",
+    "Union[List[Unknown], Tuple[Unknown, ...]]",
+    list,
+]
+
+
+@pytest.mark.parametrize("hint", LISTS, ids=str)
+def test_a_model_annotated_to_take_a_list_gets_the_list(hint):
+    for batch, expected in (
+        (MAPS, MAPS),
+        (tuple(MAPS), MAPS),
+        ((MAPS, LABELS[:2]), MAPS),
+        ([tuple(MAPS), LABELS[:2], "name"], MAPS),
+        ({"maps": MAPS, "label": LABELS}, MAPS),
+        ({"features": MAPS, "label": LABELS}, MAPS),
+        (([MAPS[0]], LABELS[:2]), MAPS[:1]),
+        (PICTURES, PICTURES),
+        ((PICTURES, TARGETS), PICTURES),
+        ([tuple(PICTURES), tuple(TARGETS)], PICTURES),
+        (tuple(TARGETS), list(TARGETS)),
+        (X, list(X)),
+        ((X, LABELS), list(X)),
+        ((X, TARGETS), list(X)),
+    ):
+        found = arguments_of(annotated(hint), batch)
+        (value,) = found.args or found.kwargs.values()
+        assert type(value) in (list, type(expected))
+        assert len(value) == len(expected)
+        torch.testing.assert_close(list(value), list(expected), rtol=0, atol=0)
+
+
+def test_so_does_one_annotated_to_take_a_tuple_or_a_mapping():
+    for hint in (tuple[Tensor, Tensor], "Tuple[Unknown, ...]"):
+        assert arguments_of(annotated(hint), MAPS).args == (tuple(MAPS),)
+        assert arguments_of(annotated(hint), (MAPS, LABELS)).args == (tuple(MAPS),)
+    for hint in (dict[str, Tensor], Mapping[str, Tensor], "Dict[str, Unknown]", OrderedDict):
+        for batch in (KEYS, (KEYS, LABELS), {"maps": KEYS, "label": 1}):
+            found = arguments_of(annotated(hint), batch)
+            assert (*found.args, *found.kwargs.values()) == (KEYS,)
+    assert arguments_of(annotated(dict[str, Tensor]), {"maps": X}).args == ({"maps": X},)
+
+
+def test_one_that_takes_a_tensor_or_a_list_gets_what_can_only_be_meant():
+    either = annotated(Tensor | list[Tensor])
+    assert arguments_of(either, X).args == (X,)
+    assert arguments_of(either, (X, LABELS)).args == (X,)
+    assert arguments_of(either, (MAPS, LABELS)).args == (MAPS,)
+
+
+@pytest.mark.parametrize(
+    ("hint", "batch", "words"),
+    [
+        (list[Tensor], [*MAPS, LABELS], "take a list, and which that is in a batch of [float32 (2"),
+        (list[Tensor], [MAPS[0]], "give batches of (inputs, labels), with the inputs in one item"),
+        (list[Tensor], [MAPS[0], torch.randn(2, 5)], "or pass forward_fn="),
+        (Tensor | list[Tensor], MAPS, "Model is annotated to take a list or a tensor, and which"),
+        (Tensor | dict[str, Tensor], KEYS, "take a mapping or a tensor"),
+        (tuple[Tensor, Tensor], X, "take a tuple, and which that is in a batch of float32 (6, 3,"),
+        (dict[str, Tensor], MAPS, "take a mapping"),
+        (list[Tensor], (torch.ones(1, 8, 8), {"boxes": X}), "[float32 (1, 8, 8), a dict] cannot"),
+        (list[Tensor], (PICTURES[0], {"boxes": X}), "a single picture of shape (3, 8, 8)"),
+        (list[Tensor], (PICTURES[0], 3), "a single picture of shape (3, 8, 8)"),
+    ],
+)
+def test_what_could_be_meant_in_two_ways_is_refused_with_the_way_out(hint, batch, words):
+    with pytest.raises(RetrofitError) as refused:
+        arguments_of(annotated(hint), batch)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "images"),
+    [
+        (nn.Conv1d(3, 4, 3), [(2, 3, 9), (2, 3, 5), (2, 3, 7)], 2),
+        (nn.Conv1d(3, 4, 3), [(3, 9), (3, 5), (3, 7)], 3),
+        (nn.Conv2d(3, 4, 3), [(3, 9, 9), (3, 5, 5), (3, 7, 7)], 3),
+        (nn.Conv3d(3, 4, 3), [(3, 9, 9, 9), (3, 5, 5, 5), (3, 7, 7, 7)], 3),
+        (nn.Conv3d(3, 4, 3), [(2, 3, 9, 9, 9), (2, 3, 5, 5, 5)], 2),
+        (nn.Linear(3, 4), [(2, 3), (2, 3), (2, 3)], 2),
+    ],
+)
+def test_samples_in_a_list_are_counted_by_what_the_layers_take(layer, shapes, images):
+    taking = model(detector)
+    taking.layer = layer
+    found = arguments_of(taking, [torch.randn(shape) for shape in shapes])
+    assert found.images == images
+    (half,) = found.head(1).args
+    assert [tuple(x.shape) for x in half] == (
+        [(1, *shape[1:]) for shape in shapes] if images == 2 else shapes[:1]
+    )
+
+
+def test_tokens_go_to_a_model_that_embeds_them():
+    reader = nn.Sequential(nn.Embedding(9, 3), nn.Conv1d(3, 4, 3))
+    assert arguments_of(reader, (torch.ones(2, 5, dtype=torch.int64), LABELS)).images == 2
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -105,7 +231,12 @@ def test_a_traced_model_takes_the_first_tensor():
         (two, (X,), "Model takes x and y"),
         (two, {"x": X, "z": Y}, r"pass forward_fn="),
         (one, ["a", 1], "a batch of type list holds no tensor"),
-        (one, (LABELS, X), r"the batches are torch.int64 of shape \(6,\)"),
+        (
+            one,
+            (LABELS, X),
+            r"begins with int64 \(6,\), labels it seems, and float32 \(6, 3, 4, 4\)",
+        ),
+        (one, LABELS, r"the batches are torch.int64 of shape \(6,\): convert them to float"),
     ],
 )
 def test_a_batch_that_lacks_what_the_model_takes_is_refused(forward, batch, message):
