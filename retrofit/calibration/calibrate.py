@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,17 +20,13 @@ from retrofit.calibration.rounds import Learned, Rounds
 from retrofit.calibration.sample_errors import Calibration, site_sample, standard_error
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.calibration.state_file import StateFile, stateful
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.option_checks import check_number
 from retrofit.plans import Plan
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
-
-# On the demo's network the halves of well-mixed samples of 256 pictures differ by 0.2, seldom more
-# than 0.3, of more pictures by less; those of samples sorted by class by 0.6 to 1.4.
-DISAGREEMENT = 0.3
 
 
 def calibrate(
@@ -81,8 +76,9 @@ def calibrate(
 
     Returns:
         A `Calibration`: the standard errors reached, how many images others would need, and how
-        far the two halves of the sample disagree. A warning is given when that is more than 0.3
-        sigma for more than 1 % of a site's channels.
+        far the two halves of the sample disagree. A warning is given when they do so by more
+        than chance explains (`Calibration.disordered`), when nothing varies at a site, or when the
+        images are all the same.
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
@@ -199,18 +195,32 @@ def _report(by_site: dict[str, ChannelStatistics], learned: Learned) -> Calibrat
 
 
 def _warn(report: Calibration, tolerance: float | None) -> None:
-    """Warn of halves that disagree, and of a tolerance that was not reached."""
-    if report.disagreement > DISAGREEMENT:
-        warnings.warn(
-            f"the two halves of the {report.images} calibration images disagree by "
-            f"{report.disagreement:.2f} sigma: use more images, and shuffle them (the usual "
-            "cause is a folder sorted by class and cut short)",
-            stacklevel=3,
+    """Warn of images in some order, or all alike, and of a tolerance that was not reached."""
+    if site := report.disordered:
+        warn(
+            f"the two halves of the {report.images} calibration images differ by "
+            f"{max(site.mean, site.std):.2f} sigma at {site.site}, which is no chance: shuffle the "
+            "images (the usual cause is a folder sorted by class and cut short)"
+        )
+    if report.sites and math.isinf(report.standard_error):
+        constant, channels = (
+            sum(getattr(site, name) for site in report.sites) for name in ("constant", "channels")
+        )
+        warn(
+            f"nothing differs between the {report.images} calibration images at any site, and "
+            f"{constant} of {channels} channels are constant: are they one picture over and over, "
+            "or is the network dead? The standard error is not known"
+        )
+        return
+    if dead := [site.site for site in report.sites if site.constant == site.channels]:
+        warn(
+            f"all channels of {', '.join(dead[:3])}{', ...' if dead[3:] else ''} are constant on "
+            f"the {report.images} calibration images: the network is dead there, and BatchNorm has "
+            "nothing to normalise"
         )
     if tolerance is not None and report.standard_error > tolerance:
-        warnings.warn(
+        warn(
             f"the calibration ended after {report.images} images at a standard error of "
             f"{report.standard_error:.2%}: a tolerance of {tolerance:.2%} needs about "
-            f"{report.images_needed(tolerance):,}",
-            stacklevel=3,
+            f"{report.images_needed(tolerance):,}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
@@ -15,7 +14,7 @@ from retrofit.calibration.feeding import leaving_after
 from retrofit.calibration.kept_memory import kept_memory
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.site_samples import SiteSamples
-from retrofit.errors import NonFiniteError
+from retrofit.errors import NonFiniteError, warn
 from retrofit.plans import Plan
 from retrofit.running.call_arguments import Arguments
 
@@ -56,10 +55,7 @@ class ForwardPass:
             end = images if self.most is None else min(first + self.most, images)
             if not self._try_part(arguments.part(first, end), first, images):
                 self.most = (end - first) // 2
-                warnings.warn(
-                    f"out of memory with {end - first} images at once: going on with {self.most}",
-                    stacklevel=2,
-                )
+                warn(f"out of memory with {end - first} images at once: going on with {self.most}")
                 torch.cuda.empty_cache()
                 continue
             self.part_done()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing_extensions import Self
 from retrofit.calibration.feeding import Fed, Feed, leaving_after
 from retrofit.calibration.sample_errors import standard_error
 from retrofit.calibration.site_samples import SiteSamples
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.tensor_checks import are_statistics
 from retrofit.option_checks import check_models, check_number
@@ -165,14 +164,13 @@ def recalibrate(
             _restore(norm, buffers)
         raise
     if unreached := [path for path in norms if path not in measured]:
-        warnings.warn(
+        warn(
             f"the data never reached {', '.join(unreached)}: these BatchNorms keep the statistics "
-            "they had",
-            stacklevel=2,
+            "they had"
         )
     error = _share(fed, prior) * standard_error(measured.values(), fed.images)
     if measured and error > UNCERTAIN:
-        warnings.warn(_uncertain(fed, error), stacklevel=2)
+        warn(_uncertain(fed, error))
     return Recalibration(fed, {path: old[path] for path in measured}, error)
 
 
@@ -375,7 +373,10 @@ def _share(fed: Fed, prior: float) -> float:
 
 def _uncertain(fed: Fed, error: float) -> str:
     if math.isinf(error):
-        return "the statistics are those of one image, which cannot tell how uncertain they are"
+        return (
+            "the statistics are those of one image, or of some that do not differ, which cannot "
+            "tell how uncertain they are"
+        )
     return (
         f"the statistics of {fed.images} images are uncertain: 1 % of the channels have a standard "
         f"error of more than {error:.2f} of their standard deviation; use more images, or let the "

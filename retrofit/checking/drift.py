@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.errors import RetrofitError
 from retrofit.numerics.comparison import (
     Comparison,
     Top1,
@@ -45,7 +45,7 @@ class BatchDrift:
 
 
 @dataclass(frozen=True)
-class Drift(NeitherTrueNorFalse):
+class Drift:
     """What `drift` found: what batch statistics change.
 
     Attributes:
@@ -55,7 +55,6 @@ class Drift(NeitherTrueNorFalse):
 
     rows: tuple[BatchDrift, ...]
     left_out: tuple[int, ...]
-    ask_for = "rows, and the error of each"
 
     def __str__(self) -> str:
         cells = [

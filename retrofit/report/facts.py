@@ -89,7 +89,7 @@ def gather(
 def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Layer, ...]:
     plan, eps = provenance.plan, provenance.eps or EPS
     calibration, verification = provenance.calibration, provenance.verification
-    samples = {s.site: s for s in (calibration.sites if calibration is not None else ())}
+    samples = {sample.site: sample for sample in calibration.sites} if calibration else {}
     differences = {d.name: d for d in (verification.sites if verification is not None else ())}
     if plan is None:
         return tuple(

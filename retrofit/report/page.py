@@ -169,7 +169,7 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
 
 def _of_drift(facts: Facts) -> Figure | None:
     drift = facts.provenance.drift
-    rows = drift.rows if drift is not None else ()
+    rows = drift.rows if drift else ()
     if not rows or not all(math.isfinite(row.error) for row in rows):
         return None
     return Figure(

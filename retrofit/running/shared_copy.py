@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -43,16 +43,23 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
             if type(parameter) is nn.Parameter:
                 shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
                 memo.setdefault(id(parameter), shared)
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # weight_norm's weight, say
-                memo.setdefault(id(value), value.detach())
-            elif type(value) in (OrderedDict, dict, set) and not value:
+        for name, value in vars(module).items():
+            if type(value) in (OrderedDict, dict, set) and not value:
                 # A dozen tables of hooks for each module: most of the time that deepcopy takes.
                 memo.setdefault(id(value), type(value)())
+            elif name not in ("_parameters", "_modules"):
+                # What was computed with gradients, which deepcopy refuses: weight_norm's weight,
+                # or what a forward pass has cached, in a dict perhaps.
+                for tensor in _tensors_in(value):
+                    if not tensor.is_leaf:
+                        memo.setdefault(id(tensor), tensor.detach())
+    known = dict(memo)
     try:
         copied = copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError) as error:
-        raise RetrofitError(f"this {type(model).__name__} cannot be copied: {error}") from error
+    except Exception as error:
+        raise RetrofitError(
+            f"this {type(model).__name__} cannot be copied: {_culprit(model, known)}{error}"
+        ) from error
     copies = set(map(id, copied.modules()))
     for path, module in model.named_modules():
         if id(module) in copies:
@@ -62,6 +69,33 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
                 "retrofit would change; take it out, or let it copy"
             )
     return copied
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """List the tensors in nested dicts, lists and tuples, and no further: not through a graph."""
+    seen, waiting = set(), [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (dict, list, tuple, deque)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+
+
+def _culprit(model: nn.Module, known: dict[int, object]) -> str:
+    """Name the attribute that does not copy, and what to do; "" if it is none alone."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(known))
+            except Exception:  # noqa: BLE001 - any, as it is looked for
+                where = f"{path}.{name}".lstrip(".")
+                kind = type(value).__name__
+                return f"delete its attribute {where}, a {kind}, and set it again after; "
+    return ""
 
 
 def refuse_inference_mode() -> None:

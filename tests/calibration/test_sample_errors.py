@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import warnings
 
 import nets
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import retrofit
 from retrofit import MomentObserver, RetrofitError
+from retrofit.calibration.sample_errors import site_sample
 from retrofit.numerics.channel_statistics import ChannelStatistics
 
 
@@ -290,3 +292,103 @@ def test_where_nothing_is_known_no_number_of_images_is_enough():
     model = nets.build(nets.AlreadyNormed)
     nothing = retrofit.prepare(model, retrofit.plan(model, exclude="free"))
     assert retrofit.calibrate(nothing, [], progress=False).images_needed(0.01) == math.inf
+
+
+def tailed(n, seed, channels=3):
+    """Pictures of one colour each, few of them very bright."""
+    return nets.images(n, channels, 1, 1, seed=seed).pow(3).expand(n, channels, 4, 4).contiguous()
+
+
+def report_of(x, batch_size=8):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU()).eval()
+    return retrofit.calibrate(retrofit.prepare(net), x.split(batch_size), progress=False)
+
+
+def judged(x):
+    ours = observer(x.shape[1])
+    for batch in x.split(20):
+        ours(batch)
+    sample = site_sample("layer", ours.statistics, len(x))
+    return retrofit.Calibration(len(x), 1, 1.0, 0.0, sample.mean_error, (sample,))
+
+
+@pytest.mark.parametrize("pictures", [grey, tailed])
+@pytest.mark.parametrize("n", [8, 24, 60])
+def test_of_small_samples_in_random_order_one_in_a_hundred_is_blamed_at_most(n, pictures):
+    mix = nets.images(40, 3, seed=7)  # 40 channels that depend on each other, as a layer's do
+    reports = [
+        judged(torch.einsum("oc,nchw->nohw", mix, pictures(n, seed)).contiguous())
+        for seed in range(60)
+    ]
+    assert sum(report.disagreement > 0.3 for report in reports) > 20  # by chance
+    assert sum(report.disordered is not None for report in reports) <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [64, 256])
+@pytest.mark.parametrize("differ", ["in mean", "in contrast"])
+def test_samples_sorted_by_class_are_found_whatever_the_classes_differ_in(n, differ, seed):
+    x, first = photos(n, 3, 4, 4, seed), torch.arange(n).view(-1, 1, 1, 1) < n // 2
+    x = x + 3.0 * first if differ == "in mean" else x * (1 + 3.0 * first)
+    report = report_of(x)
+    assert report.disordered in report.sites
+    assert max(report.disordered.mean, report.disordered.std) == report.disagreement
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert report_of(x[order]).disordered is None
+
+
+def test_the_halves_differ_by_as_many_standard_errors_as_the_report_says():
+    x = photos(40, 3, 5, 5) + torch.arange(40).view(-1, 1, 1, 1) / 40
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU()).eval()
+    report = retrofit.calibrate(retrofit.prepare(model), x.split(4), progress=False)
+    with torch.no_grad():
+        y = model[0](x).double()
+    ours = []
+    for figure in (y, (y - y.mean((0, 2, 3), keepdim=True)).square()):  # means, variances
+        images = figure.mean((2, 3))
+        halves = images[:20].mean(0) - images[20:].mean(0)
+        ours.append(halves.abs() / (images.std(0) * math.sqrt(1 / 20 + 1 / 20)))
+    assert report.sites[0].largest_z == pytest.approx(float(torch.stack(ours).max()), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["one picture", "dead"])
+def test_images_that_do_not_differ_are_warned_of_with_no_standard_error(kind):
+    x, model = nets.images(1, 3, 8, 8).expand(20, 3, 8, 8).contiguous(), prepared()
+    if kind == "dead":
+        x = nets.images(20, 3, 8, 8)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+    channels = sum(m.channels for m in model.modules() if isinstance(m, MomentObserver))
+    constant = channels if kind == "dead" else r"\d+"
+    message = rf"nothing differs between the 20 .* {constant} of {channels} channels are constant"
+    with pytest.warns(UserWarning, match=message):
+        report = retrofit.calibrate(model, x.split(7), tolerance=0.05, progress=False)
+    assert report.standard_error == math.inf
+    assert report.images_needed(0.05) == math.inf
+    assert report.images == 20
+
+
+def test_a_site_that_is_dead_as_a_whole_is_named():
+    model = prepared()
+    nn.init.zeros_(model[2].conv.weight)
+    with pytest.warns(UserWarning, match=r"all channels of 2 are constant on the 40 .* dead there"):
+        retrofit.calibrate(model, nets.images(40, 3, 12, 12).split(9), progress=False)
+
+
+def test_warnings_point_to_the_line_that_called():
+    x = nets.images(80, 3, 8, 8) + torch.arange(80).view(-1, 1, 1, 1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    ready = retrofit.prepare(net)
+    retrofit.calibrate(ready, [nets.images(40, 3, 8, 8)], progress=False)
+    norms = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    for call in (
+        lambda: retrofit.add_batchnorm(net, x.split(8), progress=False),
+        lambda: retrofit.calibrate(retrofit.prepare(net), x.split(8), progress=False),
+        lambda: retrofit.convert(ready, eps=1e-3),
+        lambda: retrofit.recalibrate(norms, [grey(2)], progress=False),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+        assert {w.filename for w in seen} == {__file__}

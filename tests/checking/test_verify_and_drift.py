@@ -303,12 +303,9 @@ def test_the_root_mean_square_of_many_numbers_is_not_lost_to_float32():
 def test_nobody_takes_a_report_for_a_yes():
     model, converted = pair()
     report = retrofit.verify(model, converted, [X])
-    calibration = retrofit.calibrate(retrofit.prepare(model), [X], progress=False)
     for result, message in (
         (report, r"^a Verification is neither true nor false: ask for report.exact \(bit .*passed"),
-        (report.outputs[0], "a Difference is neither true nor false: ask for its exact"),
-        (retrofit.drift(model, converted, [X], [8]), "a Drift is neither .* the error of each"),
-        (calibration, "a Calibration is neither .* its standard_error or images_needed"),
-    ):  # fmt: skip
+        (report.outputs[0], "^a Difference is neither true nor false: ask for its exact, max_abs"),
+    ):
         with pytest.raises(RetrofitError, match=message):
             bool(result)

@@ -118,7 +118,7 @@ def test_of_one_picture_the_uncertainty_is_not_known(run, here, tmp_path):
     )  # fmt: skip
     assert (code, len(err)) == (0, 1)
     assert "cannot tell how uncertain they are" in err[0]
-    assert "standard error      not known, from one picture" in out
+    assert "standard error      not known, from one picture or from equal ones" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 from collections import OrderedDict
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -387,3 +388,50 @@ def test_converting_again_changes_nothing(tmp_path):
         assert list(before) == list(after)
         assert all(torch.equal(before[key], value) for key, value in after.items())
         assert str(retrofit.fold(again)) == str(model)
+
+
+class CachedBias(nn.Module):
+    """Keeps what it has computed of a parameter, as timm's LeViT keeps its attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(4))
+        self.last, self.cache = None, {"by size": [{}]}
+
+    def forward(self, x):
+        table = self.cache["by size"][0]
+        if x.shape[-1] not in table:
+            table[x.shape[-1]] = self.scale[:, None, None] * 0.5
+        self.last = self.conv(x).relu() + table[x.shape[-1]]
+        return self.last
+
+
+def test_what_a_forward_pass_has_cached_with_gradients_is_copied_without_them():
+    model, x = CachedBias().eval(), nets.images(4, 3, 9, 9)
+    expected = model(x)
+    converted = retrofit.add_batchnorm(model, [x], progress=False, include="conv")
+    assert torch.equal(converted(x), expected)
+    assert model.last is expected
+    assert expected.requires_grad
+    assert model.cache["by size"][0][9].grad_fn is not None
+    assert not converted.cache["by size"][0][9].requires_grad
+
+
+class Holding(nn.Module):
+    def __init__(self, thing):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.body[1].thing = thing
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("thing", "kind"), [(threading.Lock(), "lock"), ((x for x in "a"), "generator")]
+)
+def test_what_does_not_copy_is_named_by_the_place_where_it_is(thing, kind):
+    with pytest.raises(
+        RetrofitError, match=rf"^this Holding .* delete its attribute body\.1\.thing, a {kind}, and"
+    ):
+        retrofit.plan(Holding(thing))
