@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -122,14 +122,20 @@ def launched() -> Iterator[Processes]:
 
 def fingerprint(prepared: nn.Module, plan: Plan) -> dict[str, Any]:
     """Describe a prepared model: its class, its plan, and a digest of each of its tensors."""
-    mine = {id(tensor) for observer in observers_of(prepared) for tensor in observer.buffers()}
-    state = prepared.state_dict(keep_vars=True)
-    tensors = {k: t for k, t in state.items() if isinstance(t, Tensor) and id(t) not in mine}
+    learned = [tensor for observer in observers_of(prepared) for tensor in observer.buffers()]
     return {
         "class": type(prepared).__name__,
         "plan": {site.path: f"{site.norm}, {site.calls}" for site in plan.inserted},
-        "weights": {name: digest(tensor) for name, tensor in tensors.items()},
+        "weights": digests(prepared, but=learned),
     }
+
+
+def digests(model: nn.Module, but: Iterable[Tensor] = ()) -> dict[str, str]:
+    """Hash each tensor in the state dict of `model`, but for some."""
+    left_out = set(map(id, but))
+    state = model.state_dict(keep_vars=True)
+    tensors = {k: t for k, t in state.items() if isinstance(t, Tensor) and id(t) not in left_out}
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 from retrofit.calibration.feeding import Fed, Feed, leaving_after
+from retrofit.calibration.processes import Processes, digests
 from retrofit.calibration.sample_errors import standard_error
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import RetrofitError, warn
@@ -87,6 +88,7 @@ def recalibrate(
     prior: float = 0,
     device: torch.device | str | None = None,
     max_images: int | None = None,
+    process_group: distributed.ProcessGroup | None = None,
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> Recalibration:
@@ -126,6 +128,9 @@ def recalibrate(
             behind blended ones. By default the old statistics count nothing.
         device: as for `calibrate`.
         max_images: as for `calibrate`.
+        process_group: recalibrate with these processes together, each on data of its own, as for
+            `calibrate`. Every process ends with the same statistics, those of all the data, bit for
+            bit. In the default pass each normalises with its own batches, SyncBatchNorm too.
         forward_fn: as for `calibrate`.
         progress: as for `calibrate`.
 
@@ -141,51 +146,100 @@ def recalibrate(
             value for each channel; a negative prior, or one for old statistics that are not
             finite; new ones beyond the BatchNorm's dtype. The model is then as it was.
         NonFiniteError: NaN or Inf at a BatchNorm, with its path and the image.
+        PeerError: another process failed or died, or has another model or other options.
 
     Example:
         >>> retrofit.recalibrate(averaged.module, loader, max_images=10_000)
     """
     check_models("recalibrate", model)
-    check_data(data)
     while isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         model = model.module
-    norms = _tracking(model)
+    processes = Processes(process_group)
+    feed = Feed(data, device, max_images, forward_fn, progress and processes.rank == 0)
+    with processes.failing_together():
+        _refuse_bad_request(data, layerwise, prior)
+        norms = _tracking(model)
+        old = {path: (norm, _buffers(norm)) for path, norm in norms.items()}
+        _agree(processes, model, norms, feed, layerwise, prior)
+        try:
+            estimate = _layer_by_layer if layerwise else _at_once
+            fed, measured = estimate(model, norms, feed, prior, processes)
+        except BaseException:
+            for norm, buffers in old.values():
+                _restore(norm, buffers)
+            raise
+    error = _share(fed, prior) * standard_error(measured.values(), fed.images)
+    if processes.rank == 0:
+        _warn(norms, fed, measured, error)
+    return Recalibration(fed, {path: old[path] for path in measured}, error)
+
+
+def _refuse_bad_request(data: Iterable[Any], layerwise: bool, prior: float) -> None:
+    check_data(data)
     if layerwise:
         _refuse_iterator(data)
     wanted = "be a number of images from 0 up"
     check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
-    feed = Feed(data, device, max_images, forward_fn, progress)
-    old = {path: (norm, _buffers(norm)) for path, norm in norms.items()}
-    try:
-        estimate = _layer_by_layer if layerwise else _at_once
-        fed, measured = estimate(model, norms, feed, prior)
-    except BaseException:
-        for norm, buffers in old.values():
-            _restore(norm, buffers)
-        raise
+
+
+def _agree(
+    processes: Processes, model: nn.Module, norms: Norms, feed: Feed, layerwise: bool, prior: float
+) -> None:
+    """Raise PeerError unless all processes have the same model and options."""
+    if processes.size == 1:
+        return
+    # Old statistics may differ, as those of training do, unless they count.
+    old = [] if prior else [t for norm in norms.values() for t in norm.buffers(recurse=False)]
+    options = {"layerwise": layerwise, "prior": prior, "max_images": feed.max_images}
+    found = {"class": type(model).__name__, "weights": digests(model, but=old)}
+    processes.agree(options | found)
+
+
+def _warn(norms: Norms, fed: Fed, measured: Measured, error: float) -> None:
     if unreached := [path for path in norms if path not in measured]:
         warn(
             f"the data never reached {', '.join(unreached)}: these BatchNorms keep the statistics "
             "they had"
         )
-    error = _share(fed, prior) * standard_error(measured.values(), fed.images)
     if measured and error > UNCERTAIN:
         warn(_uncertain(fed, error))
-    return Recalibration(fed, {path: old[path] for path in measured}, error)
 
 
-def _at_once(model: nn.Module, norms: Norms, feed: Feed, prior: float) -> tuple[Fed, Measured]:
+def _at_once(
+    model: nn.Module, norms: Norms, feed: Feed, prior: float, processes: Processes
+) -> tuple[Fed, Measured]:
     """Measure all BatchNorms in one pass, in which each normalises with its batch."""
     with batch_statistics(model, frozen=True):
         fed, measured = _measured(model, norms, norms, feed)
+    fed, measured = _fed_by_all(processes, fed), _measured_by_all(processes, measured)
     _refuse_nothing(fed, feed)
     for path, statistics in measured.items():
         _settle(path, norms[path], statistics, fed, prior)
     return fed, measured
 
 
+def _fed_by_all(processes: Processes, fed: Fed) -> Fed:
+    """Count what all processes were fed."""
+    feds = processes.gather(fed)
+    images, batches = sum(one.images for one in feds), sum(one.batches for one in feds)
+    return Fed(images, batches, max(one.waited for one in feds))
+
+
+def _measured_by_all(processes: Processes, measured: Measured) -> Measured:
+    """Merge what all processes have measured: once, in the first, since processors round apart."""
+    if processes.size == 1:
+        return measured
+    cpu = torch.device("cpu")
+    everything = processes.gather({path: one.to(cpu) for path, one in measured.items()})
+    merged: Measured = {}
+    for found in everything if processes.rank == 0 else ():
+        for path, one in found.items():
+            merged[path] = merged[path].merge(one) if path in merged else one
+    return processes.from_first(merged)
+
+
 def _layer_by_layer(
-    model: nn.Module, norms: Norms, feed: Feed, prior: float
+    model: nn.Module, norms: Norms, feed: Feed, prior: float, processes: Processes
 ) -> tuple[Fed, Measured]:
     """Settle one BatchNorm after another, in eval mode, a pass for each."""
     quiet = replace(feed, progress=False)
@@ -193,9 +247,11 @@ def _layer_by_layer(
         order = _Order(model, norms)
         with order.noted():
             fed, _ = _measured(model, norms, (), quiet, call=order)
-        _refuse_nothing(fed, feed)
+        total = _fed_by_all(processes, fed)
+        _refuse_nothing(total, feed)
+        called = dict.fromkeys(path for one in processes.gather(list(order.calls)) for path in one)
         settled: Measured = {}
-        for path in tqdm(list(order.calls), unit="layer", disable=not feed.progress):
+        for path in tqdm(called, unit="layer", disable=not feed.progress):
             again, measured = _measured(
                 model, norms, [path], quiet, call=partial(order.up_to, path)
             )
@@ -205,10 +261,11 @@ def _layer_by_layer(
                     f"{again.images} in {again.batches} then: layerwise=True needs the same each "
                     "time"
                 )
+            measured = _measured_by_all(processes, measured)
             for statistics in measured.values():
-                _settle(path, norms[path], statistics, fed, prior)
+                _settle(path, norms[path], statistics, total, prior)
             settled |= measured
-    return fed, settled
+    return total, settled
 
 
 class _Order:

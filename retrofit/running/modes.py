@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,7 +34,9 @@ def batch_statistics(model: nn.Module, *, frozen: bool = False) -> Iterator[None
     """Let `model` normalise with the statistics of each batch; all else is in eval mode.
 
     Dropout is off, and the running statistics are afterwards what they were. BatchNorms under
-    `freeze_statistics` use their running statistics here too, unless `frozen` includes them.
+    `freeze_statistics` use their running statistics here too, unless `frozen` includes them. A
+    SyncBatchNorm uses the batch of this process alone: another one that has no batch left, or does
+    something else, would keep it waiting for ever.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     was = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -44,8 +47,13 @@ def batch_statistics(model: nn.Module, *, frozen: bool = False) -> Iterator[None
                     norm.training = True
                 else:
                     norm.train()
+                if isinstance(norm, nn.SyncBatchNorm):
+                    vars(norm)["forward"] = partial(_BatchNorm.forward, norm)
             yield
         finally:
+            for norm in norms:
+                if isinstance(norm, nn.SyncBatchNorm):
+                    vars(norm).pop("forward", None)
             for norm, buffers in zip(norms, was, strict=True):
                 for name, value in buffers.items():
                     norm.get_buffer(name).copy_(value)

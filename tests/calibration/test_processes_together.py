@@ -105,8 +105,54 @@ def one_process(rank, folder):
             result["of another"].append(str(error))
         else:
             result["resumed"] = learned(model), len(X), 0.0
-    torch.save(result, folder / f"{rank}.pt")
+    torch.save(result | recalibrations(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+RECALIBRATED = {
+    "at once": {},
+    "at once, synchronised": {"norm": nn.SyncBatchNorm},
+    "layer by layer": {"layerwise": True},
+    "layer by layer, with a prior": {"layerwise": True, "prior": 20},
+    "layer by layer, none and all": {"layerwise": True, "cut": 0},
+    "at once, all and none": {"cut": 64},
+}
+X64 = nets.images(64, 3, 12, 12) + torch.arange(64).view(-1, 1, 1, 1) / 32
+
+
+def with_norms(rank=0, norm=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4), nn.ReLU())
+    )
+    net[1].running_mean += rank  # as training leaves them without SyncBatchNorm
+    return net
+
+
+def recalibrated(rank, cut=40, norm=nn.BatchNorm2d, group=None, **options):
+    """Of the process `rank`, or of all data in one: what recalibrate makes, in batches of 8."""
+    model = with_norms(0 if "prior" in options else rank, norm)
+    data = X64 if group is None else [X64[:cut], X64[cut:]][rank]
+    found = retrofit.recalibrate(model, parts(data), process_group=group, progress=False, **options)
+    return dict(model.named_buffers()), found.images, found.batches, found.standard_error
+
+
+def recalibrations(rank):
+    """What the tests look at, of one of two processes that recalibrate together."""
+    group = dist.group.WORLD
+    result = {name: recalibrated(rank, group=group, **o) for name, o in RECALIBRATED.items()}
+    for name, model, data, options in (
+        ("no data for both", with_norms(), [], {}),
+        ("other old statistics", with_norms(rank), parts(X64), {"prior": 8}),
+        ("a NaN for both", with_norms(), parts(X64 / (1 - rank)), {}),
+        ("another prior", with_norms(), parts(X64), {"prior": rank}),
+    ):
+        before = {k: v.clone() for k, v in model.named_buffers()}
+        with pytest.raises(retrofit.RetrofitError) as caught:
+            retrofit.recalibrate(model, data, process_group=group, progress=False, **options)
+        assert all(torch.equal(before[k], v) for k, v in model.named_buffers())
+        result[name] = type(caught.value).__name__, str(caught.value)
+    return result
 
 
 def start(code, **variables):
@@ -147,6 +193,19 @@ def test_moments_are_those_of_one_process_and_alike_in_all_to_the_last_bit(resul
         assert ((one.var - other.var).abs() <= 1e-10 * other.var).all()
 
 
+@pytest.mark.parametrize("name", RECALIBRATED)
+def test_recalibrated_together_all_have_the_statistics_of_all_data_to_the_last_bit(results, name):
+    (first, *counts), (second, *others) = (result[name] for result in results)
+    assert counts == others
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    options = RECALIBRATED[name] | {"norm": nn.BatchNorm2d}
+    alone, images, batches, error = recalibrated(0, **options)
+    assert counts == [images, batches, pytest.approx(error, rel=1e-6)]
+    for key, value in alone.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
+    assert int(first["1.num_batches_tracked"]) == 8
+
+
 def test_all_stop_together_when_they_have_enough(results):
     (first, used, _), (second, also, _) = (result["tolerance"] for result in results)
     assert used == also
@@ -168,6 +227,11 @@ def test_all_stop_together_when_they_have_enough(results):
         ("a NaN", 1, "NonFiniteError", "at 0 for image 17 of the data"),
         ("not an iterable", 0, "PeerError", "process 1 of 2 failed: data is one tensor"),
         ("not an iterable", 1, "RetrofitError", "data is one tensor"),
+        ("no data for both", 1, "RetrofitError", "there is no data to recalibrate on"),
+        ("other old statistics", 0, "PeerError", "1 of 2 has different weights at 1.running_mean"),
+        ("a NaN for both", 0, "PeerError", "process 1 of 2 failed: there is a NaN or Inf at 1"),
+        ("a NaN for both", 1, "NonFiniteError", "there is a NaN or Inf at 1 for image 0 of the"),
+        ("another prior", 1, "PeerError", "process 1 of 2 has a different prior (1, not 0) than"),
         ("a group of others", 1, "RetrofitError", "not in the process_group that it was given"),
     ],
 )
