@@ -15,13 +15,14 @@ import torch
 from retrofit.cli import requests
 from retrofit.cli.convert import DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
 from retrofit.files.model_sources import NAMES
-from retrofit.files.weights import KINDS
+from retrofit.files.weights import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.tables import one_line
 from retrofit.version import __version__
 
 DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
-FILE = f"{KINDS} file"
+FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
+OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
 DEBUG = "show where an error came from"
 
 R = TypeVar("R")
@@ -82,7 +83,7 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=NAMES)
-    _add_output(parser, FILE)
+    _add_output(parser, OUTPUT)
     add("--device", type=_device, help="for the calibration; default: cpu")
     text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
     add("--tolerance", type=_fraction, metavar="T", help=text)
@@ -108,8 +109,9 @@ def _describe_verify(parser: argparse.ArgumentParser) -> None:
 
 def _describe_fold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="what convert or a training run wrote")
-    _add_output(parser, FILE)
+    _add_output(parser, OUTPUT)
     _add_model(parser)
+    _add_weights_key(parser, "FILE")
 
 
 def _describe_adapt(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +124,7 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
 
 def _describe_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help=FILE)
+    _add_weights_key(parser, "FILE")
 
 
 def _describe_report(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +226,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     text = f"name (DEFAULT), or {FILE}; default: those that the model's own factory loads"
     parser.add_argument("--weights", help=text)
+    _add_weights_key(parser, "the file of --weights")
+
+
+def _add_weights_key(parser: argparse.ArgumentParser, where: str) -> None:
+    text = f"where the weights are in {where}, if that holds several (params_ema, model.ema)"
+    parser.add_argument("--weights-key", metavar="KEY", help=text)
 
 
 def _add_data(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,10 +28,10 @@ from retrofit.cli.requests import (
 )
 from retrofit.cli.sample import naming_pictures, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table, show_warning
-from retrofit.files.checkpoint import check_output
+from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_sources import build, trained
 from retrofit.files.provenance import Provenance
-from retrofit.files.weights import read_weights
+from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.json_values import to_plain
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.surgery.folding import folded
@@ -58,8 +57,8 @@ def run_plan(request: PlanRequest) -> int:
 
 def run_verify(request: VerifyRequest) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
-    converted, name, _ = _load(request.file, request.model)
-    original = trained(name, request.weights)
+    converted, name = _load(open_weights(request.file), request.model)
+    original = trained(name, request.weights, request.weights_key)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
     found = retrofit.verify(original, converted, batches)
@@ -72,7 +71,7 @@ def run_verify(request: VerifyRequest) -> int:
 def run_fold(request: FoldRequest) -> int:
     """Fold the model of a file, and save it."""
     check_output(request.output, overwrite=request.overwrite)
-    model, name, _ = _load(request.file, request.model)
+    model, name = _load(open_weights(request.file), request.model, request.weights_key)
     result = folded(model)
     if not result.folded:
         reasons = f": {result}" if result.left else ""
@@ -89,7 +88,8 @@ def run_fold(request: FoldRequest) -> int:
 def run_adapt(request: AdaptRequest) -> int:
     """Recalibrate the model of a file layer by layer, and save it."""
     check_output(request.output, overwrite=request.overwrite)
-    model, name, provenance = _load(request.file, request.model)
+    file = open_weights(request.file)
+    model, name = _load(file, request.model, request.weights_key)
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
     sample = sample_for(model, name, request.pictures)
@@ -104,7 +104,7 @@ def run_adapt(request: AdaptRequest) -> int:
         attach(model, dataclasses.replace(record, images=found.images))
     weighed = f", the old statistics counting as {request.prior:g}" if request.prior else ""
     done = f"adapted on {found.images} pictures of {sample.source}{weighed}"
-    data = "; ".join(filter(None, (provenance.data, done)))
+    data = "; ".join(filter(None, (file.provenance.data, done)))
     retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
     list_bad(sample.pictures, batches.bad)
     print(
@@ -122,7 +122,8 @@ def run_adapt(request: AdaptRequest) -> int:
 
 def run_inspect(request: InspectRequest) -> int:
     """Print where a file comes from, and a table of its BatchNorms."""
-    tensors, provenance = read_weights(request.file)
+    file = open_weights(request.file)
+    tensors, provenance = file.tensors(request.weights_key), file.provenance
     for key, value in _described(provenance).items():
         print(f"{one_line(key):<13}{'-' if value is None else one_line(str(value))}")
     sites = provenance.plan.inserted if provenance.plan else ()
@@ -135,16 +136,18 @@ def run_inspect(request: InspectRequest) -> int:
 def run_report(request: ReportRequest) -> int:
     """Write a page about a file, with drift and comparison measured anew where asked for."""
     check_report(request.output, overwrite=request.overwrite)
-    tensors, provenance = read_weights(request.file)
-    no_drift = ""
-    if request.pictures.data is not None:
-        provenance, no_drift = _measured_anew(request, provenance)
-    elif request.weights is not None:
+    if request.weights is None and request.weights_key is not None:
+        raise RetrofitError("--weights-key needs --weights: it is a place in that file")
+    if request.weights is not None and request.pictures.data is None:
         raise RetrofitError("--weights needs --data: pictures to compare the networks on")
+    file = open_weights(request.file)
+    provenance, no_drift = file.provenance, ""
+    if request.pictures.data is not None:
+        provenance, no_drift = _measured_anew(request, file)
     write_report(
         request.output,
         request.file.name,
-        tensors,
+        file.tensors(),
         provenance,
         no_drift=no_drift,
         overwrite=request.overwrite,
@@ -176,27 +179,28 @@ HANDLERS: dict[type[Any], Callable[[Any], int]] = {
 }
 
 
-def _load(file: Path, model: str | None) -> tuple[nn.Module, str, Provenance]:
-    """Load the model of a file, its name as given or as the file says, and its provenance."""
-    provenance = read_weights(file)[1]
-    name = model or provenance.model
+def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple[nn.Module, str]:
+    """Load the model of a file, and its name as given or as the file says."""
+    name = model or file.provenance.model
     if name is None:
-        raise RetrofitError(f"{file} does not say what model it is: give --model")
+        raise RetrofitError(f"{file.path} does not say what model it is: give --model")
     # Code is imported for what the user typed, never for what a file says.
-    return retrofit.load(file, build(name) if model else None), name, provenance
+    return load_opened(file, build(name) if model else None, key), name
 
 
-def _measured_anew(request: ReportRequest, provenance: Provenance) -> tuple[Provenance, str]:
+def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenance, str]:
     """Measure drift, and with --weights how the outputs compare; and why there is no drift."""
-    converted, name, _ = _load(request.file, request.model)
-    original = trained(name, request.weights) if request.weights else converted
+    converted, name = _load(file, request.model)
+    original = converted
+    if request.weights:
+        original = trained(name, request.weights, request.weights_key)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches)
     what = "drift and parity" if request.weights else "drift"
     measured = f"{what}, on {len(sample.chosen)} pictures of {sample.source}"
-    found = dataclasses.replace(provenance, drift=drift, measured=measured)
+    found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
         verification = retrofit.verify(original, converted, batches)
         found = dataclasses.replace(found, verification=verification)

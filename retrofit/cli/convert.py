@@ -27,7 +27,8 @@ DEFAULT_IMAGES = 1024
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
 # Options that the processes of one conversion may have different values of.
-OF_A_PROCESS = {"data", "output", "overwrite", "report", "weights", "workers", "device", "state"}
+OF_A_PROCESS = {"data", "output", "overwrite", "report", "state", "weights", "weights_key"}
+OF_A_PROCESS |= {"workers", "device"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _sample(request: ConvertRequest, processes: Processes) -> Sample:
         raise RetrofitError(
             f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
         )
-    model = trained(request.model, request.weights)
+    model = trained(request.model, request.weights, request.weights_key)
     options = replace(options, device=_own_device(options.device))
     return sample_for(model, request.model, options, request.weights, pictures)
 

@@ -63,6 +63,7 @@ class ConvertRequest:
 
     model: str
     weights: str | None
+    weights_key: str | None
     plan: PlanOptions
     pictures: PictureOptions
     output: Path
@@ -80,6 +81,7 @@ class VerifyRequest:
     file: Path
     model: str | None
     weights: str | None
+    weights_key: str | None
     tolerance: float
     pictures: PictureOptions
 
@@ -90,6 +92,7 @@ class FoldRequest:
 
     file: Path
     model: str | None
+    weights_key: str | None
     output: Path
     overwrite: bool
 
@@ -100,6 +103,7 @@ class AdaptRequest:
 
     file: Path
     model: str | None
+    weights_key: str | None
     output: Path
     overwrite: bool
     prior: float
@@ -111,6 +115,7 @@ class InspectRequest:
     """Show where a file comes from and what its BatchNorms hold."""
 
     file: Path
+    weights_key: str | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class ReportRequest:
     file: Path
     model: str | None
     weights: str | None
+    weights_key: str | None
     output: Path
     overwrite: bool
     pictures: PictureOptions

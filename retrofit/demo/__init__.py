@@ -14,7 +14,8 @@ from retrofit.checking.verify import verify
 from retrofit.conversion import convert, insert, prepare
 from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
 from retrofit.files.checkpoint import load, save
-from retrofit.files.weights import load_weights, read_weights
+from retrofit.files.fitting import load_weights
+from retrofit.files.weights import read_weights
 from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
 from retrofit.pictures.sources import open_pictures
 from retrofit.planning.plan import plan

@@ -22,12 +22,13 @@ from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.conversion import inserted
 from retrofit.errors import RetrofitError
+from retrofit.files.converted_keys import converted_keys, refuse_changed_sites
+from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
 from retrofit.files.provenance import Provenance, provenance_of
-from retrofit.files.weights import PICKLED, SUFFIXES, load_weights, read_weights
+from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.planning.plan import plan
-from retrofit.plans import Plan
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
 from retrofit.surgery.record import attach
 
@@ -78,12 +79,18 @@ def save(
 
     Raises:
         RetrofitError: the suffix is none of these; the path cannot be written, or exists without
-            `overwrite`; an entry of the state dict is no tensor (`.safetensors`).
+            `overwrite`; an entry of the state dict is no tensor (`.safetensors`); `load` could not
+            read the file, because a BatchNorm or the layer before it was changed since the
+            conversion (it lost its running statistics, or was pruned); a tensor is on the meta
+            device.
         OSError: writing failed half-way; an existing file is then as it was.
     """
     path = Path(path).resolve()  # what a link points to is what gets replaced
     check_output(path, overwrite=overwrite)
     state = model.state_dict()
+    refuse_changed_sites(model, state)
+    if empty := [key for key, t in state.items() if isinstance(t, Tensor) and t.is_meta]:
+        raise RetrofitError(f"{empty[0]} is on the meta device: it has no numbers to save")
     if path.suffix in PICKLED:
         write_whole(path, lambda file: torch.save(state, file))
         return
@@ -101,53 +108,75 @@ def save(
         raise RetrofitError(f"safetensors cannot store {error}: save as .pth instead") from error
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    weights_key: str | None = None,
+) -> nn.Module:
     """Load the model that `save` wrote, in eval mode, on the device of `model` (else the CPU).
 
+    It loads what others wrote, too: a training run's checkpoint, whose state dict is under a key
+    such as "state_dict" or "model", and whose names have prefixes such as "module." or "model.";
+    and a plain network's weights, into that network. Which of these a name has is decided by the
+    model's own names. A warning says what was chosen of several, and which tensors beside the
+    network were passed over.
+
     Args:
-        path: a `.safetensors`, `.pth` or `.pt` file.
+        path: a file of safetensors (`.safetensors`) or of torch.save (`.pth`, `.pt`, `.ckpt`,
+            `.bin`), told by its content; the `.index.json` of several; or a folder with these
+            under the names of Hugging Face's hub.
         model: the plain architecture, without the inserted BatchNorms; not changed. It can be
             left out for torchvision's models when the file says which one it is.
+        weights_key: where the tensors are in a file with several state dicts, such as
+            "params_ema"; dotted, where it leads through several mappings or a prefix of names.
 
     Returns:
         A model of the same class, with BatchNorms if the file has them. For a plain state dict,
         which carries no plan, they stand where `plan(model)` puts them and the file has one.
 
     Raises:
-        RetrofitError: the file cannot be read or does not fit (with the keys), or the model is
-            not known, or on the meta device. No code in the file is run (`weights_only=True`), and
-            nothing that it names is imported.
+        RetrofitError: the file cannot be read or does not fit (with the keys), nothing speaks for
+            one of its several state dicts, or the model is not known, or on the meta device. No
+            code in the file is run (`weights_only=True`), and nothing that it names is imported.
     """
     refuse_inference_mode()
-    path = Path(path)
-    tensors, provenance = read_weights(path)
+    return load_opened(open_weights(Path(path)), model, weights_key)
+
+
+def load_opened(
+    file: WeightsFile, model: nn.Module | None = None, weights_key: str | None = None
+) -> nn.Module:
+    """Load a model as `load` does, from a file that was read before."""
     if model is None:
-        model = _rebuild(path, provenance)
-    plain = model.state_dict(keep_vars=True)
-    for key, own in plain.items():
+        model = _rebuild(file.path, file.provenance)
+    for key, own in model.state_dict(keep_vars=True).items():
         if isinstance(own, Tensor) and own.is_meta:
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
-    record = provenance.record
-    if record is not None:
-        result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
-        attach(result, record)
-    elif tensors.keys() == plain.keys():  # folded, or never converted
-        result = copy.deepcopy(shared_copy(model))
-    else:
-        result = inserted(model, _planned_for(model, tensors))
+    result = _with_batchnorms(model, file, weights_key)
+    tensors = fitted(file, result, weights_key)
     for key, own in result.state_dict(keep_vars=True).items():
         # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
-        if key in tensors and isinstance(own, Tensor) and tensors[key].is_floating_point():
-            own.data = own.data.to(tensors[key].dtype)
-    load_weights(result, tensors, str(path))
+        new = tensors.get(key)
+        if isinstance(own, Tensor) and isinstance(new, Tensor) and new.is_floating_point():
+            own.data = own.data.to(new.dtype)
+    load_weights(result, tensors, str(file.path))
     return result.eval()
 
 
-def _planned_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Plan:
-    """Make the default plan, less what was excluded, or left out for what its data showed."""
+def _with_batchnorms(model: nn.Module, file: WeightsFile, key: str | None) -> nn.Module:
+    """Copy the model, with BatchNorms where the file has them."""
+    if (record := file.provenance.record) is not None:
+        result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
+        attach(result, record)
+        return result
+    if fits(file, model.state_dict(), key)[0].exact:  # folded, or never converted
+        return copy.deepcopy(shared_copy(model))
     default = plan(model)
+    tensors = fits(file, dict.fromkeys(converted_keys(default)), key)[0].state
+    # Less what was excluded, or left out for what its data showed.
     absent = [s.path for s in default.inserted if f"{s.norm}.running_mean" not in tensors]
-    return plan(model, exclude=absent) if absent else default
+    return inserted(model, plan(model, exclude=absent) if absent else default)
 
 
 def _rebuild(path: Path, provenance: Provenance) -> nn.Module:

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.files.weights import KINDS, SUFFIXES, load_weights, read_weights
+from retrofit.files.fitting import fits, fitted, load_weights
+from retrofit.files.shards import INDEX
+from retrofit.files.weights import KINDS, READ, WeightsFile, open_weights
 from retrofit.pictures.batches import DETECTION_PRESET, PRESET, Transform, Transforms
 from retrofit.running.signatures import takes_lists
 
@@ -45,31 +47,44 @@ def build(spec: str) -> nn.Module:
     return _source(spec).build()
 
 
-def trained(spec: str, weights: str | None) -> nn.Module:
+def trained(spec: str, weights: str | None, weights_key: str | None = None) -> nn.Module:
     """Build the model that `spec` names, with its weights, in eval mode.
 
     Args:
         spec: as for `build`.
-        weights: a `.safetensors`, `.pth` or `.pt` file, or the name of torchvision weights
+        weights: a file, index or folder as for `open_weights`, or the name of torchvision weights
             (`DEFAULT`, `IMAGENET1K_V1`); `DEFAULT` for timm, whose names may carry a tag. None if
             the user's factory brings its own. For a reparameterised model a file may have the keys
             of the model as trained or those after merging.
+        weights_key: where they are in the file, if it holds several state dicts.
 
     Raises:
         RetrofitError: as `build`; no such weights, or they do not fit or cannot be downloaded.
     """
     source = _source(spec)
+    file = weights is not None and weights not in source.names and _is_path(weights)
+    if weights_key is not None and not file:
+        raise RetrofitError(
+            f"--weights-key {weights_key} is a place in a file: give that with --weights"
+        )
     if weights is None:
         if source.random:
             raise RetrofitError(
                 f"{spec} without weights is random: give --weights DEFAULT or a file"
             )
         model = source.build()
-    elif Path(weights).suffix in SUFFIXES:
-        model = source.loaded(read_weights(Path(weights))[0], weights)
+    elif file:
+        model = source.loaded(open_weights(Path(weights)), weights_key)
     else:
         model = source.pretrained(weights)
     return model.eval()
+
+
+def _is_path(weights: str) -> bool:
+    """Tell whether this means a file or folder, rather than weights by name."""
+    path = Path(weights)
+    named = path.suffix in (*READ, ".tar") or weights.endswith(INDEX)  # .pth.tar, of old examples
+    return named or len(path.parts) > 1 or path.exists()
 
 
 def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Transforms:
@@ -97,9 +112,15 @@ def _source(spec: str) -> _Source:
 
 
 class _Source(ABC):
-    """Where models come from. `random`: not trained before weights are loaded."""
+    """Where models come from.
+
+    Attributes:
+        random: not trained before weights are loaded.
+        names: of the weights that can be loaded by name.
+    """
 
     random = True
+    names: Sequence[str] = ()
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -109,10 +130,10 @@ class _Source(ABC):
     def pretrained(self, weights: str) -> nn.Module:
         """Build the model with the weights of that name."""
 
-    def loaded(self, tensors: dict[str, Tensor], file: str) -> nn.Module:
-        """Build the model with the weights of a file."""
+    def loaded(self, file: WeightsFile, key: str | None) -> nn.Module:
+        """Build the model with the weights of a file, those under a key of it."""
         model = self.build()
-        load_weights(model, tensors, file)
+        load_weights(model, fitted(file, model, key), str(file.path))
         return model
 
     def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
@@ -130,6 +151,7 @@ class _Torchvision(_Source):
             )
         self.name = name
         self.entries = torchvision.models.get_model_weights(name)
+        self.names = list(self.entries.__members__)
 
     def build(self) -> nn.Module:
         builder = torchvision.models.get_model_builder(self.name)
@@ -143,18 +165,19 @@ class _Torchvision(_Source):
         return model
 
     def pretrained(self, weights: str) -> nn.Module:
-        names = list(self.entries.__members__)
-        if weights not in names:
+        if weights not in self.names:
             raise RetrofitError(
                 f"{weights!r} is no file and no weights of {self.name}; those are "
-                f"{', '.join(names)}"
+                f"{', '.join(self.names)}"
             )
         entry = self.entries[weights]
         try:
             tensors = entry.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
             raise RetrofitError(f"{entry} cannot be downloaded: {error}") from error
-        return self.loaded(tensors, str(entry))
+        model = self.build()
+        load_weights(model, tensors, str(entry))
+        return model
 
     def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
         entry = weights if weights in self.entries.__members__ else "DEFAULT"
@@ -163,6 +186,8 @@ class _Torchvision(_Source):
 
 
 class _Timm(_Source):
+    names = ("DEFAULT",)
+
     def __init__(self, name: str) -> None:
         try:
             import timm.data  # noqa: PLC0415 - an extra, and slow to import
@@ -230,13 +255,13 @@ class _Reparameterized(_Timm):
     def build(self) -> nn.Module:
         return self._merged(super().build())
 
-    def loaded(self, tensors: dict[str, Tensor], file: str) -> nn.Module:
+    def loaded(self, file: WeightsFile, key: str | None) -> nn.Module:
         plain = super().build()
         merged = self._merged(plain)
         # The file is of the one that shares more keys with it, and is judged by that.
-        fits = min((plain, merged), key=lambda m: len(m.state_dict().keys() ^ tensors.keys()))
-        load_weights(fits, tensors, file)
-        return self._merged(plain) if fits is plain else merged
+        near = min((plain, merged), key=lambda m: fits(file, m.state_dict(), key)[0].wrong)
+        load_weights(near, fitted(file, near, key), str(file.path))
+        return self._merged(plain) if near is plain else merged
 
     def pretrained(self, weights: str) -> nn.Module:
         return self._merged(super().pretrained(weights))

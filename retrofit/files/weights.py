@@ -1,4 +1,4 @@
-"""Tensors from a weights file of any kind, and into a model.
+"""Tensors from a weights file of any kind, or from several.
 
 Nothing that is read here is ever unpickled into code.
 """
@@ -6,87 +6,130 @@ Nothing that is read here is ever unpickled into code.
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from retrofit.errors import RetrofitError
+from retrofit.files.pickled import read_pickled
 from retrofit.files.provenance import Provenance
-from retrofit.numerics.tensor_checks import is_dense
+from retrofit.files.shards import INDEX, located, shards
+from retrofit.files.state_dicts import State, preferred, state_dicts, under, with_weights
 
 PICKLED = (".pth", ".pt")
-SUFFIXES = (".safetensors", *PICKLED)
-KINDS = " or ".join((", ".join(SUFFIXES[:-1]), SUFFIXES[-1]))
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+SUFFIXES = (".safetensors", *PICKLED)  # of what is written
+READ = (*SUFFIXES, ".ckpt", ".bin")  # of what is read, by its content
+KINDS = " or ".join((", ".join(READ[:-1]), READ[-1]))
+PARALLEL = ("module.", "_orig_mod.")  # prefixes that no network gives its own keys
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What is in a weights file.
+
+    Attributes:
+        path: as it was given; for messages.
+        states: its state dicts, by the dotted path of the keys that lead to them.
+        provenance: what `save` put there.
+    """
+
+    path: Path
+    states: dict[str, State]
+    provenance: Provenance
+
+    def under(self, key: str | None) -> dict[str, State]:
+        """Select the state dicts under a key; all of them for None."""
+        return self.states if key is None else under(self.states, key, str(self.path))
+
+    def tensors(self, key: str | None = None) -> dict[str, Tensor]:
+        """Select the tensors under a key, without a model to fit them to.
+
+        Raises RetrofitError where nothing is there, or nothing speaks for one of several.
+        """
+        states = with_weights(self.under(key))
+        state = states[preferred(list(states), str(self.path))]
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        while self.provenance == Provenance() and (prefix := _parallel(tensors)):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        return tensors
+
+
+def open_weights(path: Path) -> WeightsFile:
+    """Read a weights file: safetensors or pickled, whatever its suffix; an index; or a folder.
+
+    Raises RetrofitError for anything that is no file of tensors.
+    """
+    file = located(path)
+    if file.name.endswith(INDEX):
+        return WeightsFile(path, {"": _read_shards(file)}, Provenance())
+    return WeightsFile(path, *_read_file(file))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Provenance]:
-    """Read the tensors of a weights file, and the provenance that `save` put there.
+    """Read the tensors of a weights file, and its provenance, without a model to fit them to.
 
-    Understands state dicts wrapped as {"state_dict": ...} and keys with DataParallel's "module."
-    prefix. Raises RetrofitError for anything that is not a file of tensors.
+    Raises RetrofitError as `open_weights`, or where nothing speaks for one of several state dicts.
     """
-    if not path.is_file():
-        raise RetrofitError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        tensors, provenance = _read_safetensors(path)
-    elif path.suffix in PICKLED:
-        tensors, provenance = _read_pickled(path), Provenance()
-    else:
-        raise RetrofitError(f"{path} must end in {KINDS}")
-    if tensors and provenance == Provenance() and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    return tensors, provenance
+    file = open_weights(path)
+    return file.tensors(), file.provenance
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict strictly.
+def _parallel(tensors: dict[str, Tensor]) -> str | None:
+    common = (prefix for prefix in PARALLEL if all(name.startswith(prefix) for name in tensors))
+    return next(common, None) if tensors else None
 
-    Raises RetrofitError naming `source` and the keys that do not fit.
-    """
-    own = model.state_dict()
-    if lazy := [key for key, value in own.items() if is_lazy(value)]:
-        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
-    # Files from before torch 0.4.1, and some that were made smaller, lack these; torch allows it.
-    counts = {key for key in own if key.endswith(".num_batches_tracked") and key not in tensors}
-    tensors = {**tensors, **{key: own[key] for key in counts}}
-    wrong = {
-        "missing": [key for key in own if key not in tensors],
-        "unexpected": [key for key in tensors if key not in own],
-        "of another shape": [
-            f"{key} {tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in tensors
-            and isinstance(own[key], Tensor)
-            and tensors[key].shape != own[key].shape
-        ],
-        "of another kind": [
-            f"{key} {str(tensors[key].dtype).removeprefix('torch.')}"
-            for key in own
-            if key in tensors and isinstance(own[key], Tensor) and not _fits(tensors[key], own[key])
-        ],
-    }
-    problems = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in wrong.items()
-        if keys
-    ]
-    if problems:
+
+def _read_shards(index: Path) -> State:
+    """Read the files of an index as one state dict."""
+    state: State = {}
+    home = {name: file for file, names in shards(index).items() for name in names}
+    for file in dict.fromkeys(home.values()):
+        states = _read_file(file)[0]
+        if list(states) != [""]:
+            raise RetrofitError(f"{file} holds no state dict, only some under {', '.join(states)}")
+        # What the index does not list is taken too: it is for the model to say what it lacks.
+        state |= {name: t for name, t in states[""].items() if home.get(name, file) == file}
+    if missing := [name for name in home if name not in state]:
         raise RetrofitError(
-            f"the weights in {source} do not fit {type(model).__name__}: keys {'; '.join(problems)}"
+            f"{home[missing[0]]} has no {missing[0]}, which {index.name} says is in it "
+            f"({len(missing)} of {len(home)} tensors are not where it says)"
         )
-    model.load_state_dict(dict(tensors))
+    return state
 
 
-def _fits(tensor: Tensor, own: Tensor) -> bool:
-    """Tell whether these numbers can take the place of the model's own."""
-    alike = tensor.is_floating_point() or not own.is_floating_point()
-    return is_dense(tensor) and alike and tensor.is_complex() == own.is_complex()
+def _read_file(path: Path) -> tuple[dict[str, State], Provenance]:
+    if _is_safetensors(path):
+        tensors, provenance = _read_safetensors(path)
+        return {"": dict(tensors)}, provenance
+    states = state_dicts(read_pickled(path))
+    if not states:
+        raise RetrofitError(
+            f"{path} holds no state dict: expected tensors by name, or those under a key such as "
+            "state_dict or model"
+        )
+    return states, Provenance()
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell by the content, or by the suffix if that says nothing; RetrofitError for no weights."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise RetrofitError(f"{path} cannot be read: {error.strerror}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise RetrofitError(f"{path} is only Git LFS's pointer to the file: run git lfs pull")
+    if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle
+        return False
+    if head[8:9] == b"{" or path.suffix == ".safetensors":  # after the length of the header
+        return True
+    if path.suffix not in READ:
+        raise RetrofitError(
+            f"{path} is no weights file, by its content: it must be a {KINDS} file, or a folder "
+            "or index of these"
+        )
+    return False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
@@ -101,6 +144,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         metadata = header.get("__metadata__", {})
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise RetrofitError(f"{path} cannot be read as safetensors: {error}") from error
+    # safetensors' save_model leaves out a tensor that has two names, and says so here.
+    tensors.update(
+        {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}
+    )
     try:
         told = json.loads(metadata.get("retrofit", "{}"))
         tensors.update({alias: tensors[key] for alias, key in told.pop("aliases", {}).items()})
@@ -110,26 +157,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         return tensors, Provenance.from_json(told)
     except RetrofitError as error:
         raise RetrofitError(f"{path}: {error}") from error
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():  # what torch finds odd ends in an error or is harmless
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make it raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if isinstance(error, pickle.UnpicklingError):
-            reason = (
-                "it is damaged or holds more than tensors; save the model's state_dict() instead"
-            )
-        raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise RetrofitError(
-            f"{path} holds no state dict: expected tensors by name, or those under one of the keys "
-            f"{', '.join(WRAPPERS)}"
-        )
-    return {str(key): tensor for key, tensor in content.items()}

@@ -1,10 +1,12 @@
 """What a user may get wrong: one line that names it, an exit code, and nothing written."""
 
+import json
 import pickle
 import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from folders import contents, pictures
 from processes import command
+from safetensors.torch import save_file
 
 import retrofit
 from retrofit.files.model_sources import build
@@ -39,6 +42,42 @@ constant = 3
 
 class Something:
     """What no state dict holds."""
+
+
+def write_odd_weights(kit, model):
+    """Files that are no state dict of the model, or more than one."""
+    state = model.state_dict()
+    torch.save(model, kit / "whole.pth")
+    torch.save({"model": model}, kit / "old-whole.pth", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": state, "config": Something()}, kit / "beside.ckpt")
+    torch.save({"student": state, "teacher": state.copy(), "epoch": 3}, kit / "pair.pth")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3, 9, 9)).sum().backward()
+    optimizer.step()
+    model.load_state_dict(torch.load(kit / "w.pth", weights_only=True))
+    torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, kit / "optimizer.pth")
+    weight = state["0.weight"]
+    torch.save({**state, "0.weight": weight.to_sparse()}, kit / "sparse.pth")
+    torch.save({**state, "0.weight": weight.to("meta")}, kit / "meta.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of what it calls deprecated
+        quantized = torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+        torch.save({**state, "0.weight": quantized}, kit / "quantized.pth")
+        torch.jit.script(model).save(kit / "script.pt")
+    (kit / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    np.savez(kit / "arrays.npz", a=np.zeros(2))
+    for name in ("hub/a", "several/a", "several/b"):
+        (kit / name).parent.mkdir(exist_ok=True)
+        save_file({"0.weight": weight}, kit / f"{name}.safetensors")
+    for name, places in {
+        "up": {"0.weight": "../w.pth"},
+        "root": {"0.weight": "/w.pth"},
+        "gone": {"0.weight": "gone.safetensors"},
+        "other": {"0.weight": "a.safetensors", "2.weight": "a.safetensors"},
+        "list": ["a.safetensors"],
+    }.items():
+        index = kit / "hub" / f"{name}.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +110,7 @@ def kit(tmp_path_factory):
     torch.save({**state, "0.weight": state["0.weight"] * float("nan")}, kit / "nan.pth")
     torch.save({**state, "more": torch.ones(2)}, kit / "more.pth")
     torch.save({"0.weight": state["0.weight"]}, kit / "fewer.pth")
+    write_odd_weights(kit, model)
     data = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))]
     converted = retrofit.add_batchnorm(model, data, progress=False)
     retrofit.save(converted, kit / "bn.safetensors", name="net.py:make")
@@ -133,14 +173,57 @@ CASES = [
     (f"{PLAN} --data pictures --crop 9999999999", 2, "pictures cannot be prepared like that"),
     (f"{CONVERT} --device hpu", 2, "device hpu cannot be used here"),
     (f"{PLAN} --data pictures --std inf 1 1", 2, "inf is not a finite number"),
-    (f"{CONVERT} --weights empty", 2, "'empty' is no .safetensors, .pth or .pt file"),
-    (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no .safetensors, .pth or .pt file"),
+    (f"{CONVERT} --weights empty", 2,
+     "empty is a folder without weights: it has none of model.safetensors, "),
+    (f"{CONVERT} --weights DEFAULT", 2, "'DEFAULT' is no .safetensors, .pth, .pt, .ckpt or .bin"),
+    (f"{CONVERT} --weights nope.ckpt", 2, "there is no file nope.ckpt"),
+    (f"{CONVERT} --weights nope/w", 2, "there is no file nope/w"),
+    (f"{CONVERT} --weights text.txt", 2,
+     "text.txt is no weights file, by its content: it must be a .safetensors, .pth, .pt, .ckpt or"),
+    (f"{CONVERT} --weights pictures", 2, "pictures is a folder without weights"),
+    (f"{CONVERT} --weights pointer.bin", 2, "pointer.bin is only Git LFS's pointer to the file"),
+    (f"{CONVERT} --weights whole.pth", 2,
+     "model = torch.load('whole.pth', weights_only=False); torch.save(model.state_dict(), "),
+    (f"{CONVERT} --weights old-whole.pth", 2,
+     "it holds a whole pickled model (torch.nn.modules.container.Sequential)"),
+    (f"{CONVERT} --weights beside.ckpt", 2,
+     "it holds a test_bad_requests.Something, which only its code can read; save the weights alone"
+     ),
+    (f"{CONVERT} --weights script.pt", 2,
+     "torch.save(torch.jit.load('script.pt').state_dict(), 'weights.pth')"),
+    (f"{CONVERT} --weights arrays.npz", 2, "it is a zip archive, but not of torch.save"),
+    (f"{CONVERT} --weights optimizer.pth", 2, "optimizer.pth holds no state dict"),
+    (f"{CONVERT} --weights pair.pth", 2,
+     "pair.pth holds several state dicts, 'student', 'teacher': choose one with --weights-key"),
+    (f"{INSPECT} pair.pth", 2, "choose one with --weights-key"),
+    (f"{CONVERT} --weights pair.pth --weights-key nope", 2,
+     "pair.pth has no weights under 'nope': it has them under 'student', 'teacher'"),
+    (f"{CONVERT} --weights-key ema", 2, "w.pth has no weights under 'ema': it is a state dict"),
+    (f"{FOLD} --weights-key ema", 2, "bn.safetensors has no weights under 'ema'"),
+    (f"convert net.py:make --weights-key ema --output out.pth {PICTURES}", 2,
+     "--weights-key ema is a place in a file: give that with --weights"),
+    (f"{REPORT} --weights-key ema", 2, "--weights-key needs --weights"),
+    (f"{CONVERT} --weights sparse.pth", 2, "0.weight is sparse: save it after to_dense()"),
+    (f"{CONVERT} --weights quantized.pth", 2, "0.weight is quantized: save it after dequantize()"),
+    (f"{CONVERT} --weights meta.pth", 2, "0.weight is on the meta device, without numbers"),
+    (f"{CONVERT} --weights hub/up.safetensors.index.json", 2,
+     "names '../w.pth', which is not in its own folder"),
+    (f"{CONVERT} --weights hub/root.safetensors.index.json", 2,
+     "names '/w.pth', which is not in its own folder"),
+    (f"{CONVERT} --weights hub/gone.safetensors.index.json", 2,
+     "names 1 files, and 1 of them do not exist (gone.safetensors)"),
+    (f"{CONVERT} --weights hub/other.safetensors.index.json", 2,
+     "a.safetensors has no 2.weight, which other.safetensors.index.json says is in it"),
+    (f"{CONVERT} --weights hub/list.safetensors.index.json", 2,
+     "list.safetensors.index.json cannot be read as an index of weights"),
+    (f"{CONVERT} --weights several", 2,
+     "several is a folder with several weights files (a.safetensors, b.safetensors)"),
     (f"{CONVERT} --weights none.pth", 2, "none.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights text.pth", 2, "text.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights cut.pth", 2, "cut.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights list.pth", 2, "list.pth holds no state dict"),
     (f"{CONVERT} --weights object.pth", 2,
-     "object.pth cannot be read as a state dict: it is damaged or holds more"),
+     "object.pth cannot be read as a state dict: it holds a test_bad_requests.Something"),
     (f"{CONVERT} --weights pickle.pth", 2, "pickle.pth cannot be read as a state dict"),
     (f"{CONVERT} --weights none.safetensors", 2, "none.safetensors cannot be read as safetensors"),
     (f"{CONVERT} --weights text.safetensors", 2, "text.safetensors cannot be read as safetensors"),
@@ -201,14 +284,14 @@ CASES = [
     (f"{FOLD} --output bn.safetensors", 2, "bn.safetensors exists"),
     (FOLD.replace("bn.", "plain."), 2, "plain.safetensors has no BatchNorm that can be folded"),
     ("fold bn.pth --output out.pth", 2, "bn.pth does not say what model it is: give --model"),
-    ("fold empty --output out.pth --model net.py:make", 2, "there is no file empty"),
-    ("fold text.txt --output out.pth", 2, "text.txt must end in .safetensors, .pth or .pt"),
+    ("fold empty --output out.pth --model net.py:make", 2, "empty is a folder without"),
+    ("fold text.txt --output out.pth", 2, "text.txt is no weights file, by its content"),
     (f"{ADAPT} --prior -1", 2, "argument --prior: -1 is not a number from 0 up"),
     (f"{ADAPT} --prior inf", 2, "argument --prior: inf is not a number from 0 up"),
     (f"{ADAPT} --data empty", 2, "empty has no pictures in it"),
     (ADAPT.replace("bn.", "plain."), 2, "plain.safetensors has no BatchNorm to adapt"),
     (f"{INSPECT} nope.pth", 2, "there is no file nope.pth"),
-    (f"{INSPECT} text.txt", 2, "text.txt must end in .safetensors, .pth or .pt"),
+    (f"{INSPECT} text.txt", 2, "text.txt is no weights file, by its content"),
     (f"{INSPECT} cut.safetensors", 2, "cut.safetensors cannot be read as safetensors"),
     (f"{REPORT} --output there.html", 2, "there.html exists"),
     (f"{REPORT} --weights w.pth", 2, "--weights needs --data"),

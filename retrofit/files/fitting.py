@@ -1,0 +1,220 @@
+"""The tensors of a weights file under the names of a model's own, and into the model.
+
+Files have the network under keys (`state_dict`, `model`), and its names under prefixes (`module.`
+of DataParallel, `_orig_mod.` of torch.compile, `model.` of a Lightning module). What they are is
+decided by the model's own names, which may begin like that, too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from retrofit.errors import RetrofitError
+from retrofit.files.state_dicts import State, preferred
+from retrofit.files.weights import WeightsFile
+from retrofit.numerics.tensor_checks import is_dense
+
+COUNTS = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A state dict of a file, less a prefix of its names, beside the names of a model.
+
+    Attributes:
+        path: of the state dict in the file.
+        prefix: of its names.
+        state: what has the prefix, without it.
+        others: names that do not have it.
+        exact: the names are the model's; counts of batches may be missing.
+        shapes: and so are all shapes.
+        wrong: how many names are not, of the file's and of the model's.
+    """
+
+    path: str
+    prefix: str
+    state: State
+    others: list[str]
+    exact: bool
+    shapes: bool
+    wrong: int
+
+    @property
+    def place(self) -> str:
+        """Where it is in the file, for messages and as a key."""
+        return f"{self.path}.{self.prefix}".strip(".")
+
+
+def fits(file: WeightsFile, own: Mapping[str, Any], key: str | None = None) -> list[Fit]:
+    """List where the model's tensors may be in a file: all places that fit exactly, or the nearest.
+
+    Args:
+        file: as `open_weights` returns it.
+        own: the model's state dict, or None for each of its names.
+        key: where to look in the file.
+
+    Raises:
+        RetrofitError: nothing is under the key.
+    """
+    states = file.under(key)
+    found = [
+        _fit(path, prefix, state, own)
+        for path, state in states.items()
+        for prefix in _prefixes(state, own)
+    ]
+    exact = [fit for fit in found if fit.exact]
+    nearest = [min(found, key=lambda fit: fit.wrong)]
+    return [fit for fit in exact if fit.shapes] or exact or nearest
+
+
+def fitted(file: WeightsFile, model: nn.Module, key: str | None = None) -> State:
+    """Select the tensors for a model from a file, under the model's own names.
+
+    Warns where the file holds several that would do, and where names beside them are passed over.
+    Whether they fit is for `load_weights` to say.
+
+    Raises:
+        RetrofitError: nothing is under the key, or nothing speaks for one of several.
+    """
+    found = fits(file, model.state_dict(), key)
+    chosen = found[0]
+    if len(found) > 1:
+        place = preferred([fit.place for fit in found], str(file.path))
+        chosen = next(fit for fit in found if fit.place == place)
+    theirs = tuple(fit.prefix for fit in found if fit.path == chosen.path)
+    others = [name for name in chosen.others if not name.startswith(theirs)]
+    if others and chosen.exact:
+        warnings.warn(
+            f"{file.path} holds {len(others)} tensors beside the network in {chosen.place!r}, "
+            f"which are passed over ({_few(others)})",
+            stacklevel=2,
+        )
+    return chosen.state
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
+    """Load a state dict strictly.
+
+    Warns where the model's precision cannot hold the numbers of the file.
+
+    Raises RetrofitError naming `source` and the keys that do not fit.
+    """
+    own = model.state_dict()
+    if lazy := [key for key, value in own.items() if is_lazy(value)]:
+        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
+    # Files from before torch 0.4.1, and some that were made smaller, lack these; torch allows it.
+    counts = {key for key in own if key.endswith(COUNTS) and key not in tensors}
+    tensors = {**tensors, **{key: own[key] for key in counts}}
+    both = {k: (tensors[k], v) for k, v in own.items() if k in tensors and isinstance(v, Tensor)}
+    wrong = {
+        "missing": [key for key in own if key not in tensors],
+        "unexpected": [key for key in tensors if key not in own],
+        "of another shape": [
+            f"{key} {tuple(new.shape)} instead of {tuple(old.shape)}"
+            for key, (new, old) in both.items()
+            if isinstance(new, Tensor) and new.shape != old.shape
+        ],
+        "of another kind": [
+            f"{key} {_kind(new)}" for key, (new, old) in both.items() if not _suits(new, old)
+        ],
+    }
+    problems = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in wrong.items() if keys]
+    if problems:
+        odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
+        raise RetrofitError(
+            f"the weights in {source} do not fit {type(model).__name__}: keys "
+            f"{'; '.join(problems)}{odd}"
+        )
+    if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
+        new, old = both[rounded[0]]
+        warnings.warn(
+            f"{len(rounded)} tensors in {source} are rounded to the model's precision "
+            f"({rounded[0]} from {_kind(new)} to {_kind(old)})",
+            stacklevel=2,
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def _fit(path: str, prefix: str, state: State, own: Mapping[str, Any]) -> Fit:
+    inner = {k[len(prefix) :]: tensor for k, tensor in state.items() if k.startswith(prefix)}
+    missing = [key for key in _required(own) if key not in inner]
+    unexpected = inner.keys() - own.keys()
+    shapes = all(
+        key not in inner or getattr(inner[key], "shape", None) == getattr(value, "shape", None)
+        for key, value in own.items()
+        if isinstance(value, Tensor)
+    )
+    others = [key for key in state if not key.startswith(prefix)]
+    exact = not missing and not unexpected
+    return Fit(path, prefix, inner, others, exact, shapes, len(missing) + len(unexpected))
+
+
+def _prefixes(state: State, own: Collection[str]) -> Iterator[str]:
+    """List the prefixes with which a state dict has all names of the model; else the likeliest.
+
+    A state dict that has all of them as they are is taken as it is.
+    """
+    required = list(_required(own))
+    if all(key in state for key in required):
+        yield ""
+        return
+    deepest = max((key.count(".") for key in own), default=0) + 1
+    counts: Counter[str] = Counter({"": 0})
+    for key in state:
+        parts = key.rsplit(".", deepest)
+        tails = [".".join(parts[i:]) for i in range(len(parts))]
+        counts.update(key[: len(key) - len(tail)] for tail in tails if tail in own)
+    full = [prefix for prefix, count in counts.items() if count >= len(required)]
+    yield from full or [max(counts, key=lambda prefix: counts[prefix])]
+
+
+def _required(own: Collection[str]) -> Iterator[str]:
+    return (key for key in own if not key.endswith(COUNTS))
+
+
+def _suits(tensor: Any, own: Tensor) -> bool:
+    """Tell whether these numbers can take the place of the model's own."""
+    if not isinstance(tensor, Tensor) or not is_dense(tensor):
+        return False
+    # 8 bits are quantised weights, that mean nothing without their scales.
+    alike = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    alike = alike or not own.is_floating_point()
+    return alike and tensor.is_complex() == own.is_complex()
+
+
+def _is_rounded(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether some number changes in this dtype."""
+    if tensor.dtype == dtype:
+        return False
+    same = tensor.to(dtype).to(tensor.dtype) == tensor
+    return not (same | tensor.isnan()).all()
+
+
+def _form(tensor: Any) -> str:
+    """Say in a word why a tensor is not plain numbers; empty if it is."""
+    if not isinstance(tensor, Tensor):
+        return f"no tensor but a {type(tensor).__name__}"
+    if tensor.is_quantized:
+        return "quantized: save it after dequantize()"
+    if tensor.is_meta:
+        return "on the meta device, without numbers: save the model with its weights"
+    if tensor.layout != torch.strided:
+        return "sparse: save it after to_dense()"
+    return ""
+
+
+def _kind(tensor: Any) -> str:
+    kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    return str(kind).removeprefix("torch.")
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
