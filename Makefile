@@ -24,6 +24,7 @@ docs: .venv/installed-dev
 
 fuzz: .venv/installed-dev
 	$(BIN)/python tests/fuzz.py --networks 5000
+	$(BIN)/python tests/fuzz_files.py --files 5000
 
 notebooks: .venv/installed-dev
 	$(BIN)/python scripts/run_notebooks.py

@@ -85,7 +85,8 @@ def read_pickled(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
             warnings.simplefilter("ignore")  # what torch finds odd ends in an error or is harmless
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # by name, torch would judge by the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make it raise anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, pickle.UnpicklingError):

@@ -23,21 +23,34 @@ AVERAGES = {"ema", "swa", "averaged"}
 def state_dicts(content: object) -> dict[str, State]:
     """Find the state dicts in nested mappings, by the path of their keys, dotted; "" for the whole.
 
-    An optimizer's state, and mappings of other things than tensors, are none.
+    An optimizer's state is none. Tensors among other things are one if nothing else is.
     """
     found: dict[str, State] = {}
+    mixed: dict[str, State] = {}
     waiting, seen = [("", content)], set()
     while waiting:
         path, value = waiting.pop(0)
-        if not isinstance(value, Mapping) or id(value) in seen:
+        if not isinstance(value, Mapping) or id(value) in seen or _is_optimizers(path, value):
             continue
         seen.add(id(value))  # it may contain itself
-        if _is_state_dict(value):
-            found.setdefault(path, {str(key): tensor for key, tensor in value.items()})
-        elif not {"state", "param_groups"} <= value.keys():
-            texts = ((k, inner) for k, inner in value.items() if isinstance(k, str))
-            waiting += [(f"{path}.{key}".lstrip("."), inner) for key, inner in texts]
-    return found
+        state = {str(key): item for key, item in value.items() if _is_entry(str(key), item)}
+        if any(isinstance(item, Tensor) for item in state.values()):
+            (found if len(state) == len(value) else mixed).setdefault(path, state)
+        texts = ((key, inner) for key, inner in value.items() if isinstance(key, str))
+        waiting += [(f"{path}.{key}".lstrip("."), inner) for key, inner in texts]
+    return found or mixed
+
+
+def described(content: object) -> str:
+    """Say in a few words what a file holds instead of a state dict."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    kinds = {key: type(item) for key, item in list(content.items())[:3]}
+    names = {
+        k: "numpy" if v.__module__.startswith("numpy") else v.__name__ for k, v in kinds.items()
+    }
+    items = ", ".join(f"{key}: {name}" for key, name in names.items())
+    return f"{{{items}{', ...' if len(content) > 3 else ''}}}"
 
 
 def with_weights(states: Mapping[str, State]) -> dict[str, State]:
@@ -96,9 +109,12 @@ def _rank(path: str) -> int:
     return int(bool(path) and not all(part in PLAIN for part in path.split(".")))
 
 
-def _is_state_dict(value: Mapping[Any, Any]) -> bool:
-    tensors = [v for k, v in value.items() if not str(k).endswith("_extra_state")]
-    return bool(tensors) and all(isinstance(tensor, Tensor) for tensor in tensors)
+def _is_entry(key: str, value: object) -> bool:
+    return isinstance(value, Tensor) or key.endswith("_extra_state")
+
+
+def _is_optimizers(path: str, value: Mapping[Any, Any]) -> bool:
+    return "optim" in path.rpartition(".")[2].lower() or {"state", "param_groups"} <= value.keys()
 
 
 def _is_weight(value: object) -> bool:

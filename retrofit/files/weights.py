@@ -15,7 +15,14 @@ from retrofit.errors import RetrofitError
 from retrofit.files.pickled import read_pickled
 from retrofit.files.provenance import Provenance
 from retrofit.files.shards import INDEX, located, shards
-from retrofit.files.state_dicts import State, preferred, state_dicts, under, with_weights
+from retrofit.files.state_dicts import (
+    State,
+    described,
+    preferred,
+    state_dicts,
+    under,
+    with_weights,
+)
 
 PICKLED = (".pth", ".pt")
 SUFFIXES = (".safetensors", *PICKLED)  # of what is written
@@ -102,11 +109,12 @@ def _read_file(path: Path) -> tuple[dict[str, State], Provenance]:
     if _is_safetensors(path):
         tensors, provenance = _read_safetensors(path)
         return {"": dict(tensors)}, provenance
-    states = state_dicts(read_pickled(path))
+    content = read_pickled(path)
+    states = state_dicts(content)
     if not states:
         raise RetrofitError(
-            f"{path} holds no state dict: expected tensors by name, or those under a key such as "
-            "state_dict or model"
+            f"{path} holds no state dict but {described(content)}: expected tensors by name, or "
+            "those under a key such as state_dict or model"
         )
     return states, Provenance()
 
@@ -120,9 +128,12 @@ def _is_safetensors(path: Path) -> bool:
         raise RetrofitError(f"{path} cannot be read: {error.strerror}") from error
     if head.startswith(b"version https://git-lfs"):
         raise RetrofitError(f"{path} is only Git LFS's pointer to the file: run git lfs pull")
+    # A header, after its length of 8 bytes; which may begin like a pickle.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return True
     if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle
         return False
-    if head[8:9] == b"{" or path.suffix == ".safetensors":  # after the length of the header
+    if path.suffix == ".safetensors":
         return True
     if path.suffix not in READ:
         raise RetrofitError(

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 import retrofit
 from retrofit import RetrofitError
@@ -391,3 +392,102 @@ def test_a_file_of_the_version_before_loads_and_says_what_it_said():
     assert provenance.verification.images == 16
     assert [row.batch_size for row in provenance.drift.rows] == [8]
     assert [site.site for site in provenance.calibration.sites] == ["stem", "body.0"]
+
+
+def without_statistics(norm):
+    """As Tent sets a BatchNorm up."""
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return norm
+
+
+CHANGES = {
+    "no running statistics": (lambda m: without_statistics(m.stem.bn), r"stem\.bn, BatchNorm2d"),
+    "another norm": (lambda m: setattr(m.stem, "bn", nn.GroupNorm(2, 8)), r"stem\.bn, GroupNorm"),
+    "no norm": (lambda m: setattr(m.stem, "bn", nn.Identity()), r"stem\.bn, Identity"),
+    "another width": (lambda m: setattr(m.stem, "bn", nn.BatchNorm2d(3)), r"stem\.bn"),
+    "no affine": (lambda m: setattr(m.stem, "bn", nn.BatchNorm2d(8, affine=False)), "weight gone"),
+    "pruned": (
+        lambda m: prune.l1_unstructured(m.stem.conv, "weight", 0.5),
+        r"stem\.conv\.weight gone; stem\.conv\.weight_mask, stem\.conv\.weight_orig new",
+    ),
+    "parametrized": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.stem.conv),
+        r"stem\.conv\.weight gone; stem\.conv\.parametrizations",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_site_that_load_could_not_read_is_not_saved(tmp_path, change, suffix):
+    model = converted()
+    alter, message = CHANGES[change]
+    alter(model)
+    with pytest.raises(RetrofitError, match=rf"stem and its BatchNorm \({message}|{message}"):
+        retrofit.save(model, tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prepared_model_is_not_saved_as_a_converted_one(tmp_path):
+    with pytest.raises(RetrofitError, match=r"stem\.bn, MomentObserver"):
+        retrofit.save(retrofit.prepare(nets.build(nets.Residual)), tmp_path / "a.safetensors")
+
+
+def test_a_synchronised_batchnorm_loads_as_an_ordinary_one(tmp_path):
+    model = converted()
+    retrofit.save(nn.SyncBatchNorm.convert_sync_batchnorm(model), tmp_path / "a.safetensors")
+    assert torch.equal(retrofit.load(tmp_path / "a.safetensors", nets.Residual())(X), model(X))
+
+
+def test_a_new_head_is_saved_with_a_word_and_loads_into_a_network_that_has_one(tmp_path):
+    model, plain = converted(), nets.build(nets.Residual)
+    for net in (model, plain):
+        net.head = nn.Sequential(nn.Dropout(), net.head).eval()
+    with pytest.warns(UserWarning, match=r"changed after the conversion \(head\.1\.bias, head"):
+        retrofit.save(model, tmp_path / "a.safetensors")
+    assert torch.equal(retrofit.load(tmp_path / "a.safetensors", plain)(X), model(X))
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(RetrofitError, match=r"stem\.weight is on the meta device"):
+            retrofit.save(nets.Residual().to("meta"), tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"include": "*"},
+        {"include": "0", "linear": True},
+        {"placement": "post_activation"},
+    ],
+    ids=str,
+)
+def test_the_keys_of_a_plain_state_dict_tell_what_was_asked_for(tmp_path, options):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    if "linear" in options:  # over the last axis
+        plain = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    made = retrofit.add_batchnorm(plain, [X], progress=False, **options)
+    retrofit.save(made, tmp_path / "a.pth")
+    loaded = retrofit.load(tmp_path / "a.pth", plain)
+    assert list(loaded.state_dict()) == list(made.state_dict())
+    assert torch.equal(loaded(X), made(X))
+
+
+def test_a_plain_state_dict_that_cannot_tell_says_so(tmp_path):
+    made = retrofit.add_batchnorm(nets.build(nets.Residual), [X], progress=False, layout="graph")
+    with pytest.warns(UserWarning, match=r"a\.pth will not say where its BatchNorms are"):
+        retrofit.save(made, tmp_path / "a.pth")
+    retrofit.save(made, tmp_path / "a.safetensors")
+    loaded = retrofit.load(tmp_path / "a.safetensors", nets.Residual())
+    assert torch.equal(loaded(X), made(X))
+
+
+def test_extra_state_comes_back_from_a_pth(tmp_path):
+    class Counting(Extra):
+        def set_extra_state(self, state):
+            self.seen = state
+
+    plain = nn.Sequential(Counting(3, 4, 3), nn.ReLU()).eval()
+    retrofit.save(with_extra_state(), tmp_path / "extra.pth")
+    assert retrofit.load(tmp_path / "extra.pth", plain)[0].seen == "extra"

@@ -1,0 +1,239 @@
+"""Weights files as training scripts, trainers and hubs write them."""
+
+import argparse
+import json
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from folders import pictures
+from torch import nn
+
+import retrofit
+from retrofit import RetrofitError
+from retrofit.files import model_sources
+
+NET = "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())\n"
+CONVERT = "convert net.py:net --data pictures --crop 16 --workers 0 --output bn.safetensors"
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+
+
+def random_state(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"0.weight": (8, 3, 3, 3), "0.bias": (8,)}
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+STATE, EMA = random_state(0), random_state(1)
+
+
+def under(prefix, state=STATE):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def assert_loaded(model, state=STATE):
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("compiled.pth", under("_orig_mod.")),
+        ("compiled_ddp.pth", under("_orig_mod.module.")),
+        ("lightning.ckpt", {"state_dict": under("model."), "epoch": 3, "loops": {}}),
+        ("lightning_compiled.ckpt", {"state_dict": under("model._orig_mod.")}),
+        ("of_a_name.ckpt", {"state_dict": under("backbone.")}),
+        ("arguments.pth", {"state_dict": STATE, "args": argparse.Namespace(lr=0.1)}),
+        ("numpy.pth", {"model": STATE, "best": np.float64(0.7), "mean": np.zeros(3)}),
+        ("pytorch_model.bin", STATE),
+        ("nested.pth", {"checkpoint": {"model": {"state_dict": under("module.")}}}),
+        ("checkpoint.pth.tar", {"state_dict": under("module."), "arch": "vgg"}),
+        ("gan.pth", {"generator": STATE, "discriminator": {"0.weight": torch.ones(2)}}),
+        ("beside.pth", {**STATE, "epoch": 3}),
+    ],
+)
+def test_a_file_is_converted_by_the_command_line(run, tmp_path, name, content):
+    (tmp_path / "net.py").write_text(NET)
+    pictures(tmp_path / "pictures", 3)
+    torch.save(content, tmp_path / name)
+    code, _, err = run(*CONVERT.split(), "--weights", name)
+    assert (code, err) == (0, [])
+    written = safetensors.torch.load_file(tmp_path / "bn.safetensors")
+    assert torch.equal(written["0.conv.weight"], STATE["0.weight"])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = net()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "net.model."])
+def test_keys_of_the_networks_own_that_look_like_a_prefix_stay(tmp_path, prefix):
+    torch.save(under(f"{prefix}model."), tmp_path / "a.pth")
+    assert_loaded(retrofit.load(tmp_path / "a.pth", Named()).model)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "state_dict_ema"])
+def test_of_plain_and_averaged_weights_the_plain_are_used_unless_asked(tmp_path, key):
+    torch.save({"state_dict_ema": EMA, "state_dict": STATE}, tmp_path / "a.pth")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        loaded = retrofit.load(tmp_path / "a.pth", net(), weights_key=key)
+    assert_loaded(loaded, EMA if key == "state_dict_ema" else STATE)
+    said = (
+        f"{tmp_path}/a.pth holds several state dicts, 'state_dict_ema', 'state_dict': 'state_dict' "
+        "is used; choose another with --weights-key (weights_key=)"
+    )
+    assert [str(warning.message) for warning in seen] == ([] if key else [said])
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("ema", {"ema": {"shadow": EMA, "updates": 3}, "model": STATE}),
+        ("run.params_ema", {"run": {"params": STATE, "params_ema": EMA}}),
+        ("state_dict.ema_model", {"state_dict": under("model.") | under("ema_model.", EMA)}),
+        ("ema_model", under("model.") | under("ema_model.", EMA)),
+        ("teacher", {"student": STATE, "teacher": EMA}),
+    ],
+)
+def test_a_key_is_a_path_of_mappings_or_a_prefix_of_names(tmp_path, key, content):
+    torch.save(content, tmp_path / "a.pth")
+    assert_loaded(retrofit.load(tmp_path / "a.pth", net(), weights_key=key), EMA)
+
+
+@pytest.mark.filterwarnings("always:.*holds several state dicts")
+def test_the_command_line_takes_a_key_and_says_what_it_used_without_one(run, tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    pictures(tmp_path / "pictures", 3)
+    torch.save({"params": STATE, "params_ema": EMA}, tmp_path / "a.pth")
+    code, _, err = run(*CONVERT.split(), "--weights", "a.pth")
+    assert code == 0
+    assert len(err) == 1
+    assert err[0].startswith("retrofit: warning: a.pth holds several state dicts")
+    words = (*CONVERT.split(), "--overwrite", "--weights", "a.pth", "--weights-key", "params_ema")
+    assert run(*words)[::2] == (0, [])
+    written = safetensors.torch.load_file(tmp_path / "bn.safetensors")
+    assert torch.equal(written["0.conv.bias"], EMA["0.bias"])
+    code, out, err = run("inspect", "a.pth", "--weights-key", "params_ema")
+    assert (code, err) == (0, [])
+    assert "2 tensors" in out
+    words = ("verify", "bn.safetensors", *CONVERT.split()[2:8], "--model", "net.py:net")
+    assert run(*words, "--weights", "a.pth", "--weights-key", "params_ema")[0] == 0
+    assert run(*words, "--weights", "a.pth", "--weights-key", "params")[0] == 1
+
+
+def test_tensors_beside_the_network_are_named(tmp_path):
+    state = {**under("model."), "criterion.weight": torch.ones(3), "accuracy.n": torch.tensor(1)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    message = r"a\.ckpt holds 2 tensors beside the network in 'state_dict\.model', which are "
+    with pytest.warns(
+        UserWarning, match=message + r"passed over \(criterion\.weight, accuracy\.n\)"
+    ):
+        loaded = retrofit.load(tmp_path / "a.ckpt", net())
+    assert_loaded(loaded)
+
+
+def test_a_larger_network_is_not_taken_for_a_wrapped_one(tmp_path):
+    for content in (
+        {**STATE, "2.weight": torch.ones(3)},
+        under("model.") | {"model.2": torch.ones(1)},
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(RetrofitError, match=r"keys 1 unexpected \(2"):
+            retrofit.load(tmp_path / "a.pth", net())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
+def test_a_converted_network_loads_from_a_training_runs_checkpoint(tmp_path, prefix):
+    x = torch.randn(8, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    made = retrofit.add_batchnorm(model, [x], progress=False)
+    content = {"state_dict": under(prefix, made.state_dict()), "optimizer": {}, "epoch": 1}
+    torch.save(content, tmp_path / "a.ckpt")
+    assert torch.equal(retrofit.load(tmp_path / "a.ckpt", model)(x), made(x))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".ckpt", ".pth"])
+@pytest.mark.parametrize("legacy", [False, True, None])
+def test_the_content_says_what_a_file_is(tmp_path, suffix, legacy):
+    file = tmp_path / f"a{suffix}"
+    if legacy is None:
+        safetensors.torch.save_file(STATE, file)
+    else:
+        torch.save(STATE, file, _use_new_zipfile_serialization=not legacy)
+    assert_loaded(retrofit.load(file, net()))
+
+
+def test_a_header_that_begins_like_a_pickle_is_one_of_safetensors(tmp_path):
+    """Its length is 128, 0x80 in the first byte, as is the first opcode of a pickle."""
+    for i in range(300):
+        safetensors.torch.save_file(STATE, tmp_path / "a.pth", {"x": "x" * i})
+        if (tmp_path / "a.pth").read_bytes()[0] == 0x80:
+            break
+    assert i < 299
+    assert_loaded(retrofit.load(tmp_path / "a.pth", net()))
+
+
+@pytest.mark.parametrize("pickles", [False, True])
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_shards_are_read_by_their_index(tmp_path, pickles, given):
+    write = torch.save if pickles else safetensors.torch.save_file
+    name = "pytorch_model.bin" if pickles else "model.safetensors"
+    places = {key: f"part-{i}.{name}" for i, key in enumerate(STATE)}
+    for key, place in places.items():
+        write({key: STATE[key]}, tmp_path / place)
+    index = tmp_path / f"{name}.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert_loaded(retrofit.load(tmp_path if given == "folder" else index, net()))
+
+
+def test_a_folder_with_one_file_of_another_name_is_that_file(tmp_path):
+    safetensors.torch.save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert_loaded(retrofit.load(tmp_path, net()))
+
+
+def test_a_tensor_that_safetensors_left_out_as_a_second_name_is_found(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    model[1].weight = model[0].weight
+    safetensors.torch.save_model(model, str(tmp_path / "a.safetensors"))
+    loaded = retrofit.load(tmp_path / "a.safetensors", model)
+    assert torch.equal(loaded[1].weight, model[0].weight)
+
+
+def test_weights_with_more_bits_than_the_model_are_rounded_with_a_word(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    torch.save({key: tensor.double() / 3 for key, tensor in STATE.items()}, tmp_path / "a.pth")
+    spec = f"{tmp_path}/net.py:net"
+    message = r"2 tensors in .*a\.pth are rounded .*\(0\.weight from float64 to float32\)"
+    with pytest.warns(UserWarning, match=message):
+        model_sources.trained(spec, str(tmp_path / "a.pth"))
+    torch.save({key: tensor.double() for key, tensor in STATE.items()}, tmp_path / "a.pth")
+    assert_loaded(model_sources.trained(spec, str(tmp_path / "a.pth")))  # to the bit
+
+
+def test_a_mapping_that_contains_itself_is_read_once(tmp_path):
+    content = {"state_dict": STATE}
+    content["self"] = content
+    torch.save(content, tmp_path / "a.pth")
+    assert_loaded(retrofit.load(tmp_path / "a.pth", net()))
+
+
+def test_what_is_beside_the_weights_is_not_built(tmp_path, monkeypatch):
+    torch.save({"state_dict": STATE, "a": np.arange(3.0), "n": np.float32(1)}, tmp_path / "a.pth")
+
+    def built(*_):
+        raise AssertionError("something of the file was built")
+
+    before = set(torch.serialization.get_safe_globals())
+    monkeypatch.setattr(np, "dtype", built)
+    assert_loaded(retrofit.load(tmp_path / "a.pth", net()))
+    assert set(torch.serialization.get_safe_globals()) == before
