@@ -89,7 +89,8 @@ SHAPE_READERS = {
     *(f"new{name}" for name in ("empty", "emptystrided", "full", "ones", "tensor", "zeros")),
 }
 # They take the values of their first argument, and of others the shape or type alone.
-LIKE_ANOTHER = {"expandas", "reshapeas", "sumtosize", "to", "type", "typeas", "viewas"}
+SHAPED_LIKE = {"expandas", "reshapeas", "viewas"}
+LIKE_ANOTHER = SHAPED_LIKE | {"sumtosize", "to", "type", "typeas"}
 FLATTENINGS = {"flatten", "getitem", "reshape", "squeeze", "view"}
 # Squashing that ends a network without making a hidden layer of its logits.
 OUTPUT_ACTIVATIONS = {

@@ -121,7 +121,9 @@ REFUSED = [
     (lambda: add(net().half(), [X]), "the batches are torch.float32, the model torch.float16"),
     (lambda: retrofit.verify(net(), net(), [X.double()]), "as by batch.to(torch.float32)"),
     (
-        lambda: retrofit.verify(net(), net(), [X.to("meta")], forward_fn=lambda m, x: m(x).tolist()),
+        lambda: retrofit.verify(
+            net(), net(), [X.to("meta")], forward_fn=lambda m, x: m(x).tolist()
+        ),
         "the batches are on meta, the model on cpu: move either",
     ),
     (lambda: add(net(), [X.permute(0, 2, 3, 1)]), "has its channels last: permute it"),
