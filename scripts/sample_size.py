@@ -23,7 +23,8 @@ from tqdm import tqdm
 import retrofit
 from retrofit.calibration.sample_errors import PERCENTILE
 from retrofit.files.model_sources import build, transforms
-from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
+from retrofit.pictures.batches import PictureBatches, shuffled
+from retrofit.pictures.preprocessing import preprocessing
 from retrofit.pictures.sources import open_pictures
 
 HEAD = (

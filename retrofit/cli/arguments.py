@@ -20,7 +20,10 @@ from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.tables import one_line
 from retrofit.version import __version__
 
-DATA = "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz of uint8 NHWC"
+DATA = (
+    "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz, NHWC or NHW, of "
+    "uint8, uint16, or floats from 0 to 1"
+)
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
 DEBUG = "show where an error came from"
@@ -255,9 +258,12 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=_positive, metavar="PIXELS", help=text)
     text = "centre crop; default: as the model was trained"
     add("--crop", type=_positive, metavar="PIXELS", help=text)
-    text = "of pixels in 0 to 1; default: as the model was trained"
-    add("--mean", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
-    add("--std", type=_finite, nargs=3, metavar=("R", "G", "B"), help=text)
+    text = (
+        "of each channel, or one for all, of pixels in 0 to 1; default: as the model was trained, "
+        "if it takes 3 channels"
+    )
+    add("--mean", type=_finite, nargs="+", metavar="M", help=text)
+    add("--std", type=_finite, nargs="+", metavar="S", help=text)
     text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
     add("--skip-bad-images", action="store_true", help=text)
 
@@ -289,8 +295,10 @@ def _number(text: str) -> float:
 def _finite(text: str) -> float:
     try:
         number = float(text)
-    except ValueError:
-        number = math.nan
+    except ValueError as error:  # of an option that takes as many as there are
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a finite number (a model or file goes before such an option)"
+        ) from error
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number

@@ -103,14 +103,14 @@ def run_adapt(request: AdaptRequest) -> int:
     if (record := record_of(model)) is not None:
         attach(model, dataclasses.replace(record, images=found.images))
     weighed = f", the old statistics counting as {request.prior:g}" if request.prior else ""
-    done = f"adapted on {found.images} pictures of {sample.source}{weighed}"
+    done = f"adapted on {found.images} {sample.kind} of {sample.source}{weighed}"
     data = "; ".join(filter(None, (file.provenance.data, done)))
     retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
     list_bad(sample.pictures, batches.bad)
     print(
         facts_table(
             [
-                ("adapted on", f"{found.images} pictures in {seconds:.1f} s{weighed}"),
+                ("adapted on", f"{found.images} {sample.kind} in {seconds:.1f} s{weighed}"),
                 ("BatchNorms", f"{len(found.layers)} of them, one after another"),
                 ("standard error", error_in_words(found.standard_error)),
                 ("written", str(request.output)),
@@ -199,7 +199,7 @@ def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenanc
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches)
     what = "drift and parity" if request.weights else "drift"
-    measured = f"{what}, on {len(sample.chosen)} pictures of {sample.source}"
+    measured = f"{what}, on {len(sample.chosen)} {sample.kind} of {sample.source}"
     found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
         verification = retrofit.verify(original, converted, batches)

@@ -90,7 +90,7 @@ def run_convert(request: ConvertRequest) -> int:
         _write(request, sample, calibrated, checked)
         print(_summary(checked.converted, calibrated.plan))
         list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
-        print(_facts(request, calibrated.report, checked))
+        print(_facts(request, sample, calibrated.report, checked))
         return 0
 
 
@@ -218,7 +218,7 @@ def _write(
         drift, no_drift = measured_drift(calibrated.model, checked.converted, data)
     told: dict[str, Any] = {
         "name": request.model,
-        "data": f"{calibrated.report.images} pictures of {sample.source}",
+        "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,
         "drift": drift,
@@ -246,14 +246,16 @@ def _summary(converted: nn.Module, plan: Plan) -> str:
     return text + "\n"
 
 
-def _facts(request: ConvertRequest, calibration: Calibration, checked: Checked) -> str:
+def _facts(
+    request: ConvertRequest, sample: Sample, calibration: Calibration, checked: Checked
+) -> str:
     seconds, worst = calibration.seconds, calibration.disagreement
     rate, waited = calibration.images / seconds, calibration.waited / seconds
     needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
     which = "other " if checked.on_others else ""
     return facts_table(
         [
-            ("calibrated on", f"{calibration.images} pictures in {seconds:.1f} s"),
+            ("calibrated on", f"{calibration.images} {sample.kind} in {seconds:.1f} s"),
             ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
             ("standard error", error_in_words(calibration.standard_error)),
             ("pictures needed", ", ".join(needed)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from torch import nn
 from retrofit.cli.requests import PictureOptions
 from retrofit.errors import NonFiniteError
 from retrofit.files.model_sources import transforms
-from retrofit.pictures.batches import PictureBatches, Transform, preprocessing, shuffled
+from retrofit.pictures.batches import PictureBatches, shuffled
+from retrofit.pictures.preprocessing import Transform, black, preprocessing
 from retrofit.pictures.sources import Pictures, open_pictures
+from retrofit.running.input_channels import input_channels
 from retrofit.running.signatures import takes_lists
 
 
@@ -28,6 +31,7 @@ class Sample:
         model: takes them.
         pictures: where they come from.
         transform: from a picture to the model's input.
+        channels: that the model takes.
         order: indices of all pictures, shuffled.
         options: as the command was given them.
     """
@@ -35,6 +39,7 @@ class Sample:
     model: nn.Module
     pictures: Pictures
     transform: Transform
+    channels: int
     order: Sequence[int]
     options: PictureOptions
 
@@ -45,8 +50,18 @@ class Sample:
 
     @property
     def source(self) -> str:
-        """Where the pictures are, and how they were drawn."""
-        return f"{self.options.data}, seed {self.options.seed}"
+        """Where the pictures are, how they were drawn, and a mean and std that were given."""
+        text = f"{self.options.data}, seed {self.options.seed}"
+        for name, numbers in (("mean", self.options.mean), ("std", self.options.std)):
+            if numbers is not None:
+                text += f", {name} {' '.join(map(str, numbers))}"
+        return text
+
+    @property
+    def kind(self) -> str:
+        """What the model sees: "pictures", and of how many channels if not of three."""
+        kinds = {1: "grey pictures", 3: "pictures"}
+        return kinds.get(self.channels, f"pictures ({self.channels} channels)")
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""
@@ -57,6 +72,7 @@ class Sample:
             self.transform,
             batch_size=self.options.batch_size,
             workers=self.options.workers,
+            channels=self.channels,
             lists=takes_lists(self.model),
             skip_bad=self.options.skip_bad_images,
             pin=device is not None and device.type == "cuda" and torch.cuda.is_available(),
@@ -83,15 +99,24 @@ def sample_for(
     pictures: Pictures | None = None,
 ) -> Sample:
     """Open the pictures and prepare them as the model `spec` with these weights was trained."""
-    transform = preprocessing(
-        transforms(spec, model, weights),
-        resize=options.resize,
-        crop=options.crop,
-        mean=options.mean,
-        std=options.std,
+    make = functools.partial(
+        preprocessing, transforms(spec, model, weights), resize=options.resize, crop=options.crop
     )
+    size = make()(black(3)).shape[-2:]
     pictures = pictures or open_data(options)
-    return Sample(model, pictures, transform, shuffled(len(pictures), options.seed), options)
+    channels = input_channels(model, size) or _channels(pictures, options)
+    pictures.check_channels(channels)
+    transform = make(mean=options.mean, std=options.std, channels=channels)
+    order = shuffled(len(pictures), options.seed)
+    return Sample(model, pictures, transform, channels, order, options)
+
+
+def _channels(pictures: Pictures, options: PictureOptions) -> int:
+    """Choose the number of channels for a model that does not tell: as it was asked for, or 3."""
+    asked = max(len(numbers) for numbers in (options.mean or (), options.std or ()))
+    if asked > 1:
+        return asked
+    return 3 if pictures.channels in (None, 1) else pictures.channels
 
 
 @contextmanager

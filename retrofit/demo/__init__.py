@@ -16,7 +16,8 @@ from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
 from retrofit.files.checkpoint import load, save
 from retrofit.files.fitting import load_weights
 from retrofit.files.weights import read_weights
-from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
+from retrofit.pictures.batches import PictureBatches, shuffled
+from retrofit.pictures.preprocessing import preprocessing
 from retrofit.pictures.sources import open_pictures
 from retrofit.planning.plan import plan
 from retrofit.running.modes import batch_statistics, evaluating

@@ -22,7 +22,7 @@ from retrofit.errors import RetrofitError
 from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.shards import INDEX
 from retrofit.files.weights import KINDS, READ, WeightsFile, open_weights
-from retrofit.pictures.batches import DETECTION_PRESET, PRESET, Transform, Transforms
+from retrofit.pictures.preprocessing import DETECTION_PRESET, PRESET, Transform, Transforms
 from retrofit.running.signatures import takes_lists
 
 NAMES = (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,72 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
-from torchvision.models import VGG16_Weights
-from torchvision.models.detection import SSD300_VGG16_Weights
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import Compose, InterpolationMode, Resize
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from retrofit.errors import PeerError, RetrofitError
+from retrofit.pictures.eight_bits import counted, eight_bits
+from retrofit.pictures.preprocessing import Transform
 from retrofit.pictures.sources import Pictures
-
-Transform = Callable[[Image.Image], Tensor]
-Transforms = Callable[..., Transform]
-PRESET: Transforms = VGG16_Weights.IMAGENET1K_V1.transforms
-DETECTION_PRESET: Transforms = SSD300_VGG16_Weights.COCO_V1.transforms
-
-
-def preprocessing(
-    transforms: Transforms = PRESET,
-    *,
-    resize: int | None = None,
-    crop: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Transform:
-    """Make the transform from a picture to the model's input (3, H, W).
-
-    Args:
-        transforms: makes the transform that the model was trained for, and takes the steps that
-            are to be replaced as torchvision's weights do: resize_size, crop_size, mean, std. By
-            default torchvision's classification preset (shorter side to 256, centre crop of 224,
-            ImageNet's mean and std).
-        resize, crop: pixels; where the transform has no such step, one is added: the resize before
-            it, the crop after it. The default of `resize` is then `crop`.
-        mean, std: of the channels, for pixels in 0 to 1.
-    """
-    if std is not None and min(std) <= 0:
-        raise RetrofitError(f"the std must be positive, not {' '.join(map(str, std))}")
-    given = {"resize_size": resize or crop, "crop_size": crop, "mean": mean, "std": std}
-    changes = {name: value for name, value in given.items() if value is not None}
-    own = inspect.signature(transforms).parameters
-    transform = transforms(**{name: value for name, value in changes.items() if name in own})
-    _try_out(transform)
-    if not own.keys() >= changes.keys() & {"mean", "std"}:
-        raise RetrofitError(
-            f"{type(transform).__name__} leaves it to the model to normalise: leave out --mean and "
-            "--std"
-        )
-    steps: list[Transform] = [transform]
-    if "resize_size" in changes.keys() - own.keys():
-        steps.insert(0, Resize(changes["resize_size"]))
-    if "crop_size" in changes.keys() - own.keys():
-        steps.append(CenterCrop(changes["crop_size"]))
-    return Compose(steps) if len(steps) > 1 else transform
-
-
-def _try_out(transform: Transform) -> None:
-    """Raise RetrofitError for a transform that takes no picture (of videos, of optical flow)."""
-    try:
-        transform(Image.new("RGB", (64, 64)))
-    except (AttributeError, TypeError) as error:
-        raise RetrofitError(
-            f"the model takes no single pictures (its transform is {type(transform).__name__}): "
-            "convert it in Python, with batches of your own"
-        ) from error
-    except Exception as error:
-        raise RetrofitError(
-            f"pictures cannot be prepared like that: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _first_resize(transform: Transform) -> Any:
@@ -136,8 +76,11 @@ class _Item(NamedTuple):
 class _Items(Dataset[_Item]):
     """Reads and transforms; an unreadable picture is an item too, for the loader to judge."""
 
-    def __init__(self, pictures: Pictures, indices: Sequence[int], transform: Transform) -> None:
+    def __init__(
+        self, pictures: Pictures, indices: Sequence[int], transform: Transform, channels: int
+    ) -> None:
         self.pictures, self.indices, self.transform = pictures, indices, transform
+        self.channels = channels
         self.resize = _first_resize(transform)
 
     def __len__(self) -> int:
@@ -147,11 +90,7 @@ class _Items(Dataset[_Item]):
         index = self.indices[position]
         name = self.pictures.name(index)
         try:
-            with self.pictures.read(index) as picture:
-                if self.resize is not None:
-                    _draft(picture, self.resize)
-                rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-                return _Item(name, self.transform(rgb), "")
+            return _Item(name, self._input(index), "")
         except (
             OSError,
             SyntaxError,
@@ -160,6 +99,15 @@ class _Items(Dataset[_Item]):
             Image.DecompressionBombError,
         ) as error:
             return _Item(name, None, str(error).splitlines()[0] if str(error) else "unreadable")
+
+    def _input(self, index: int) -> Tensor:
+        source = self.pictures.read(index)
+        if not isinstance(source, Image.Image):
+            return self.transform(eight_bits(source, self.channels))
+        with source:
+            if self.resize is not None:
+                _draft(source, self.resize)
+            return self.transform(eight_bits(source, self.channels))
 
 
 class _Batch(NamedTuple):
@@ -218,7 +166,7 @@ def _without_torchs_signal_handler() -> Iterator[None]:
 
 
 class PictureBatches:
-    """Batches of pictures that workers read: tensors (N, 3, H, W), or lists of (3, H, W).
+    """Batches of pictures that workers read: tensors (N, C, H, W), or lists of (C, H, W).
 
     An iteration starts at the beginning, or where `load_state_dict` says.
 
@@ -227,6 +175,7 @@ class PictureBatches:
         transform: see `preprocessing`. Where it begins with a resize, a large JPEG is decoded at a
             reduced size.
         batch_size, workers: pictures in a batch, and processes that read ahead two batches each.
+        channels: C; see `eight_bits`.
         lists: the model takes pictures of different sizes, as a list; such a batch is one.
         skip_bad: leave unreadable pictures out, and list them in `bad`, instead of raising.
         pin: give batches in pinned memory, from which copies to a GPU need not be waited for.
@@ -247,11 +196,12 @@ class PictureBatches:
         *,
         batch_size: int,
         workers: int,
+        channels: int = 3,
         lists: bool = False,
         skip_bad: bool = False,
         pin: bool = False,
     ) -> None:
-        self.dataset = _Items(pictures, indices, transform)
+        self.dataset = _Items(pictures, indices, transform, channels)
         self.batch_size, self.workers, self.pin = batch_size, workers, pin
         self.lists, self.skip_bad = lists, skip_bad
         self.names: list[str] = []
@@ -331,8 +281,11 @@ class PictureBatches:
             name = self.dataset.pictures.name(index)
             order.update(name.encode(errors="surrogateescape") + b"\0")
         transform = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.dataset.transform))
+        data_set = f"{len(self.dataset)} pictures with names of SHA-256 {order.hexdigest()}"
+        if self.dataset.channels != 3:
+            data_set += f", of {counted(self.dataset.channels)}"
         return {
-            "data_set": f"{len(self.dataset)} pictures with names of SHA-256 {order.hexdigest()}",
+            "data_set": data_set,
             "batch_size": self.batch_size,
             "transform": " ".join(transform.split()),
         }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
 from retrofit.errors import RetrofitError
+from retrofit.pictures.arrays import ArrayPictures
+from retrofit.pictures.eight_bits import Source, check_modes
 from retrofit.pictures.tar_shards import EXTENSIONS, ShardPictures, expand, open_picture
 
 
@@ -22,13 +23,22 @@ class Pictures(Protocol):
         """What was left out of the source when it was opened."""
         ...
 
+    @property
+    def channels(self) -> int | None:
+        """How many all of them have; None for files, which become what is asked for."""
+        ...
+
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
         """Name a picture, for messages."""
         ...
 
-    def read(self, index: int) -> Image.Image:
-        """Open a picture with PIL; it need not be decoded yet."""
+    def read(self, index: int) -> Source:
+        """Open a picture with PIL, which need not be decoded yet; or an array (H, W, C)."""
+        ...
+
+    def check_channels(self, channels: int) -> None:
+        """Raise RetrofitError if the pictures cannot be given with so many channels."""
         ...
 
 
@@ -36,6 +46,7 @@ class FilePictures:
     """Pictures in files of their own."""
 
     bad: Sequence[str] = ()
+    channels = None
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -52,61 +63,8 @@ class FilePictures:
             raise OSError("it is no file")
         return open_picture(file)
 
-
-class ArrayPictures:
-    """A .npy or .npz of uint8 pictures, (N, H, W, 3) or (N, H, W, 1); a .npy stays on disk."""
-
-    bad: Sequence[str] = ()
-
-    def __init__(self, file: Path) -> None:
-        try:
-            arrays = _arrays(file)
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged file can make numpy raise anything
-            raise RetrofitError(f"{file} cannot be read as arrays of plain numbers") from error
-        usable = {
-            key: array
-            for key, array in arrays.items()
-            if array.dtype == np.uint8
-            and array.ndim == 4
-            and array.shape[3] in (1, 3)
-            and 0 not in array.shape[1:]
-        }
-        if len(usable) != 1:
-            found = ", ".join(f"{k} {a.dtype} {a.shape}".strip() for k, a in arrays.items())
-            raise RetrofitError(
-                f"{file} must hold one uint8 array of shape (N, H, W, 3) or (N, H, W, 1); it has: "
-                f"{found or 'nothing'}"
-            )
-        (self.array,) = usable.values()
-        self.file = file
-
-    def __reduce__(self) -> tuple[type[ArrayPictures], tuple[Path]]:
-        return type(self), (self.file,)  # a memory map would be pickled as all its numbers
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def name(self, index: int) -> str:
-        return f"{self.file}[{index}]"
-
-    def read(self, index: int) -> Image.Image:
-        if isinstance(self.array, np.memmap):  # to read what is gone would end the process
-            needed = self.array.offset + self.array.nbytes
-            if self.file.exists() and self.file.stat().st_size < needed:
-                raise OSError("the file has been cut short")
-        array = np.asarray(self.array[index])
-        return Image.fromarray(array.repeat(3, axis=2) if array.shape[2] == 1 else array)
-
-
-def _arrays(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        if opened.read(2) == b"PK":  # a .npz is a zip
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as arrays:
-                return dict(arrays)
-    return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
+    def check_channels(self, channels: int) -> None:
+        check_modes(channels)
 
 
 def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
@@ -123,6 +81,8 @@ def open_pictures(path: Path, *, skip_bad: bool = False) -> Pictures:
         raise RetrofitError(f"there is no folder or file {path}")
     if path.suffix == ".tar":
         return ShardPictures([path] if path.exists() else expand(path), skip_bad=skip_bad)
+    if path.suffix.lower() in EXTENSIONS:
+        raise RetrofitError(f"{path} is one picture: name the folder that it is in")
     if path.suffix not in (".npy", ".npz"):
         raise RetrofitError(
             f"{path} is neither a folder of pictures nor a .npy, .npz or (uncompressed) .tar file"

@@ -14,8 +14,21 @@ import numpy as np
 from PIL import Image
 
 from retrofit.errors import RetrofitError
+from retrofit.pictures.eight_bits import check_modes
 
-EXTENSIONS = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 # By content, whatever a file is called. Pillow has more, and runs Ghostscript for one of them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_OPEN = 128  # shards at a time: some systems allow a process 256 files
@@ -48,6 +61,8 @@ class ShardPictures:
     Attributes:
         bad: the shards that are damaged or hold no pictures, each with what is wrong.
     """
+
+    channels = None
 
     def __init__(self, shards: Sequence[Path], *, skip_bad: bool = False) -> None:
         self.shards = list(shards)
@@ -83,6 +98,9 @@ class ShardPictures:
         if mapped.size() < start + size:  # to read what is gone would end the process
             raise OSError(f"{self.shards[number]} has been cut short")
         return open_picture(io.BytesIO(mapped[start : start + size]))
+
+    def check_channels(self, channels: int) -> None:
+        check_modes(channels)
 
     def _mapped(self, number: int) -> mmap.mmap:
         if number not in self._open:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from folders import contents, pictures
+from PIL import Image
 from processes import command
 from safetensors.torch import save_file
 
@@ -30,6 +31,8 @@ def make(inputs=3, kernel=3):
 
 def other(): return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).eval()
 def wide(): return make(inputs=7)
+def grey(): return make(inputs=1)
+def alpha(): return make(inputs=4)
 def huge(): return make(kernel=99)
 def normed(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
 def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 2)).eval()
@@ -122,7 +125,19 @@ def kit(tmp_path_factory):
         converted[0].conv.weight.mul_(1.5)
     retrofit.save(converted, kit / "trained.safetensors", name="net.py:make")
 
-    np.save(kit / "floats.npy", np.zeros((3, 16, 16, 3)))
+    np.save(kit / "floats.npy", np.full((3, 16, 16, 3), 7.0))
+    np.save(kit / "first.npy", np.zeros((3, 1, 16, 17), dtype=np.uint8))
+    np.save(kit / "colour.npy", np.zeros((3, 16, 17, 3), dtype=np.uint16))
+    np.save(kit / "alone.npy", np.zeros((16, 17, 3), dtype=np.uint8))
+    np.save(kit / "alone_first.npy", np.zeros((3, 16, 17), dtype=np.uint8))
+    np.save(kit / "four.npy", np.zeros((3, 16, 17, 4), dtype=np.uint8))
+    np.save(kit / "nan.npy", np.full((4, 16, 17), np.nan, dtype=np.float32))
+    np.save(kit / "integers.npy", np.zeros((3, 16, 17, 3), dtype=np.int64))
+    np.savez(kit / "two.npz", train=np.zeros((3, 16, 16)), test=np.zeros((2, 16, 16)))
+    for name, most in (("over", 70000), ("under", 200)):
+        (kit / name).mkdir()
+        Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(kit / name / "0.tif")
+        Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(kit / name / "1.tif")
     np.save(kit / "flat.npy", np.zeros((3, 16), dtype=np.uint8))
     np.save(kit / "objects.npy", np.array([Something()]), allow_pickle=True)
     np.savez(kit / "labels.npz", labels=np.arange(3))
@@ -136,6 +151,7 @@ def kit(tmp_path_factory):
 PICTURES = "--data pictures --crop 16 --workers 0"
 PLAN, DEMO = "plan net.py:make", "demo"
 CONVERT = f"convert net.py:make --weights w.pth --output out.safetensors {PICTURES}"
+GREY, MIDDLE = f"convert net.py:grey --output o.pth {PICTURES}", "--mean .5 --std .5"
 VERIFY = f"verify bn.safetensors --model net.py:make --weights w.pth {PICTURES}"
 FOLD = "fold bn.safetensors --model net.py:make --output out.pth"
 ADAPT = f"adapt bn.safetensors --model net.py:make --output out.safetensors {PICTURES}"
@@ -164,7 +180,7 @@ CASES = [
     (f"{PLAN} --include nope.*", 2, "'nope.*' matches none of the 2 convolutions"),
     (f"{PLAN} --exclude nope", 2, "'nope' matches none of the 2 convolutions"),
     (f"{PLAN} --data nope", 2, "there is no folder or file nope"),
-    (f"{PLAN} --data pictures --mean 1 2", 2, "argument --mean: expected 3 arguments"),
+    (f"{PLAN} --data pictures --mean 1 2", 2, "--mean has 2 values, and the pictures have 3"),
     (f"{PLAN} --data pictures --mean a b c", 2, "argument --mean: a is not a finite number"),
     ("convert net.py:make", 2, "the following arguments are required: --output, --data"),
     (f"convert vgg11 --output a.pth {PICTURES}", 2, "vgg11 without weights is random"),
@@ -243,10 +259,33 @@ CASES = [
     (f"{CONVERT} --data texts.tar", 2, "texts.tar"),
     (f"{CONVERT} --data x-{{0..2}}.tar", 2, "stands for 3 shards, and 3 of them do not exist"),
     (f"{CONVERT} --data none.npy", 2, "none.npy cannot be read as arrays"),
-    (f"{CONVERT} --data floats.npy", 2, "floats.npy must hold one uint8 array of shape"),
-    (f"{CONVERT} --data flat.npy", 2, "flat.npy must hold one uint8 array of shape"),
+    (f"{CONVERT} --data floats.npy", 2, "] cannot be read: its floats are from 7 to 7: scale them"),
+    (f"{CONVERT} --data flat.npy", 2, "uint8 (3, 16) (a picture alone needs a batch axis: save"),
     (f"{CONVERT} --data objects.npy", 2, "objects.npy cannot be read as arrays of plain numbers"),
-    (f"{CONVERT} --data labels.npz", 2, "labels.npz must hold one uint8 array"),
+    (f"{CONVERT} --data labels.npz", 2, "labels.npz must hold one array of pictures, (N, H, W, C)"),
+    (f"{CONVERT} --data first.npy", 2, "of (3, 1, 16, 17) must be its last axis: save array"),
+    (f"{CONVERT} --data alone.npy", 2, "(16, 17, 3), without a batch axis or a channel axis"),
+    (f"{CONVERT} --data alone_first.npy", 2, "(3, 16, 17), without a batch axis or a channel axis"),
+    (f"{CONVERT} --data nan.npy", 2, "] cannot be read: it has NaN or Inf among its floats"),
+    (f"{CONVERT} --data integers.npy", 2, "save integers with .astype('uint8') if they are from 0"),
+    (f"{CONVERT} --data two.npz", 2, "it has: train float64 (3, 16, 16), test float64 (2, 16, 16)"),
+    (f"{CONVERT} --data pictures/0.png", 2, "pictures/0.png is one picture: name the folder"),
+    (f"{CONVERT} --data over", 2, ".tif cannot be read: its integers are from 0 to 70000, and"),
+    (f"{CONVERT} --data under", 2, "its integers are from 0 to 200, and what is white cannot"),
+    (f"{CONVERT} --data under --skip-bad-images", 2, "got 0 of the at least 2 images"),
+    (f"{CONVERT} --mean .5 --std .2 .2", 2, "have 3 channels: give 3, or one for all"),
+    (f"{CONVERT} --std 0", 2, "the std must be positive, not 0.0"),
+    (f"{CONVERT} --mean 123.7 116.3 103.5", 2, "cannot be of pixels in 0 to 1: of 0 to 255,"),
+    (f"{CONVERT} --mean 0 --std 255", 2, "--std 255.0 cannot be of pixels in 0 to 1"),
+    (f"{PLAN} --data pictures --mean .5 net.py:make", 2, "(a model or file goes before such an"),
+    (GREY, 2, "for pictures of 1 channel there is no usual mean and std: give --mean and --std"),
+    (f"{GREY} --mean 0.5", 2, "of 1 channel there is no usual mean and std: give --std, for"),
+    (f"{GREY} {MIDDLE} .5 .5", 2, "--std has 3 values, and the pictures have 1 channel: give one"),
+    (f"{GREY} {MIDDLE} --data colour.npy", 2, "the network takes 1 channel, the pictures in colo"),
+    (f"{GREY} {MIDDLE} --data first.npy", 2, "save array.transpose(0, 2, 3, 1)"),
+    (f"{CONVERT} {MIDDLE} --data four.npy", 2, "the network takes 3 channels, the pictures in fo"),
+    (f"convert net.py:alpha --output o.pth {PICTURES} {MIDDLE}", 2, "it is RGB, without alpha"),
+    (f"convert net.py:wide --output o.pth {PICTURES} {MIDDLE}", 2, "a .npy of (N, H, W, 7)"),
     (f"{CONVERT} --data broken.npz", 2, "broken.npz cannot be read as arrays"),
     (f"{CONVERT} --output there.pth", 2, "there.pth exists: choose another name, or --overwrite"),
     (f"{CONVERT} --output empty --overwrite", 2, "empty must end in .safetensors"),

@@ -278,7 +278,7 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"--data": "empty"}, "empty has no pictures in it"),
         ({"--data": "single"}, "at least 2 pictures: single has 1"),
         ({"--data": "text.txt"}, "neither a folder of pictures nor a .npy"),
-        ({"--data": "floats.npy"}, "must hold one uint8 array of shape"),
+        ({"--data": "floats.npy"}, "floats.npy[2] cannot be read: its floats are from 7 to 7"),
         ({"--data": "broken.npz"}, "broken.npz cannot be read as arrays"),
         ({"--output": "out.bin"}, "must end in .safetensors"),
         ({"--output": "missing/out.pth"}, "the folder missing does not exist"),
@@ -310,7 +310,7 @@ def test_a_bad_request_is_one_line_exit_2_and_writes_nothing(
     pictures(tmp_path / "single", 1)
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "there.pth").write_text("precious")
-    np.save(tmp_path / "floats.npy", np.zeros((3, 4, 4, 3)))
+    np.save(tmp_path / "floats.npy", np.full((3, 4, 4, 3), 7.0))
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
     (tmp_path / "truncated.pth").write_bytes(squeezenet.read_bytes()[:1000])
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4, 3), dtype=np.uint8))
@@ -489,7 +489,7 @@ def test_pictures_that_the_model_does_not_take_are_a_bad_request(run, tmp_path, 
     code, _, err = run("convert", "odd.py:Net", "--data", folder, "--output", "a.pth", *SMALL)
     assert code == 2
     assert len(err) == 1
-    assert "to have 7 channels, but got 3 channels" in err[0]
+    assert "the network takes 7 channels, and pictures in files have 1, 3, or 4" in err[0]
 
 
 @pytest.mark.slow

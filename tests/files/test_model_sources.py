@@ -14,7 +14,8 @@ from timm.utils import reparameterize_model
 
 from retrofit import RetrofitError
 from retrofit.files import model_sources
-from retrofit.pictures.batches import PictureBatches, preprocessing
+from retrofit.pictures.batches import PictureBatches
+from retrofit.pictures.preprocessing import preprocessing
 from retrofit.pictures.sources import ArrayPictures
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))

@@ -23,7 +23,9 @@ from torchvision import models, transforms
 from torchvision.transforms import v2
 
 from retrofit import RetrofitError
-from retrofit.pictures.batches import PictureBatches, preprocessing, shuffled
+from retrofit.pictures.batches import PictureBatches, shuffled
+from retrofit.pictures.eight_bits import eight_bits
+from retrofit.pictures.preprocessing import preprocessing
 from retrofit.pictures.sources import open_pictures
 
 OPEN_FILES = Path("/proc/self/fd")  # on Linux
@@ -64,8 +66,7 @@ def write_shards(folder, *, shards=3, each=4):
 
 
 def pixels(pictures, index):
-    with pictures.read(index) as read:
-        return np.array(read.convert("RGB"))
+    return np.array(eight_bits(pictures.read(index)))
 
 
 # --- tar shards --------------------------------------------------------------------------------
