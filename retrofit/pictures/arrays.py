@@ -13,6 +13,7 @@ from retrofit.errors import RetrofitError
 from retrofit.pictures.eight_bits import counted
 
 SHAPES = "(N, H, W, C), or (N, H, W) if they are grey, of uint8, uint16, or floats from 0 to 1"
+LOOKED_AT = 32  # pictures that tell whether an array uses its 16 bits
 NARROW = 4  # an axis of at most so many numbers may be that of the channels
 
 
@@ -43,6 +44,11 @@ class ArrayPictures:
         self.channels = shape[3] if len(shape) == 4 else 1
         if len(shape) == 3 and shape[2] <= NARROW:
             raise _without_axis(self.place, shape)
+        if _is_of_8_bits(self.array):
+            raise RetrofitError(
+                f"the numbers of {self.place} are uint16, where 65535 is white, and all below 256: "
+                "save them with .astype('uint8')"
+            )
 
     def __reduce__(self) -> tuple[type[ArrayPictures], tuple[Path]]:
         return type(self), (self.file,)  # a memory map would be pickled as all its numbers
@@ -72,9 +78,9 @@ class ArrayPictures:
         channel_first = len(shape) == 4 and shape[1] in ((1, 3) if channels == 3 else (channels,))
         raise RetrofitError(
             f"the network takes {counted(channels)}, the pictures in {self.place} have "
-            f"{self.channels}: "
+            f"{self.channels} (the last axis of {shape}): "
             + (
-                f"the channels of {shape} must be its last axis: save array.transpose(0, 2, 3, 1)"
+                "save array.transpose(0, 2, 3, 1)"
                 if channel_first
                 else "give it an array of those that it was trained on"
             )
@@ -128,6 +134,14 @@ def _is_pictures(array: NDArray[Any]) -> bool:
 
 def _is_grey_pictures(array: NDArray[Any]) -> bool:
     return _is_readable(array) and array.ndim == 3
+
+
+def _is_of_8_bits(array: NDArray[Any]) -> bool:
+    """Tell whether numbers of 16 bits need only 8, by some of the pictures."""
+    if array.dtype != np.uint16 or len(array) == 0:
+        return False
+    some = array[:: max(1, len(array) // LOOKED_AT)][:LOOKED_AT]
+    return bool(0 < some.max() < 256)
 
 
 def _without_axis(place: str, shape: tuple[int, ...]) -> RetrofitError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import mmap
 import tarfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from retrofit.errors import RetrofitError
 from retrofit.pictures.eight_bits import check_modes
@@ -36,12 +37,19 @@ MOST_OPEN = 128  # shards at a time: some systems allow a process 256 files
 
 def open_picture(source: Path | IO[bytes]) -> Image.Image:
     """Open a picture of one of `FORMATS`, not decoded yet; OSError for anything else."""
-    return Image.open(source, formats=_formats())
+    try:
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError as error:
+        raise OSError(
+            "it is no picture, or of a kind that PIL does not read: save TIFFs of many bands, and "
+            "of floats in colour, as one .npy"
+        ) from error
 
 
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it would print beside its errors
     return [name for name in FORMATS if name in Image.OPEN]  # Pillow can be built without some
 
 

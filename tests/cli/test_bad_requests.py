@@ -128,6 +128,7 @@ def kit(tmp_path_factory):
     np.save(kit / "floats.npy", np.full((3, 16, 16, 3), 7.0))
     np.save(kit / "first.npy", np.zeros((3, 1, 16, 17), dtype=np.uint8))
     np.save(kit / "colour.npy", np.zeros((3, 16, 17, 3), dtype=np.uint16))
+    np.save(kit / "narrow.npy", np.arange(256, dtype=np.uint16).reshape(1, 16, 16).repeat(3, 0))
     np.save(kit / "alone.npy", np.zeros((16, 17, 3), dtype=np.uint8))
     np.save(kit / "alone_first.npy", np.zeros((3, 16, 17), dtype=np.uint8))
     np.save(kit / "four.npy", np.zeros((3, 16, 17, 4), dtype=np.uint8))
@@ -263,9 +264,10 @@ CASES = [
     (f"{CONVERT} --data flat.npy", 2, "uint8 (3, 16) (a picture alone needs a batch axis: save"),
     (f"{CONVERT} --data objects.npy", 2, "objects.npy cannot be read as arrays of plain numbers"),
     (f"{CONVERT} --data labels.npz", 2, "labels.npz must hold one array of pictures, (N, H, W, C)"),
-    (f"{CONVERT} --data first.npy", 2, "of (3, 1, 16, 17) must be its last axis: save array"),
+    (f"{CONVERT} --data first.npy", 2, "(the last axis of (3, 1, 16, 17)): save array"),
     (f"{CONVERT} --data alone.npy", 2, "(16, 17, 3), without a batch axis or a channel axis"),
     (f"{CONVERT} --data alone_first.npy", 2, "(3, 16, 17), without a batch axis or a channel axis"),
+    (f"{CONVERT} --data narrow.npy", 2, "and all below 256: save them with .astype('uint8')"),
     (f"{CONVERT} --data nan.npy", 2, "] cannot be read: it has NaN or Inf among its floats"),
     (f"{CONVERT} --data integers.npy", 2, "save integers with .astype('uint8') if they are from 0"),
     (f"{CONVERT} --data two.npz", 2, "it has: train float64 (3, 16, 16), test float64 (2, 16, 16)"),

@@ -1,6 +1,7 @@
 """Networks of any number of channels, and pictures of any depth, on the command line."""
 
 import json
+import struct
 import tarfile
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import command
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -136,6 +138,34 @@ def test_a_picture_whose_white_is_unknown_is_left_out_of_folder_and_shard(run, n
         code, _, err = run(*command, "--skip-bad-images")
         assert (code, err) == (0, [f"left out 1 unreadable pictures: {data}/24.tif"])
         assert_calibrated_on(tmp_path / f"{data}.safetensors", noise(3), 3)
+
+
+def bands(pixels):
+    """A TIFF of eight bands or of floats in colour: what PIL does not read, and says so twice."""
+    (height, width, count), data = pixels.shape, pixels.tobytes()
+    bits, kind = 8 * pixels.itemsize, 3 if pixels.dtype.kind == "f" else 1
+    tags = {256: width, 257: height, 259: 1, 262: 2, 273: 8, 277: count, 278: height,
+            279: len(data), 339: kind}  # fmt: skip
+    end = 8 + len(data) + 2 + 12 * (len(tags) + 1) + 4
+    entries = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()}
+    entries[258] = struct.pack("<HHII", 258, 3, count, end)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
+    start = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return start + data + directory + bytes(4) + struct.pack("<H", bits) * count
+
+
+@pytest.mark.parametrize("values", [np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 8), np.uint8)])
+def test_tiffs_that_pil_does_not_read_are_one_line(net, tmp_path, values):
+    (tmp_path / "tiffs").mkdir()
+    for i in range(2):
+        (tmp_path / "tiffs" / f"{i}.tif").write_bytes(bands(values))
+    tar_of(tmp_path / "tiffs", tmp_path / "tiffs.tar")
+    for data in ("tiffs", "tiffs.tar"):
+        found = command(tmp_path, "convert", net(3), "--data", data, "--output", "o.pth", *SIZE)
+        assert (found.code, len(found.err)) == (2, 1), found
+        assert (
+            ".tif cannot be read: it is no picture, or of a kind that PIL does not" in found.err[0]
+        )
 
 
 def test_all_commands_take_such_pictures_and_the_file_says_how_they_were_prepared(
