@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import fx, nn
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.plans import Plan
 from retrofit.running.shared_copy import (
     refuse_inference_mode,
@@ -23,6 +21,7 @@ from retrofit.running.shared_copy import (
     shared_copy,
     uncollected,
 )
+from retrofit.surgery import graph
 from retrofit.surgery.absorbing import absorb, absorb_into_function, function_before
 from retrofit.surgery.affine_map import (
     AffineMap,
@@ -117,7 +116,7 @@ def fold(model: M, plan: Plan | None = None, *, example: Any = None) -> M:
     """
     result = folded(model, plan, example)
     for remark in result.remarks:
-        warnings.warn(remark, stacklevel=2)
+        warn(remark)
     return result.model
 
 
@@ -147,10 +146,12 @@ def unfoldable(
 def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]:
     """Fold a copy of `model`, as `fold` does, and list what is left."""
     refuse_inference_mode()
-    _refuse_exported(model)
+    _refuse_program(model)
     record = record_of(model)
     refuse_lazy(model)
     plan = plan or (record.plan if record else None)
+    if plan is None and isinstance(model, fx.GraphModule) and graph.is_exported(model):
+        raise _exported()
     result = shared_copy(model)
     before = batchnorms(result)
     unknown: tuple[str, ...] = ()
@@ -163,17 +164,16 @@ def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]
     return Folded(copy.deepcopy(result), len(before) - len(left), left, unknown)
 
 
-def _refuse_exported(model: object) -> None:
-    """Raise RetrofitError for what torch.export made, which has functions in place of layers."""
-    exported = type(model).__name__ == "ExportedProgram"
-    if isinstance(model, fx.GraphModule):
-        targets = (node.target for node in model.graph.nodes)
-        exported = any(isinstance(target, torch._ops.OpOverload) for target in targets)
-    if exported:
-        raise RetrofitError(
-            "this is an exported program, which has functions in place of layers: fold the model "
-            "that it was exported from, and export the result"
-        )
+def _refuse_program(model: object) -> None:
+    if type(model).__name__ == "ExportedProgram":
+        raise _exported()
+
+
+def _exported() -> RetrofitError:
+    return RetrofitError(
+        "this is an exported program, which has functions in place of layers: fold the model that "
+        "it was exported from, and export the result"
+    )
 
 
 # --- by a plan: all that it inserted, or none ----------------------------------------------------
