@@ -121,9 +121,7 @@ REFUSED = [
     (lambda: add(net().half(), [X]), "the batches are torch.float32, the model torch.float16"),
     (lambda: retrofit.verify(net(), net(), [X.double()]), "as by batch.to(torch.float32)"),
     (
-        lambda: retrofit.verify(
-            net(), net(), [X.to("meta")], forward_fn=lambda m, x: m(x).tolist()
-        ),
+        lambda: retrofit.verify(net(), net(), [X.to("meta")], forward_fn=as_list),
         "the batches are on meta, the model on cpu: move either",
     ),
     (lambda: add(net(), [X.permute(0, 2, 3, 1)]), "has its channels last: permute it"),
@@ -136,6 +134,10 @@ def net():
 
 def add(model, data, **options):
     return retrofit.add_batchnorm(model, data, progress=False, **options)
+
+
+def as_list(model, x):
+    return model(x).tolist()
 
 
 def used_up():

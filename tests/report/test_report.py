@@ -206,7 +206,6 @@ def test_channels_that_hardly_vary_are_counted_and_drawn(report, tmp_path):
     assert "layer 1: 1 constant, 0 near; layer 2: 0 constant, 3 near" in page.text
 
 
-@pytest.mark.filterwarnings("ignore:nothing differs")
 def test_a_network_all_of_whose_channels_are_dead_has_a_page(report, tmp_path):
     model = network()
     with torch.no_grad():
