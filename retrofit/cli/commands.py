@@ -219,7 +219,7 @@ def _described(provenance: Provenance) -> dict[str, Any]:
         found = getattr(provenance, key)
         values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}
         texts = (f"{k} {v}" for k, v in values.items() if not isinstance(v, list))
-        facts[key] = ", ".join(texts) if found else None
+        facts[key] = None if found is None else ", ".join(texts)
     return facts
 
 
