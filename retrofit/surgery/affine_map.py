@@ -188,4 +188,4 @@ def _exact(norm: nn.Module, measured: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 def _rest(norm: nn.Module) -> nn.Module:
     """Take what stays of `norm` under the names that it has there, so that keys stay too."""
     kept = {n: m for n, m in norm.named_children() if not isinstance(m, nn.Identity)}
-    return nn.Sequential(OrderedDict(kept)).train(norm.training) if kept else nn.Identity()
+    return nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()

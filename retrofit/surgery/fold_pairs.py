@@ -28,7 +28,8 @@ from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defa
 
 # The same numbers in another order or shape. (Of VIEWS, others change the precision.)
 BETWEEN = (VIEWS - {"bfloat16", "double", "float", "half", "to", "type", "typeas"}) | {"getitem"}
-ASKS_SHAPE = {"dim", "getattr", "len", "ndimension", "numel", "size"}
+ASKS_SHAPE = {"dim", "len", "ndimension", "numel", "size"}
+SHAPES = {f"(('_', '{name}'), {{}})" for name in ("device", "dtype", "is_cuda", "ndim", "shape")}
 TENSORS = {"bias", "parametrizations", "weight", "weight_g", "weight_v"}
 NO_CALL = "no call of it is seen in eval mode"
 
@@ -144,10 +145,7 @@ def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
             reader, views = _only_reader(call)
             if reader is not None and _is_seen(reader) and reader.path in norms and reader.alone:
                 sources[reader] = call, views
-    feeders: dict[Call, list[Call]] = {}
-    for call in calls:
-        for user in call.users:
-            feeders.setdefault(user, []).append(call)
+    feeders = _feeders(calls)
     pairs: dict[str, Pair] = {}
     left: dict[str, str] = {}
     for norm in norms:
@@ -167,6 +165,20 @@ def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
             both = zip((call for call, _ in found), own, strict=True)
             pairs[norm] = Pair(layer, norm, between, tuple(both))
     return Pairs(pairs, left)
+
+
+def _feeders(calls: Iterable[Call]) -> dict[Call, list[Call]]:
+    """List for each call those whose numbers it takes: no sizes, nor what is computed of them."""
+    every: dict[Call, list[Call]] = {}
+    feeders: dict[Call, list[Call]] = {}
+    for call in calls:
+        found, told = feeders.get(call, []), every.get(call, [])
+        is_size = _asks_shape(call) or (call.module is None and told and not found)
+        for user in call.users:
+            every.setdefault(user, []).append(call)
+            if not is_size:
+                feeders.setdefault(user, []).append(call)
+    return feeders
 
 
 def _is_seen(call: Call) -> bool:
@@ -193,15 +205,16 @@ def _is_view(call: Call) -> bool:
 
 
 def _asks_shape(call: Call) -> bool:
-    return call.module is None and call.name in ASKS_SHAPE
+    asked = call.name == "getattr" and call.arguments in SHAPES  # and not `.mT`
+    return call.module is None and (call.name in ASKS_SHAPE or asked)
 
 
 def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str]) -> str:
     """Say why a call of a BatchNorm is not paired."""
     if not call.alone:
         return "it is called with more than its one input"
-    while before := [c for c in feeders.get(call, ()) if not _asks_shape(c)]:
-        call = before[-1]  # sizes, of a view, were computed before
+    while before := feeders.get(call):
+        call = before[0]
         if not _is_view(call):
             break
     if call.name == "input":

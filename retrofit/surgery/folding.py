@@ -258,7 +258,7 @@ def _fold_all(
         except UnfoldableError as error:
             left[path] = error.after("its layer")
         else:
-            new[norm] = found_map.rest
+            new[norm] = found_map.rest.train(norm.training)
             left.pop(path, None)
     replace(result, new)
     order = batchnorms(model)

@@ -261,6 +261,31 @@ def test_a_hook_on_what_lies_between_keeps_the_batchnorm():
     assert_folded(model, nets.images(2, 3, 5, 5), left=["1.0"])
 
 
+def test_only_a_reader_of_sizes_reads_nothing_of_what_the_layer_gives():
+    class Sized(Branching):
+        def forward(self, x):
+            y = self.conv(self.stem(x))
+            return self.bn(y).view(y.shape[0], y.size(1) * y.shape[2], -1)
+
+    class Turned(Branching):
+        def forward(self, x):
+            y = self.conv(self.stem(x))
+            return self.bn(y) + y.mT
+
+    class Windows(Branching):
+        def forward(self, x):
+            b, c, h, w = x.shape
+            y = F.relu(self.conv(self.stem(x))).reshape(b, c, h * w // 5, 5)
+            return self.bn(y.permute(0, 1, 3, 2).reshape(b, c, h, w))
+
+    x = nets.images(2, 3, 5, 5)
+    assert_folded(trained(Sized()), x)
+    assert_folded(trained(Turned()), x, left=["bn"])
+    assert retrofit.unfoldable(Windows()) == {
+        "bn": "it follows relu, no convolution or Linear layer"
+    }
+
+
 def test_dropout_that_eval_mode_does_not_switch_off_keeps_the_batchnorm():
     class Always(Branching):
         def forward(self, x):
