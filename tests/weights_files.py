@@ -103,8 +103,9 @@ FINE = {
 }
 PICKLED = ["zip", "legacy", "shards of pickles", "folder of a pickle"]
 FLAT = ["safetensors", "shards", "folder", "folder of shards"]
-# What safetensors can store of these.
-STORED = ["missing", "of another shape", "whole numbers", "8 bits", "a Parameter", "channels_last"]
+# What only a pickle can hold, and what safetensors can store.
+UNSTORED = ["an array", "on meta", "quantized", "sparse"]
+STORED = ["a Parameter", "channels_last", "missing", "of another shape", "whole numbers", "8 bits"]
 SUFFIXES = [".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".weird"]
 
 
@@ -151,7 +152,7 @@ def weights_files(draw):
     names = st.sampled_from(WRAPPERS)
     wrappers = draw(few(names, min_size=int(beside is not None))) if whole else []
     prefixes = draw(few(st.sampled_from(PREFIXES)))
-    kinds = [*WRONG, *FINE] if form not in FLAT else STORED
+    kinds = STORED if form in FLAT else [*FINE, *UNSTORED, *WRONG, *FINE, *UNSTORED]
     average = draw(st.sampled_from([None, "beside", "prefix"])) if wrappers else None
     keys = ["average", "network", None] if average else [None] * 9 + ["no such key"]
     return DrawnFile(
@@ -162,7 +163,7 @@ def weights_files(draw):
         beside=beside,
         passed_over=bool(prefixes) and draw(st.booleans()),
         average=average,
-        tensor=draw(st.sampled_from([*kinds, *[None] * len(kinds)])),
+        tensor=draw(st.sampled_from([*kinds, *[None] * (len(kinds) // 2)])),
         format=form,
         suffix=draw(st.sampled_from(SUFFIXES)),
         key=draw(st.sampled_from(keys)),

@@ -107,8 +107,9 @@ def _refused(path: Path) -> str:
         )
     if names:
         return (
-            f"it holds a {_shown(names[0])}, which only its code can read; save the weights alone: "
-            "torch.save(model.state_dict(), 'weights.pth')"
+            f"it holds a {_shown(names[0])}, which only its code can read; where you trust the "
+            f"file, save the weights alone: torch.save(torch.load('{path}', weights_only=False)"
+            "['state_dict'], 'weights.pth') (or under whatever key they are)"
         )
     return ""
 

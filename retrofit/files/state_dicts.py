@@ -89,7 +89,7 @@ def preferred(paths: Sequence[str], file: str) -> str:
     best, *others = ranked
     if not others:
         return best
-    listed = ", ".join(map(repr, paths))
+    listed = ", ".join(map(repr, paths[:5])) + ", ..." * (len(paths) > 5)
     if _rank(best) > 0 and _rank(best) == _rank(others[0]):
         raise RetrofitError(
             f"{file} holds several state dicts, {listed}: choose one with --weights-key "

@@ -152,7 +152,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         content = path.read_bytes()
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
+        metadata = header.get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise RetrofitError(f"{path} cannot be read as safetensors: {error}") from error
     # safetensors' save_model leaves out a tensor that has two names, and says so here.

@@ -204,8 +204,7 @@ CASES = [
     (f"{CONVERT} --weights old-whole.pth", 2,
      "it holds a whole pickled model (torch.nn.modules.container.Sequential)"),
     (f"{CONVERT} --weights beside.ckpt", 2,
-     "it holds a test_bad_requests.Something, which only its code can read; save the weights alone"
-     ),
+     "it holds a test_bad_requests.Something, which only its code can read; where you trust the"),
     (f"{CONVERT} --weights script.pt", 2,
      "torch.save(torch.jit.load('script.pt').state_dict(), 'weights.pth')"),
     (f"{CONVERT} --weights arrays.npz", 2, "it is a zip archive, but not of torch.save"),
