@@ -28,4 +28,4 @@ def fuzz(job):
 
 
 if __name__ == "__main__":
-    sys.exit(main(fuzz, __doc__.splitlines()[0], "networks", 5000))
+    sys.exit(main(fuzz, __doc__.splitlines()[0], "networks", 5000, rare=0.02))

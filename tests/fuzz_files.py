@@ -4,7 +4,7 @@
 
 Prints how many files had each part, how many were read and how many refused, and ends with exit
 code 1 where one is neither, or runs code, which is then printed, as small as hypothesis finds it;
-or where a part came up less than 100 times in 5,000 files.
+or where a part came up less than 50 times in 5,000 files.
 """
 
 import os
@@ -29,4 +29,4 @@ def fuzz(job):
 
 
 if __name__ == "__main__":
-    sys.exit(main(fuzz, __doc__.splitlines()[0], "files", 5000))
+    sys.exit(main(fuzz, __doc__.splitlines()[0], "files", 5000, rare=0.01))

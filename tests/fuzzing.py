@@ -12,8 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-RARE = 100 / 5000
-
 
 def examples_of(job, strategy, check):
     """(counts, different ones, what failed) of one process.
@@ -51,8 +49,11 @@ def examples_of(job, strategy, check):
     return counts, different, ""
 
 
-def main(fuzz, description, noun, examples):
-    """Run `fuzz((seed, examples))` in processes, print the counts; returns the exit code."""
+def main(fuzz, description, noun, examples, *, rare):
+    """Run `fuzz((seed, examples))` in processes, print the counts; returns the exit code.
+
+    That is 1 for a failure, and for a feature that less than the share `rare` of them had.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{noun}", type=int, default=examples, dest="examples")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -71,11 +72,11 @@ def main(fuzz, description, noun, examples):
     failures = [failure for _, _, failure in results if failure]
     for feature, count in sorted(counts.items()):
         print(f"{count:6,}  {feature}")
-    rare = [feature for feature, count in counts.items() if count < RARE * total]
+    missed = [feature for feature, count in counts.items() if count < rare * total]
     print("\n".join(failures))
     print(
         f"torch {torch.__version__}: {total:,} {noun} ({different:,} different) in "
         f"{(time.monotonic() - start) / 60:.1f} min: {len(failures)} failures; "
-        f"features of less than {RARE:.0%} of them: {', '.join(rare) or 'none'}"
+        f"features of less than {rare:.0%} of them: {', '.join(missed) or 'none'}"
     )
-    return 1 if failures or rare else 0
+    return 1 if failures or missed else 0
