@@ -9,10 +9,8 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from network_checks import batchnorms, call, convolutions, one_line, roughen
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from retrofit.files import model_sources
 
@@ -89,17 +87,10 @@ def fresh(name: str) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """Build the model with random weights, in eval mode.
-
-    Parameters that start out constant get noise: gates and layer scales that begin at zero would
-    keep whole branches out of the comparison.
-    """
+    """Build the model with random weights, in eval mode."""
     torch.manual_seed(0)
     model = fresh(name).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() and parameter.amin() == parameter.amax():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    roughen(model)
     return model
 
 
@@ -152,28 +143,9 @@ def vanishes(model: nn.Module, inputs: Any) -> bool:
 
     hooks = [conv.register_forward_hook(look) for conv in convolutions(model)]
     try:
-        call(model, inputs)
+        with torch.no_grad():
+            call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return found
-
-
-def call(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Run the model; return all tensors in the output."""
-    with torch.no_grad():
-        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def convolutions(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, _ConvNd)]
-
-
-def batchnorms(model: nn.Module) -> int:
-    return sum(isinstance(module, _BatchNorm) for module in model.modules())
-
-
-def one_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:400]

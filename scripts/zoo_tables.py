@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markdown_table import markdown_table
@@ -117,9 +117,7 @@ def cells(result: Result) -> Sequence[str]:
     notes = [result.error] if result.error else []
     if not (result.inserted or result.failed):
         notes.append("nothing to do")
-    for reason, paths in result.left_out.items():
-        where = "" if reason == NORMALISED else f" ({places(paths)})"
-        notes.append(f"{len(paths)} x {reason.partition(':')[0]}{where}")
+    notes += reasons(result.left_out)
     return (
         result.name.rpartition(":")[2],
         result.input,
@@ -129,6 +127,15 @@ def cells(result: Result) -> Sequence[str]:
         *("yes" if done else "**no**" for done in (result.equal, result.folded)),
         f"{result.seconds:,}",
     )
+
+
+def reasons(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Write why convolutions got no BatchNorm, how many, and where."""
+    notes = []
+    for reason, paths in left_out.items():
+        where = "" if reason == NORMALISED else f" ({places(paths)})"
+        notes.append(f"{len(paths)} x {reason.partition(':')[0]}{where}")
+    return notes
 
 
 def places(paths: Sequence[str]) -> str:

@@ -1,0 +1,100 @@
+"""What is looked at in a network before and after its conversion, whatever zoo it is from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+from zoo_tables import NORMALISED
+
+from retrofit import Plan
+
+
+def roughen(model: nn.Module) -> None:
+    """Add noise to the parameters that start out constant.
+
+    Gates and layer scales that begin at zero would keep whole branches out of the comparison.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.amin() == parameter.amax():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def call(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Run the model on a tensor, a tuple of arguments or a mapping of named ones.
+
+    Returns all tensors in the output.
+    """
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    else:
+        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def same(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
+    """Compare bit for bit, where NaN equals NaN and 0 equals -0."""
+    return len(expected) == len(actual) and all(
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(expected, actual, strict=True)
+    )
+
+
+def informative(outputs: Sequence[Tensor]) -> bool:
+    """Tell whether the outputs hold different numbers, and nothing but numbers."""
+    floats = [y for y in outputs if y.is_floating_point() and y.numel()]
+    finite = all(bool(y.isfinite().all()) for y in floats)
+    return finite and any(bool(y.amin() < y.amax()) for y in floats)
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """Digest each tensor of the state dict: there is no room for copies of the largest."""
+
+    def digest(tensor: Tensor) -> str:
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+        return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(raw).hexdigest()}"
+
+    return {key: digest(tensor) for key, tensor in model.state_dict().items()}
+
+
+def left_out(plan: Plan) -> dict[str, list[str]]:
+    """Map each reason why convolutions get no BatchNorm to the paths of these."""
+    paths: dict[str, list[str]] = {}
+    for site in plan.sites:
+        if site.decision == "skip":
+            reason = re.sub(f"{NORMALISED} by .*|; include=.*", "", site.reason) or NORMALISED
+            paths.setdefault(reason, []).append(site.path)
+    return paths
+
+
+def convolutions(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _ConvNd)]
+
+
+def batchnorms(model: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def described(inputs: Any) -> str:
+    """Write the shapes in a batch: "2 x 3 x 64 x 64"."""
+    if isinstance(inputs, Tensor):
+        return " x ".join(map(str, inputs.shape))
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {described(value)}" for name, value in inputs.items())
+    shapes = [described(value) for value in inputs]
+    return f"{len(shapes)} of {shapes[0]}" if len({*shapes}) == 1 else " and ".join(shapes)
+
+
+def one_line(error: BaseException) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:400]
