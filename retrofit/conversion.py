@@ -64,7 +64,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
     training = tuple(path for path, module in named if getattr(module, "training", False))
     for module in prepared.modules():
         module.training = False
-    attach(prepared, dataclasses.replace(record, training=training))
+    attach(prepared, dataclasses.replace(record, prepared=True, training=training))
     return prepared
 
 
@@ -129,7 +129,7 @@ def convert(
         found = [(site, targets.get(site.path)) for site in plan.inserted]
         replace(model, dict(_batchnorm_for(model, *one, eps, momentum) for one in found))
         record = Record(plan, eps, momentum, _image_count(prepared, record.plan))
-    attach(model, dataclasses.replace(record, training=()))
+    attach(model, dataclasses.replace(record, prepared=False, training=()))
     return model if share_storage else copying.deepcopy(model)
 
 

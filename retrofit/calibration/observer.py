@@ -152,7 +152,7 @@ def prepared_record(model: nn.Module, function: str) -> Record:
             f"{function} takes a model made by prepare, and this {type(model).__name__} is not "
             "prepared: call prepared = retrofit.prepare(model) first"
         )
-    if record.plan.inserted and not observers_of(model):
+    if not record.prepared:
         raise RetrofitError(
             f"{function} takes a model made by prepare, and this {type(model).__name__} is "
             "converted already: recalibrate measures its BatchNorms anew"

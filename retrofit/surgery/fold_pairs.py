@@ -18,6 +18,7 @@ from retrofit.tracing.branches import branches
 from retrofit.tracing.calls import Call
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
+    SHAPE_READERS,
     VIEWS,
     dims,
     is_affine,
@@ -28,8 +29,6 @@ from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defa
 
 # The same numbers in another order or shape. (Of VIEWS, others change the precision.)
 BETWEEN = (VIEWS - {"bfloat16", "double", "float", "half", "to", "type", "typeas"}) | {"getitem"}
-ASKS_SHAPE = {"dim", "len", "ndimension", "numel", "size"}
-SHAPES = {f"(('_', '{name}'), {{}})" for name in ("device", "dtype", "is_cuda", "ndim", "shape")}
 TENSORS = {"bias", "parametrizations", "weight", "weight_g", "weight_v"}
 NO_CALL = "no call of it is seen in eval mode"
 
@@ -173,7 +172,8 @@ def _feeders(calls: Iterable[Call]) -> dict[Call, list[Call]]:
     feeders: dict[Call, list[Call]] = {}
     for call in calls:
         found, told = feeders.get(call, []), every.get(call, [])
-        is_size = _asks_shape(call) or (call.module is None and told and not found)
+        made_of_sizes = call.module is None and told and not found
+        is_size = call.name in SHAPE_READERS or made_of_sizes
         for user in call.users:
             every.setdefault(user, []).append(call)
             if not is_size:
@@ -190,10 +190,9 @@ def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
     """Find the one call that takes the numbers `call` gives, and the views on the way there."""
     between: list[str] = []
     while True:
-        users = [user for user in call.users if not _asks_shape(user)]
-        if len(users) != 1:
+        if len(call.users) != 1:
             return None, ()
-        call = users[0]
+        (call,) = call.users
         if not _is_view(call):
             return call, tuple(between)
         between.append(f"{call.name} {call.path} {call.arguments}")
@@ -202,11 +201,6 @@ def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
 def _is_view(call: Call) -> bool:
     # F.dropout may drop in eval mode, too.
     return call.name in BETWEEN and not (call.module is None and "dropout" in call.name)
-
-
-def _asks_shape(call: Call) -> bool:
-    asked = call.name == "getattr" and call.arguments in SHAPES  # and not `.mT`
-    return call.module is None and (call.name in ASKS_SHAPE or asked)
 
 
 def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str]) -> str:
@@ -224,8 +218,7 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
     if call.name == "unknown" or call.module is None or not is_affine(call.module):
         name = type(call.module).__name__ if call.module is not None else call.name
         return f"it follows {name}, no convolution or Linear layer"
-    users = [user for user in call.users if not _asks_shape(user)]
-    if all(user.path in norms and user.module is not None for user in users):
+    if all(user.path in norms and user.module is not None for user in call.users):
         return "its layer feeds several BatchNorms, and has one weight"
     return "what its layer gives is used elsewhere too"
 

@@ -23,6 +23,7 @@ class Record:
         plan: where the observers or BatchNorms are.
         eps, momentum: of the inserted BatchNorms.
         images: how many are behind their statistics; 0 after `insert`.
+        prepared: observers stand in for the BatchNorms.
         training: of a prepared model, the modules that were in training mode.
     """
 
@@ -30,6 +31,7 @@ class Record:
     eps: float = 1e-5
     momentum: float | None = 0.1
     images: int = 0
+    prepared: bool = False
     training: tuple[str, ...] = ()
 
 

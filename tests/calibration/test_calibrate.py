@@ -321,7 +321,8 @@ def test_images_of_batches_without_tensors_are_counted_by_the_first_layer_that_r
 
 def test_converting_a_converted_model_changes_nothing():
     once = retrofit.add_batchnorm(nets.build(nets.Residual), [X], progress=False)
-    again = retrofit.add_batchnorm(once, [X], progress=False)
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        again = retrofit.add_batchnorm(once, [X], progress=False)
     assert torch.equal(again(X), once(X))
     plain = retrofit.fold(again)
     assert list(plain.state_dict()) == list(nets.build(nets.Residual).state_dict())
@@ -338,7 +339,8 @@ def test_converting_more_of_a_converted_model_is_refused():
 def test_batchnorm_parameters_follow_the_convolutions_requires_grad():
     model = nets.build(nets.root_sequential)
     model[0].weight.requires_grad_(False)
-    converted = retrofit.add_batchnorm(model, [X], progress=False)
+    with pytest.warns(UserWarning, match="1 of 2 BatchNorms follow frozen layers"):
+        converted = retrofit.add_batchnorm(model, [X], progress=False)
     assert [converted[i].bn.weight.requires_grad for i in (0, 2)] == [False, True]
     assert [converted[i].bn.bias.requires_grad for i in (0, 2)] == [False, True]
 
@@ -432,15 +434,18 @@ def test_what_was_not_prepared_is_refused():
 
 def test_folding_undoes_the_conversion_even_if_that_added_nothing():
     model = nets.build(nets.AlreadyNormed)
-    same = retrofit.add_batchnorm(model, [X], exclude="free", progress=False)
-    assert isinstance(retrofit.fold(same).bn, nn.BatchNorm2d)
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        same = retrofit.add_batchnorm(model, [X], exclude="free", progress=False)
+    with pytest.warns(UserWarning, match="it was there before"):
+        assert isinstance(retrofit.fold(same).bn, nn.BatchNorm2d)
     assert isinstance(retrofit.fold(model).bn, nn.Identity)
 
 
 def test_a_network_with_nothing_to_insert_needs_no_data():
     model = nets.build(nets.AlreadyNormed)
     plan = retrofit.plan(model, exclude="free")
-    ready = retrofit.prepare(model, plan)
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        ready = retrofit.prepare(model, plan)
     assert retrofit.calibrate(ready, [], progress=False).images == 0
     assert torch.equal(retrofit.convert(ready)(X), model(X))
 

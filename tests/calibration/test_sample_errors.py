@@ -290,7 +290,8 @@ def test_the_report_says_in_print_what_was_reached_and_what_more_would_need():
 
 def test_where_nothing_is_known_no_number_of_images_is_enough():
     model = nets.build(nets.AlreadyNormed)
-    nothing = retrofit.prepare(model, retrofit.plan(model, exclude="free"))
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        nothing = retrofit.prepare(model, retrofit.plan(model, exclude="free"))
     assert retrofit.calibrate(nothing, [], progress=False).images_needed(0.01) == math.inf
 
 
