@@ -79,6 +79,10 @@ def _scaled(layer: nn.Module) -> _Place:
     own = [type(step).__name__ for step in chain] == ["_WeightNorm"]
     if bias and one_axis and own and getattr(chain[0], "dim", None) == channels:
         return _Place("parametrizations.weight", "original0")
+    if not (hooks or hasattr(layer, "parametrizations") or layer._forward_pre_hooks):
+        raise UnfoldableError(
+            "weight and bias of {layer} are not both of nn.Parameter: make them so before folding"
+        )
     raise UnfoldableError(
         "the weight of {layer} is parametrized: remove the parametrization (or weight_norm) "
         "before folding"

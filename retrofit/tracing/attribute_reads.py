@@ -18,22 +18,27 @@ class Reads:
     """Notes what a model's own code reads of its modules.
 
     Attributes:
-        by_path: of the layers, the names of attributes that an nn.Sequential in their place would
-            lack: path to names.
+        by_path: of the layers, the names of attributes that were asked for, and that an
+            nn.Sequential in their place would not have by itself: path to names.
         mode: `training` of any module was read.
         muted: set while a layer's own code runs, which may read what it likes.
     """
 
     def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
         self.modules = set(map(id, model.modules()))
-        self.paths = {id(m): path for path, m in model.named_modules() if m in layers}
+        self.layers = {path: m for path, m in model.named_modules() if m in layers}
+        self.paths = {id(module): path for path, module in self.layers.items()}
         self.by_path: dict[str, set[str]] = {}
         self.mode = False
         self.muted = False
 
     def frozen(self) -> dict[str, frozenset[str]]:
-        """Return `by_path` with sets that do not change."""
-        return {path: frozenset(names) for path, names in self.by_path.items()}
+        """Return what was read: code that looks for what is not there reads nothing."""
+        found = {
+            path: frozenset(name for name in names if hasattr(self.layers[path], name))
+            for path, names in self.by_path.items()
+        }
+        return {path: names for path, names in found.items() if names}
 
     @contextmanager
     def noted(self) -> Iterator[None]:

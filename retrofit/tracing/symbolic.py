@@ -108,7 +108,8 @@ def symbolic(
                     graph = tracer.trace(traced, concrete_args=values)
                 return Symbolic(graph, traced, opaque, reads)
             except Exception as error:
-                frame, reason = _culprit(error)
+                stopped_in = traced.get_submodule(tracer.stopped_in or "")
+                frame, reason = _culprit(error, stopped_in)
                 if tracer.stopped_in is not None and tracer.stopped_in not in opaque:
                     opaque[tracer.stopped_in] = _place(frame)
                     continue
@@ -299,11 +300,17 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _culprit(error: Exception) -> tuple[traceback.FrameSummary, str]:
-    """Find the line of the model's own code that stopped the tracing, and why."""
+def _culprit(error: Exception, module: nn.Module) -> tuple[traceback.FrameSummary, str]:
+    """Find the line of the model's own code that stopped the tracing, and why.
+
+    It is that of the forward of `module`, which could not be followed, where no other was reached.
+    """
     libraries = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
     # Not extract_tb: it wants the columns, which fx's patched code of torch 2.6 does not have.
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__))
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if not own and code is not None:
+        own = [traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)]
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
     return (own or list(frames))[-1], reason

@@ -1,6 +1,7 @@
 """Models that torch.fx cannot follow: planned from one real run, by the same rules."""
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import nets
@@ -389,3 +390,27 @@ def test_torchvisions_raft_takes_two_images_and_calls_its_layers_twelve_times():
     assert skipped.pop("update_block.flow_head.conv2").startswith("output head")
     assert all("normalised by feature_encoder" in reason for reason in skipped.values())
     assert {s.calls for s in plan.inserted} == {1, 12}
+
+
+def wrapped(forward):
+    """As transformers' decorators: what is called is not what the model's author wrote."""
+
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        return forward(self, *args, **{key: kwargs.get(key) for key in list(kwargs)})
+
+    return call
+
+
+def test_where_a_decorator_stops_the_tracing_the_models_forward_is_named():
+    class Decorated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        @wrapped
+        def forward(self, x, scale=1, **more):  # noqa: ARG002
+            return F.relu(self.conv(x)) * scale
+
+    (site,) = retrofit.plan(Decorated().eval()).sites
+    assert "torch.fx cannot trace (test_untraceable.py:" in site.reason

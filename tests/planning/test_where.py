@@ -231,6 +231,23 @@ def test_where_a_weight_is_read_a_batchnorm_is_impossible():
     assert found == ("skip", "the model's own code reads its .stride, .weight")
 
 
+def test_code_that_looks_for_what_no_layer_has_reads_nothing():
+    class Sweeping(nn.Module):
+        """As diffusers' models, whose `dtype` looks for hooks on every module."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            if any(hasattr(module, "_hook") for module in self.modules()):
+                x = x + 1
+            return self.head(F.relu(self.one(x)).mean((2, 3)))
+
+    assert decisions(Sweeping().eval()) == {"one": INSERT}
+    assert decisions(Sweeping().eval(), example=X) == {"one": INSERT}
+
+
 def test_a_layer_whose_weight_a_function_uses_is_said_to_be_read():
     class Borrowing(nn.Module):
         def __init__(self):

@@ -411,3 +411,15 @@ def test_the_command_refuses_a_model_in_which_nothing_can_be_folded(weights, cap
         "follows ReLU, no convolution or Linear layer\n"
     )
     assert not (weights / "out.pth").exists()
+
+
+def test_a_weight_that_is_a_buffer_is_said_to_be_no_parameter():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+    converted = retrofit.add_batchnorm(model, [nets.images(8, 3, 8, 8)], progress=False)
+    with torch.no_grad():
+        converted[0].bn.running_mean.add_(1)
+    with pytest.raises(RetrofitError, match=r"weight and bias of 0 are not both of nn\.Parameter"):
+        retrofit.fold(converted)
