@@ -130,9 +130,9 @@ def _tried(norm: nn.Module) -> AffineMap:
     mean: Tensor = norm.running_mean  # type: ignore[assignment]
     whole = shared_copy(norm).to("cpu", torch.float64)
     bare = shared_copy(whole)
-    for name in bare._modules:
+    for name in _parts(bare):
         bare._modules[name] = nn.Identity()
-    after = nn.Sequential(*whole.children())
+    after = nn.Sequential(*_parts(whole).values())
     with torch.no_grad(), evaluating(whole, bare, after):
         for axes in (2, 1, 0, 3):
             measured = _measured(bare, whole, after, len(mean), axes)
@@ -187,5 +187,10 @@ def _exact(norm: nn.Module, measured: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 
 def _rest(norm: nn.Module) -> nn.Module:
     """Take what stays of `norm` under the names that it has there, so that keys stay too."""
-    kept = {n: m for n, m in norm.named_children() if not isinstance(m, nn.Identity)}
+    kept = {n: m for n, m in _parts(norm).items() if not isinstance(m, nn.Identity)}
     return nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
+
+
+def _parts(norm: nn.Module) -> dict[str, nn.Module]:
+    """List the modules inside, without those that parametrize its own weight."""
+    return {name: module for name, module in norm.named_children() if name != "parametrizations"}

@@ -56,7 +56,7 @@ def _along(numbers: Tensor, like: Tensor, layer: nn.Module) -> Tensor:
 # --- in a run ----------------------------------------------------------------------------------
 
 
-def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set[str]:
+def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set[str] | None:
     """Run a copy of `model` on the example, and tell which BatchNorms get their layer's channels.
 
     Args:
@@ -65,7 +65,7 @@ def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set
         pairs: paths of BatchNorms to those of their layers.
 
     Returns:
-        Paths of the BatchNorms that do in every call; none if the model does not run like that.
+        Paths of the BatchNorms that do in every call; None if the model does not run like that.
     """
     copied = shared_copy(model)
     seen: dict[str, list[bool]] = {norm: [] for norm in pairs}
@@ -76,7 +76,7 @@ def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set
         try:
             copied(*arguments.args, **arguments.kwargs)
         except Exception:  # noqa: BLE001 - numbers of channels are not what it was made for
-            return set()
+            return None
     return {norm for norm, found in seen.items() if found and all(found)}
 
 

@@ -103,7 +103,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
         return Pairs({})
     reading = _read(model, example)
     found = _followed(reading.calls, norms)
-    found = found.without(_hidden(model, found, reading))
+    found = found.without(_hidden(model, found, reading.opaque))
     found = found.without(_read_by_code(found, reading))
     found = found.without(_hooked(model, found))
     found = found.without(_on_another_axis(model, found, reading, example))
@@ -199,8 +199,10 @@ def _only_reader(call: Call) -> tuple[Call | None, tuple[str, ...]]:
 
 
 def _is_view(call: Call) -> bool:
-    # F.dropout may drop in eval mode, too.
-    return call.name in BETWEEN and not (call.module is None and "dropout" in call.name)
+    if call.module is None:  # F.dropout may drop in eval mode, too
+        return call.name in BETWEEN and "dropout" not in call.name
+    hooked = call.module._forward_hooks or call.module._forward_pre_hooks
+    return call.name in BETWEEN and not hooked
 
 
 def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str]) -> str:
@@ -214,7 +216,8 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
     if call.name == "input":
         return "it follows the model's input, no convolution or Linear layer"
     if call.name in AFFINE_FUNCTIONS and call.module is None:
-        return f"it follows a function ({call.name}), no layer that could absorb it"
+        where = "whose weight can change in a torch.fx.GraphModule only"
+        return f"it follows a function ({call.name}), {where}"
     if call.name == "unknown" or call.module is None or not is_affine(call.module):
         name = type(call.module).__name__ if call.module is not None else call.name
         return f"it follows {name}, no convolution or Linear layer"
@@ -226,27 +229,25 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
 # --- what a trace does not say -----------------------------------------------------------------
 
 
-def _hidden(model: nn.Module, found: Pairs, reading: _Reading) -> dict[str, str]:
-    """Give the reasons of BatchNorms, and of layers' BatchNorms, whose calls nobody sees."""
+def _hidden(model: nn.Module, found: Pairs, opaque: Mapping[str, str]) -> dict[str, str]:
+    """Give the reasons of BatchNorms that, or whose layers, may be called where nobody sees it."""
+    places = {
+        m: place for path, place in opaque.items() for m in model.get_submodule(path).modules()
+    }
+    scripts = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = {module for script in scripts for module in script.modules()}
     reasons: dict[str, str] = {}
     for norm in (*found.pairs, *found.left):
-        places = (norm, found.pairs[norm].layer) if norm in found.pairs else (norm,)
-        for path in places:
-            for above in _above(path):
-                if above in reading.opaque:
-                    reasons[norm] = (
-                        "it is inside a module that torch.fx cannot follow "
-                        f"({reading.opaque[above]}): pass example"
-                    )
-                elif isinstance(model.get_submodule(above), torch.jit.ScriptModule):
-                    reasons[norm] = "it is inside TorchScript, which cannot be changed"
+        paths = (norm, found.pairs[norm].layer) if norm in found.pairs else (norm,)
+        for module in map(model.get_submodule, paths):
+            if module in places:
+                reasons[norm] = (
+                    f"it is inside a module that torch.fx cannot follow ({places[module]}): pass "
+                    "example"
+                )
+            elif module in scripted:
+                reasons[norm] = "it is inside TorchScript, which cannot be changed"
     return reasons
-
-
-def _above(path: str) -> list[str]:
-    """List a path and those of the modules around it, the outermost last."""
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _read_by_code(found: Pairs, reading: _Reading) -> dict[str, str]:
@@ -286,12 +287,16 @@ def _on_another_axis(
     if not unsure:
         return {}
     if reading.symbolic is None:
-        kept = kept_in_run(model, example, {norm: pair.layer for norm, pair in unsure.items()})
+        kept: set[str] | None = kept_in_run(
+            model, example, {norm: pair.layer for norm, pair in unsure.items()}
+        )
         reason = "it normalises another axis than the one of its layer's channels"
+        if kept is None:
+            reason = "whether it normalises the channels of its layer cannot be tried"
     else:
         kept = _kept(reading.symbolic, reading.nodes, unsure)
         reason = "whether it normalises the channels of its layer an example tells: pass example"
-    return {norm: reason for norm in unsure if norm not in kept}
+    return {norm: reason for norm in unsure if norm not in (kept or ())}
 
 
 def _kept(found: Symbolic, nodes: Mapping[Call, fx.Node], pairs: Mapping[str, Pair]) -> set[str]:
@@ -325,14 +330,11 @@ def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs
         calls = list(calls_of(model, other.graph, other.opaque).values())
         seen = _followed(calls, found.pairs)
         called = {call.path for call in calls if call.module is not None}
+        more = {path: place for path, place in other.opaque.items() if path not in reading.opaque}
+        hidden = _hidden(model, found, more)
         for norm, pair in found.pairs.items():
             same = seen.pairs.get(norm)
-            hidden = any(
-                above in other.opaque.keys() - reading.opaque.keys()
-                for path in (norm, pair.layer)
-                for above in _above(path)
-            )
-            if hidden:
+            if norm in hidden:
                 reasons.setdefault(norm, f"what {words} does with it cannot be followed")
             elif {norm, pair.layer} & called and (
                 same is None or (same.layer, same.between) != (pair.layer, pair.between)

@@ -88,7 +88,18 @@ class WithPReLU(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+class Positive(nn.Module):
+    def forward(self, weight):
+        return weight.abs()
+
+
+def parametrized(channels):
+    norm = nn.BatchNorm2d(channels)
+    return nn.utils.parametrize.register_parametrization(norm, "weight", Positive())
+
+
 KINDS = [
+    parametrized,
     nn.SyncBatchNorm,
     Nothing,
     OwnEps,
@@ -214,6 +225,22 @@ def test_a_function_absorbs_into_the_parameters_that_it_is_called_with():
     again = copy.deepcopy(folded)
     again.load_state_dict(folded.state_dict())
     assert torch.equal(again(x), folded(x))
+
+
+def test_a_graph_that_was_not_converted_absorbs_into_functions_too():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(F.conv2d(x, self.kernel, padding=1))
+
+    model, x = trained(Normed()), nets.images(2, 3, 6, 6)
+    assert_folded(model, x, left=["norm"])
+    assert "conv2d), whose weight can change in a torch.fx" in retrofit.unfoldable(model)["norm"]
+    folded = assert_folded(torch.fx.symbolic_trace(model), x)
+    assert list(folded.state_dict()) == ["kernel", "kernel_bias"]
 
 
 def test_a_parameter_that_serves_two_functions_absorbs_nothing():

@@ -52,7 +52,7 @@ def pieces(draw, channels):
     conv, norm = draw(st.sampled_from(CONVS))(channels), draw(st.sampled_from(NORMS))(channels)
     kind = draw(st.sampled_from(["pair", "pair", "before", "pooled", "batch", "spectral", "skip"]))
     if kind == "pair":
-        return nn.Sequential(conv, nn.Identity(), norm, nn.ReLU()), 0
+        return nn.Sequential(conv, nn.Identity(), norm, nn.LeakyReLU()), 0
     if kind == "before":
         return nn.Sequential(nn.Tanh(), norm, conv), 1
     if kind == "pooled":
@@ -93,6 +93,6 @@ def test_any_network_computes_the_same_once_folded_and_keeps_what_must_stay(draw
     assert retrofit.unfoldable(result.model).keys() == result.left.keys()
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
-        error = (result.model(x) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4
+        error = (result.model(x) - expected).abs().max()
+    assert error <= 1e-4 * expected.abs().max() + 1e-6
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())

@@ -259,6 +259,24 @@ def test_a_hook_on_what_lies_between_keeps_the_batchnorm():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4))))
     model[1].register_forward_pre_hook(lambda _m, inputs: (inputs[0].relu(),))
     assert_folded(model, nets.images(2, 3, 5, 5), left=["1.0"])
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4)))
+    model[1].register_forward_hook(lambda _m, _i, y: y.relu())
+    assert_folded(model, nets.images(2, 3, 5, 5), left=["2"])
+
+
+def test_a_module_that_code_nobody_followed_has_too_is_left():
+    class Unfollowed(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() < 1e9 else x
+
+    pair = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = trained(nn.Sequential(pair, Unfollowed(pair[0])))
+    assert "cannot follow (test_what_fold_says.py" in retrofit.unfoldable(model)["0.1"]
+    assert_folded(model, nets.images(2, 3, 5, 5), left=["0.1"])
 
 
 def test_only_a_reader_of_sizes_reads_nothing_of_what_the_layer_gives():
