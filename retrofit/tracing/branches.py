@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -21,8 +22,7 @@ class Branches(NamedTuple):
 
     Attributes:
         traces: how it is called, in words ("forward(mode='b')"), to the trace.
-        unknown: names of the arguments on which the code depends such that not every way can be
-            found.
+        unknown: names of the arguments with which it may do something that no trace shows.
     """
 
     traces: dict[str, Symbolic]
@@ -40,19 +40,23 @@ def branches(model: nn.Module, *, usual: bool = False) -> Branches:
     """
     given = defaults(model)
     found = {name: _values(model, given, name) for name in given}
-    unknown = tuple(name for name, (_, all_of_them) in found.items() if not all_of_them)
+    unknown = {name for name, (_, all_of_them) in found.items() if not all_of_them}
     others = {name: values for name, (values, _) in found.items() if values}
-    every = itertools.product(*([given[name], *values] for name, values in others.items()))
-    ways = [dict(zip(others, way, strict=True)) for way in every]
-    if len(ways) > MOST:
+    if math.prod(len(values) + 1 for values in others.values()) <= MOST:
+        every = itertools.product(*([given[name], *values] for name, values in others.items()))
+        ways = [dict(zip(others, way, strict=True)) for way in every]
+    else:
         ways = [{}, *({name: value} for name, values in others.items() for value in values)]
+        unknown |= others.keys()
     traces: dict[str, Symbolic] = {}
     for way in ways if usual else ways[1:]:
         changed = {name: value for name, value in way.items() if value is not given[name]}
         trace = _traced(model, given | way)
-        if trace is not None:
+        if trace is None:
+            unknown |= changed.keys()
+        else:
             traces[_words(changed)] = trace
-    return Branches(traces, unknown)
+    return Branches(traces, tuple(name for name in given if name in unknown))
 
 
 def _words(changed: Mapping[str, Any]) -> str:
@@ -76,8 +80,8 @@ def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[list
         return [not value], True
     if isinstance(value, Enum):
         return [member for member in type(value) if member is not value], True
-    as_input = _traced(model, {**usual, name: ANY})
-    if as_input is not None and not as_input.opaque:
+    as_input, as_usual = _traced(model, {**usual, name: ANY}), _traced(model, usual)
+    if as_input is not None and as_usual is not None and as_input.opaque == as_usual.opaque:
         return [ANY], True
     if value is None:  # a flag?
         flagged = _traced(model, {**usual, name: True})

@@ -204,6 +204,23 @@ def test_arguments_that_change_no_branch_or_use_both_together_change_nothing():
     assert isinstance(folded.bn, nn.Identity)
 
 
+def test_a_branch_that_cannot_be_followed_is_said():
+    class Hidden(Branching):
+        def forward(self, x, clip=False):
+            y = self.conv(self.stem(x))
+            return self.bn(y) if not clip or y.max() < 1 else y.clamp(max=1)
+
+    class Many(Branching):
+        def forward(self, x, a=False, b=False, c=False, d=False, e=False):
+            y = self.conv(self.stem(x))
+            return y if a and b and c and d and e else self.bn(y)
+
+    with pytest.warns(UserWarning, match="other values of clip may call other layers"):
+        retrofit.fold(trained(Hidden()))
+    with pytest.warns(UserWarning, match="other values of a, b, c, d, e may call"):
+        retrofit.fold(trained(Many()))
+
+
 class ByPlace(Branching):
     """Its flag decides where the same pair is called."""
 
