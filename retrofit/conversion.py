@@ -21,7 +21,7 @@ from retrofit.numerics.tensor_checks import are_statistics
 from retrofit.option_checks import check_models, check_number
 from retrofit.planning.plan import plan as planned
 from retrofit.planning.plan import without
-from retrofit.plans import LayoutName, Patterns, Placement, Plan, Site
+from retrofit.plans import ASKED, LayoutName, Patterns, Placement, Plan, Site
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
@@ -125,6 +125,8 @@ def convert(
         if not skip_unused:
             raise _unused(unused)
         plan = _leave_out(model, plan, unused)
+        if not plan.inserted:
+            _warn_of(plan)
     if observed:
         found = [(site, targets.get(site.path)) for site in plan.inserted]
         replace(model, dict(_batchnorm_for(model, *one, eps, momentum) for one in found))
@@ -336,7 +338,8 @@ def _refuse_other_graph(
     model: nn.Module, converted: nn.Module, batch: Any, forward_fn: ForwardFn | None
 ) -> None:
     """Raise RetrofitError where torch.fx took another branch than a run does."""
-    if not verify(model, converted, [batch], forward_fn=forward_fn).passed(BRANCH_TOLERANCE):
+    tried = shared_copy(model), shared_copy(converted)  # forward may count or cache
+    if not verify(*tried, [batch], forward_fn=forward_fn).passed(BRANCH_TOLERANCE):
         raise RetrofitError(
             f"the graph that torch.fx makes of {type(model).__name__} computes something else than "
             "the model (its code may ask for types): use the native layout"
@@ -374,7 +377,11 @@ def _warn_of(plan: Plan) -> None:
             f"no BatchNorm is added to {plan.model}: {len(plan.sites)} layers are skipped: "
             f"{plan.skipped()}; print the plan to see each"
         )
-    elif frozen:
+    if plan.inserted and (refused := [s for s in plan.sites if s.reason.startswith(ASKED)]):
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        texts = (f"{site.path}: {site.reason.removeprefix(ASKED)}" for site in refused[:3])
+        warn(f"no BatchNorm is possible where it was asked for: {'; '.join(texts)}{more}")
+    if frozen:
         which = f"{frozen[0]}{', ...' if len(frozen) > 1 else ''}"
         warn(
             f"{len(frozen)} of {len(plan.inserted)} BatchNorms follow frozen layers ({which}: "

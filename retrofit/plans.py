@@ -18,6 +18,7 @@ Placement = Literal["pre_activation", "post_activation"]
 LAYOUTS = ("native", "graph")
 PLACEMENTS = ("pre_activation", "post_activation")
 Patterns = str | Sequence[str] | None
+ASKED = "asked for, but "  # begins the reason of a site that was asked for and is impossible
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from retrofit.plans import (
     Site,
 )
 from retrofit.running.call_arguments import ForwardFn
-from retrofit.running.shared_copy import uncollected
+from retrofit.running.shared_copy import refuse_wrappers, uncollected
 from retrofit.surgery import graph
 from retrofit.surgery.native import Places
+from retrofit.tracing.attribute_reads import united
 from retrofit.tracing.calls import Trace
-from retrofit.tracing.read_model import read, read_graph, reads_in_training
+from retrofit.tracing.read_model import read, read_graph, read_in_training
 from retrofit.tracing.symbolic import calls_of
 
 
@@ -98,9 +99,9 @@ def plan(
     for name, value, known in (("layout", layout, LAYOUTS), ("placement", placement, PLACEMENTS)):
         if value not in known:
             raise RetrofitError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if include is not None and not include:
-        raise RetrofitError("include= names nothing: leave it out to convert all")
     options = Options(_patterns(include), _patterns(exclude), layout, placement, linear)
+    if include is not None and not options.include:
+        raise RetrofitError("include= names nothing: leave it out to convert all")
     if layout == "graph":
         if renumber:
             raise RetrofitError("renumber= is for the native layout; the graph layout moves no key")
@@ -116,6 +117,7 @@ def _refuse_unusable(model: nn.Module) -> None:
             f"plan takes an nn.Module, not a {type(model).__name__} (of an exported program, or "
             "a checkpoint that holds one, pass the module inside)"
         )
+    refuse_wrappers(model)
     for path, module in model.named_modules():
         tensors = (*module._parameters.values(), *module._buffers.values())
         if any(map(is_lazy, tensors)):
@@ -128,11 +130,17 @@ def _refuse_unusable(model: nn.Module) -> None:
 def _patterns(given: Patterns) -> tuple[str, ...]:
     if given is None:
         return ()
-    patterns = (given,) if isinstance(given, str) else tuple(given)
+    patterns: tuple[object, ...]
+    try:
+        patterns = (given,) if isinstance(given, (str, bytes)) else tuple(given)
+    except TypeError:
+        patterns = (given,)
+    checked: list[str] = []
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise RetrofitError(f"{pattern!r} is no module path or glob pattern of module paths")
-    return patterns
+        checked.append(pattern)
+    return tuple(checked)
 
 
 # --- the native layout -------------------------------------------------------------------------
@@ -146,12 +154,14 @@ def _native_plan(
     forward_fn: ForwardFn | None,
 ) -> Plan:
     trace = read(model, example, forward_fn)
-    trace = replace(trace, reads=reads_in_training(model, trace, example, forward_fn))
+    training = read_in_training(model, trace, example, forward_fn)
+    if training is not None:
+        trace = replace(trace, reads=united(trace.reads, training.reads))
     sites = decide(model, trace, options)
     growing = renumbered(model, trace, renumber)
     while True:
         drawn = _drawn(model, trace, options, sites, growing)
-        missed = missed_sites(model, trace, drawn, example, forward_fn)
+        missed = missed_sites(model, (trace, training), drawn, example, forward_fn)
         if not missed:
             return drawn
         reason = "the model's own code calls it past its module tree, from a list say"
@@ -217,7 +227,7 @@ def _graph_plan(
     module = graph.graph_module(model)
     calls = list(calls_of(module, module.graph).values())
     trace = read_graph(model, calls, example, forward_fn)
-    sites = decide(module, trace, options)
+    sites = decide(module, trace, options, model)
     chosen = [site for site in sites if site.decision == "insert"]
     norms = graph.norm_paths(module, [site.path for site in chosen])
     return Plan(

@@ -15,13 +15,12 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.planning.scripted import scripted_sites
-from retrofit.plans import Options, Site
-from retrofit.tracing.calls import Call, Trace, is_candidate, occurrences
+from retrofit.plans import ASKED, Options, Site
+from retrofit.tracing.calls import Call, Trace, activation_after, is_candidate, occurrences
 from retrofit.tracing.operations import (
     ACTIVATIONS,
     CONVOLUTIONS,
     FLATTENINGS,
-    HIDDEN_ACTIVATIONS,
     NORMS,
     OUTPUT_ACTIVATIONS,
     VIEWS,
@@ -40,8 +39,12 @@ DIMS: dict[str, Literal[1, 2, 3]] = {"1": 1, "2": 2, "3": 3}  # of functions, by
 PLAIN = (bool, int, float, str, tuple, type(None))
 
 
-def decide(model: nn.Module, trace: Trace, options: Options) -> list[Site]:
+def decide(
+    model: nn.Module, trace: Trace, options: Options, original: nn.Module | None = None
+) -> list[Site]:
     """Make a site for each layer of `model` in the order of execution, those never called last.
+
+    `original` is what `model` is a graph of, whose modules may have several names.
 
     Raises RetrofitError for a pattern that matches none of them.
     """
@@ -52,16 +55,12 @@ def decide(model: nn.Module, trace: Trace, options: Options) -> list[Site]:
     for path, module in model.named_modules():
         if is_candidate(module, options) and path not in called:
             calls[path] = []
-    rules, scripted = _Rules(model, trace, options), scripted_sites(model, options)
+    rules, scripted = (
+        _Rules(model, trace, options, original or model),
+        scripted_sites(model, options),
+    )
     rules.refuse_idle_patterns({**calls, **{site.path: [] for site in scripted}})
     return [rules.site(path, made) for path, made in calls.items()] + scripted
-
-
-def activation_after(call: Call) -> Call | None:
-    """Find the activation that alone reads this call's result, and reads nothing else."""
-    if len(call.users) == 1 and call.users[0].name in HIDDEN_ACTIVATIONS:
-        return call.users[0]
-    return None
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class _Rules:
     model: nn.Module
     trace: Trace
     options: Options
+    original: nn.Module
 
     @cached_property
     def _to_output(self) -> _PathsTo:
@@ -87,16 +87,21 @@ class _Rules:
         return made
 
     @cached_property
+    def _to_nowhere(self) -> _PathsTo:
+        return _PathsTo("nowhere")
+
+    @cached_property
     def _names(self) -> dict[str, list[str]]:
         """All paths of each module, by its first: one that is registered twice has several."""
         names: dict[int, list[str]] = {}
-        for path, module in self.model.named_modules(remove_duplicate=False):
+        for path, module in self.original.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(path)
         return {paths[0]: paths for paths in names.values()}
 
     def _matches(self, path: str, pattern: str) -> bool:
         """Tell whether a pattern means the site at `path`, by whichever name of its module."""
-        names = self._names.get(path)
+        module = path.partition("@")[0]  # of which this may be one call of several
+        names = self._names.get(module)
         if names is None:  # a function, of a module that may have several names
             owner, _, function = path.rpartition(".")
             names = [f"{name}.{function}".lstrip(".") for name in self._names.get(owner, ())]
@@ -105,7 +110,8 @@ class _Rules:
     def site(self, path: str, calls: list[Call]) -> Site:
         """Decide for the layer or function that makes `calls`."""
         layer = calls[0].module if calls else self.model.get_submodule(path)
-        included = any(self._matches(path, pattern) for pattern in self.options.include)
+        named = any(self._matches(path, pattern) for pattern in self.options.include)
+        included = named and not any(self._matches(path, p) for p in self.options.exclude)
         skip = self._reason_to_skip(path, layer, calls, included=included)
         overridden = None
         if included and not skip:
@@ -130,7 +136,7 @@ class _Rules:
             dims=axes,
             calls=len(calls),
             decision="skip" if skip else "insert",
-            reason=skip or reason,
+            reason=f"{ASKED}{skip}" if skip and included else skip or reason,
             host=host,
             layer="" if skip or layer is None else calls[0].path,
             last_axis=axes == 0 and not all(c.shape and len(c.shape) == 2 for c in calls),
@@ -181,7 +187,7 @@ class _Rules:
             return f"output head: the model returns its values{asked}"
         if any(map(self._to_unknown.lead, calls)):
             return "its values go where torch.fx cannot follow: pass example (--data)"
-        if any(map(_is_lost, calls)):
+        if any(map(self._to_nowhere.all_lead, calls)):
             return "its values go where they cannot be followed"
         if any(map(_is_single_pixel, calls)):
             return "its feature map is a single pixel: training would fail on a batch of one"
@@ -254,11 +260,13 @@ class _Rules:
 def is_forwardable(layer: nn.Module, name: str) -> bool:
     """Tell whether a Sequential in place of `layer` could have this attribute too: a plain value.
 
-    Its geometry, say, but not its weight. One that it does not have, the Sequential lacks as well.
+    Its geometry, say, but not its weight, nor what is named as a child of the Sequential.
     """
     value = getattr(layer, name, None)
-    return isinstance(value, PLAIN) and all(
-        isinstance(item, PLAIN) for item in (value if isinstance(value, tuple) else ())
+    return (
+        name not in ("act", "bn", "conv", "linear")
+        and isinstance(value, PLAIN)
+        and all(isinstance(item, PLAIN) for item in (value if isinstance(value, tuple) else ()))
     )
 
 
@@ -279,11 +287,6 @@ def _is_single_pixel(call: Call) -> bool:
 def _norm_inside(layer: nn.Module) -> str | None:
     """Find the norm that a convolution of its own class brings along, as detectron2's."""
     return next((name for name, child in layer.named_children() if is_norm(child)), None)
-
-
-def _is_lost(call: Call) -> bool:
-    """Tell whether nothing is seen to read its values: they go to TorchScript or numpy, say."""
-    return all(user.name in VIEWS and _is_lost(user) for user in call.users)
 
 
 def _is_unbatched(call: Call) -> bool:
@@ -318,7 +321,10 @@ _READ, _STRAIGHT, _FLATTENED = 1, 2, 4
 
 
 class _PathsTo:
-    """Memoised search of the paths from a call to a sink, "output" or "unknown"."""
+    """Memoised search of the paths from a call to a sink: "output", "unknown", or "nowhere".
+
+    Values go nowhere that nothing is seen to read: they go to numpy, a list or TorchScript, say.
+    """
 
     def __init__(self, sink: str) -> None:
         self.sink = sink
@@ -331,10 +337,19 @@ class _PathsTo:
         count); or all paths end there without a weighted layer, pooled and then flattened. A call
         that leads to "output" is an output head.
         """
+        found = self._after(call)
+        return bool(found & _STRAIGHT) or found & (_FLATTENED | _READ) == _FLATTENED
+
+    def all_lead(self, call: Call) -> bool:
+        """Tell whether the result of `call` comes out at the sink and is read nowhere else."""
+        found = self._after(call)
+        return not call.users or (bool(found & (_STRAIGHT | _FLATTENED)) and not found & _READ)
+
+    def _after(self, call: Call) -> int:
         found = 0
         for user in call.users:
             found |= self._from((user, False, False, False))
-        return bool(found & _STRAIGHT) or found & (_FLATTENED | _READ) == _FLATTENED
+        return found
 
     def _from(self, start: State) -> int:
         """Find what the paths from here on meet. A stack: networks are deeper than recursion."""
@@ -356,7 +371,10 @@ class _PathsTo:
     def _step(self, state: State) -> tuple[int, list[State]]:
         """Say what a call itself is, and list what follows it."""
         user, nonlinear, pooled, flat = state
-        if user.name == self.sink:
+        ends = self.sink == "nowhere" and not user.users
+        if ends and user.name in ("output", "unknown"):
+            return _READ, []
+        if ends or user.name == self.sink:
             return (_FLATTENED * flat if nonlinear else _STRAIGHT), []
         weighted = user.weighted or user.name in WEIGHTED_FUNCTIONS
         if weighted if user.module is None else is_weighted(user.module):

@@ -1,4 +1,4 @@
-"""A plan tried out on a copy of the model, with nn.Identity where BatchNorms will be."""
+"""A plan tried out on a copy of the model, with stand-ins where BatchNorms will be."""
 
 from __future__ import annotations
 
@@ -12,35 +12,70 @@ from torch import Tensor, nn
 from retrofit.errors import RetrofitError
 from retrofit.numerics.comparison import BRANCH_TOLERANCE, Comparison
 from retrofit.numerics.tensor_checks import is_dense
-from retrofit.plans import Plan
+from retrofit.plans import Plan, Site
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.shared_copy import shared_copy
+from retrofit.surgery.batchnorm import weight_of
 from retrofit.surgery.native import put_after_sites
 from retrofit.tracing.calls import Call, Trace
-from retrofit.tracing.read_model import read
+from retrofit.tracing.read_model import read, read_in_training
 
 
 def missed_sites(
-    model: nn.Module, trace: Trace, plan: Plan, example: Any, forward_fn: ForwardFn | None
+    model: nn.Module,
+    traces: tuple[Trace, Trace | None],
+    plan: Plan,
+    example: Any,
+    forward_fn: ForwardFn | None,
 ) -> set[str]:
     """Find the sites whose BatchNorm the model would not call.
 
-    Raises RetrofitError when the model's code does something else once layers are inserted.
+    Args:
+        model: not changed.
+        traces: of the model, in eval mode and in train mode, where that may differ.
+        plan: to be tried.
+        example, forward_fn: as for `plan`.
+
+    Raises:
+        RetrofitError: the model's code does something else once layers are inserted, in either
+            mode.
     """
     if not plan.inserted:
         return set()
+    trace, training = traces
     trial = shared_copy(model)
-    put_after_sites(trial, plan, lambda _site, _layer: nn.Identity())
+    put_after_sites(trial, plan, _stand_in)
     norms = {site.norm for site in plan.inserted}
     tried = read(trial, example, forward_fn, way=trace.way)
-    same_flow = _flow(tried.calls, norms) == _flow(trace.calls)
-    if not (same_flow and _returned_the_same(tried, trace)):
-        raise RetrofitError(
-            f"the code of {type(model).__name__} does something else once layers are inserted "
-            "(it may ask for their type or number): exclude those layers, or pass renumber=()"
-        )
+    if not _does_the_same(tried, trace, norms):
+        raise _does_something_else(model, "")
+    if training is not None:
+        trained = read_in_training(trial, trace, example, forward_fn, way=training.way)
+        if trained is None or not _does_the_same(trained, training, norms):
+            raise _does_something_else(model, "in train mode ")
     called = Counter(call.path for call in tried.calls)
     return {site.path for site in plan.inserted if called[site.norm] != site.calls}
+
+
+def _does_something_else(model: nn.Module, when: str) -> RetrofitError:
+    return RetrofitError(
+        f"the code of {type(model).__name__} does something else {when}once layers are inserted "
+        "(it may ask for their type or number): exclude those layers, or pass renumber=()"
+    )
+
+
+def _does_the_same(tried: Trace, trace: Trace, norms: Collection[str]) -> bool:
+    same_flow = _flow(tried.calls, norms) == _flow(trace.calls)
+    return same_flow and _returned_the_same(tried, trace)
+
+
+def _stand_in(site: Site, layer: nn.Module | None) -> nn.Module:
+    """Make what computes nothing and has a BatchNorm's tensors, which code may count or sum."""
+    stand_in = nn.Identity()
+    norm = nn.BatchNorm1d(site.channels, device=weight_of(layer, layer or stand_in).device)
+    stand_in._parameters.update(norm._parameters)
+    stand_in._buffers.update(norm._buffers)
+    return stand_in
 
 
 def _flow(calls: Sequence[Call], norms: Collection[str] = ()) -> list[tuple[Any, ...]]:

@@ -36,7 +36,7 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
     module that gives itself as its copy; or is, or holds, a wrapper (DataParallel, torch.compile's)
     that hides the modules inside.
     """
-    _refuse_wrappers(model)
+    refuse_wrappers(model)
     memo: dict[int, object] = {id(thing): thing for thing in keep}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -117,7 +117,7 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def refuse_wrappers(model: nn.Module) -> None:
     """Raise RetrofitError for modules that hide what is inside: see `WRAPPERS`, and TorchScript."""
     for path, module in model.named_modules():
         name = type(module).__name__

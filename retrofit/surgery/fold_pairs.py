@@ -27,8 +27,10 @@ from retrofit.tracing.operations import (
 from retrofit.tracing.read_model import read
 from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defaults, symbolic
 
-# The same numbers in another order or shape. (Of VIEWS, others change the precision.)
-BETWEEN = (VIEWS - {"bfloat16", "double", "float", "half", "to", "type", "typeas"}) | {"getitem"}
+# The same numbers in another shape. (Others of VIEWS change the precision, or mix the channels.)
+MIXING = {"expand", "flip", "pixelshuffle", "pixelunshuffle", "roll"}
+CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "typeas"}
+BETWEEN = (VIEWS - CASTS - MIXING) | {"getitem"}
 TENSORS = {"bias", "parametrizations", "weight", "weight_g", "weight_v"}
 NO_CALL = "no call of it is seen in eval mode"
 

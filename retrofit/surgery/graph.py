@@ -13,9 +13,12 @@ from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.plans import Options, Plan, Site
-from retrofit.tracing.calls import occurrences
+from retrofit.tracing.calls import activation_after, occurrences
 from retrofit.tracing.operations import is_leaf
 from retrofit.tracing.symbolic import Symbolic, calls_of, defaults, symbolic
+
+# x += y calls one of these.
+AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "setitem"}
 
 
 def graph_module(model: nn.Module) -> fx.GraphModule:
@@ -32,10 +35,11 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
     found.graph._tracer_cls = fx.Tracer  # a pickle is traced anew by it, without this package
     targets = [str(n.target) for n in found.graph.nodes if n.op in ("call_module", "get_attr")]
     _refuse_random_numbers(model, targets, found, training)
+    _refuse_written_constants(model, found.graph)
     root = {target: _attribute(model, found.traced, target) for target in targets}
     module = fx.GraphModule(root, found.graph, type(model).__name__)
     for path, made in module.named_modules():  # containers are made anew, and in train mode
-        made.training = model.get_submodule(path).training
+        made.training = getattr(model.get_submodule(path), "training", False)
     return module
 
 
@@ -75,6 +79,19 @@ def _refuse_random_numbers(
             raise RetrofitError(
                 f"{type(model).__name__}.forward draws random numbers, which would be the same "
                 "forever in a graph: use the native layout"
+            )
+
+
+def _refuse_written_constants(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise RetrofitError where forward writes to a tensor that it makes, a constant in a graph."""
+    for node in graph.nodes:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = str(name).strip("_") in AUGMENTED or re.search(r"[a-z0-9]_$", str(name))
+        written = node.all_input_nodes[:1] if in_place or node.kwargs.get("out") else []
+        if written and "_tensor_constant" in str(written[0].target):
+            raise RetrofitError(
+                f"{type(model).__name__}.forward makes a tensor and writes to it ({name}): a graph "
+                "would keep what was written: use the native layout"
             )
 
 
@@ -144,11 +161,12 @@ def put_after_sites(
     calls = calls_of(module, module.graph)
     nodes = {call: node for node, call in calls.items()}
     options = Options(layout="graph", linear=True)
-    found = {path: nodes[call] for path, call in occurrences(module, calls.values(), options)}
+    found = dict(occurrences(module, calls.values(), options))
     for site in plan.inserted:
-        node = found.get(site.path)
-        if node is not None and plan.placement == "post_activation":
-            node = next(iter(node.users), None)
+        host = found.get(site.path)
+        if host is not None and plan.placement == "post_activation":
+            host = activation_after(host)
+        node = nodes[host] if host is not None else None
         if node is None or not site.norm:
             raise RetrofitError(
                 f"the plan does not fit this {type(module).__name__}: it has no place after "

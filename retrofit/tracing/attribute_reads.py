@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,26 +46,43 @@ class Reads:
 
         nn.Module is changed for that long: another thread that wants to do the same waits.
         """
-        kept = set(dir(nn.Sequential()))
-        before = vars(nn.Module).get("__getattribute__")
-
-        def spy(module: nn.Module, name: str) -> Any:
-            if not self.muted:
-                if name == "training":
-                    self.mode |= id(module) in self.modules
-                elif name not in kept and id(module) in self.paths:
-                    self.by_path.setdefault(self.paths[id(module)], set()).add(name)
-            return (before or object.__getattribute__)(module, name)
-
         with _ONE_AT_A_TIME:
-            nn.Module.__getattribute__ = spy  # type: ignore[assignment]
+            earlier, before = list(_NOTING), vars(nn.Module).get("__getattribute__")
+            _NOTING[:] = [self]
+            if before is not _spy:
+                _BEFORE[:] = [before or object.__getattribute__]
+                nn.Module.__getattribute__ = _spy  # type: ignore[assignment]
             try:
                 yield
             finally:
+                _NOTING[:] = earlier
                 if before is None:
                     del nn.Module.__getattribute__
                 else:
                     nn.Module.__getattribute__ = before  # type: ignore[method-assign]
+
+    def note(self, module: nn.Module, name: str) -> None:
+        """Note that `name` was asked for of a module."""
+        if name == "training":
+            self.mode |= id(module) in self.modules
+        elif name not in _KEPT and id(module) in self.paths:
+            self.by_path.setdefault(self.paths[id(module)], set()).add(name)
+
+
+_KEPT = frozenset(dir(nn.Sequential()))
+_NOTING: list[Reads] = []  # one, while something notes
+_BEFORE: list[Callable[..., Any]] = []
+
+
+def _spy(module: nn.Module, name: str) -> Any:
+    """Stand in for nn.Module.__getattribute__.
+
+    One function for good: Python 3.11 crashes where another thread is in it as it is freed.
+    """
+    for reads in _NOTING:
+        if not reads.muted:
+            reads.note(module, name)
+    return _BEFORE[0](module, name)
 
 
 def united(

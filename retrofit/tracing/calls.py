@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retrofit.plans import Options
 from retrofit.tracing.operations import (
     CONVOLUTIONS,
+    HIDDEN_ACTIVATIONS,
     is_conv,
     is_linear,
 )
@@ -112,6 +113,13 @@ def is_alone(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def is_candidate(module: nn.Module, options: Options) -> bool:
     """Tell whether a module could get a BatchNorm: a convolution, or where asked for a Linear."""
     return is_conv(module) or (options.linear and is_linear(module))
+
+
+def activation_after(call: Call) -> Call | None:
+    """Find the activation that alone reads this call's result, and reads nothing else."""
+    if len(call.users) == 1 and call.users[0].name in HIDDEN_ACTIVATIONS:
+        return call.users[0]
+    return None
 
 
 def occurrences(

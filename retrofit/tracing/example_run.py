@@ -117,8 +117,10 @@ class _Watcher(TorchFunctionMode):
         self.returns: dict[int, None] = {}
         self.made = WeakIdKeyDictionary()
         self.constants = WeakIdKeyDictionary()
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.constants[tensor] = True
+        plain = (value for module in model.modules() for value in vars(module).values())
+        for tensor in (*model.parameters(), *model.buffers(), *plain):
+            if isinstance(tensor, Tensor):
+                self.constants[tensor] = True
         self.stack: list[str] = []
 
     def linked(self, modules: Mapping[str, nn.Module]) -> tuple[Call, ...]:
@@ -205,7 +207,7 @@ class _Watcher(TorchFunctionMode):
                 weighted=weighted,
             )
             self._note(call, feeding, made)
-            if (args or kwargs) and self._all_constant((args, kwargs)):
+            if self._all_constant(with_values(name, args, kwargs)):
                 for tensor in tensors(made).values():
                     self.constants[tensor] = True
         return result
@@ -214,8 +216,8 @@ class _Watcher(TorchFunctionMode):
         return any(tensor in self.constants for tensor in tensors(values).values())
 
     def _all_constant(self, values: Any) -> bool:
-        found = list(tensors(values).values())
-        return bool(found) and all(tensor in self.constants for tensor in found)
+        """Tell whether no value comes from elsewhere; what torch.ones makes comes from nowhere."""
+        return all(tensor in self.constants for tensor in tensors(values).values())
 
     def _feeding(self, values: Any) -> list[int]:
         """List the calls that these values came from. Asked before the call: it may be in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import ForwardFn, arguments_of
-from retrofit.tracing.attribute_reads import united
 from retrofit.tracing.calls import Call, Trace, Way, rebuilt
 from retrofit.tracing.example_run import watch
 from retrofit.tracing.operations import is_leaf
@@ -81,30 +80,28 @@ def _layers_called(trace: Trace) -> list[str]:
     return [call.path for call in trace.calls if call.module is not None and is_leaf(call.module)]
 
 
-def reads_in_training(
-    model: nn.Module, trace: Trace, example: Any = None, forward_fn: ForwardFn | None = None
-) -> Mapping[str, frozenset[str]]:
-    """List what the model's own code reads of its layers, in train mode too (a weight's penalty).
+def read_in_training(
+    model: nn.Module,
+    trace: Trace,
+    example: Any = None,
+    forward_fn: ForwardFn | None = None,
+    *,
+    way: Way | None = None,
+) -> Trace | None:
+    """Read the calls that `model` makes in train mode, where they may differ from those in `trace`.
 
-    It is what `trace` has where the code never asks for the mode, and where the model does not run
-    in train mode (a detector without targets).
+    None where the code never asks for the mode, and where the model does not run in train mode (a
+    detector without targets). `way` is as for `read`.
     """
     if not trace.asks_mode and not trace.opaque:
-        return trace.reads
-    found: Mapping[str, frozenset[str]] = {}
+        return None
     with suppress(RetrofitError):
-        found = _read_in_training(model, trace.way, example, forward_fn)
-    return united(trace.reads, found)
-
-
-def _read_in_training(
-    model: nn.Module, way: Way, example: Any, forward_fn: ForwardFn | None
-) -> Mapping[str, frozenset[str]]:
-    if way == "symbolic":
-        found = trace_whole(model, training=True)
-        if example is None or "" not in found.opaque:
-            return trace_pieces(model, found, training=True).reads
-    return watch(model, example, forward_fn, training=True).reads
+        if (way or trace.way) == "symbolic":
+            found = trace_whole(model, training=True)
+            if way or example is None or "" not in found.opaque:
+                return trace_pieces(model, found, training=True)
+        return watch(model, example, forward_fn, training=True)
+    return None
 
 
 def _with_shapes(traced: Trace, run: Trace, *, flat: bool = False) -> Trace:

@@ -21,6 +21,7 @@ from retrofit.tracing.calls import Call, Trace, is_alone, rebuilt
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
+    SHAPE_READERS,
     factors,
     function_name,
     is_leaf,
@@ -35,10 +36,13 @@ class UntraceableError(RetrofitError):
 
     Attributes:
         place: in the model's code, what stopped it ("vgg.py:84").
+        reads: what that code had read of its modules.
     """
 
-    def __init__(self, model: str, frame: traceback.FrameSummary, reason: str) -> None:
-        self.place = _place(frame)
+    def __init__(
+        self, model: str, frame: traceback.FrameSummary, reason: str, reads: Reads
+    ) -> None:
+        self.place, self.reads = _place(frame), reads
         super().__init__(
             f"torch.fx cannot trace {model}: {frame.filename}:{frame.lineno}, in {frame.name}: "
             f'"{frame.line}": {reason}'
@@ -113,7 +117,7 @@ def symbolic(
                 if tracer.stopped_in is not None and tracer.stopped_in not in opaque:
                     opaque[tracer.stopped_in] = _place(frame)
                     continue
-                raise UntraceableError(type(model).__name__, frame, reason) from error
+                raise UntraceableError(type(model).__name__, frame, reason, reads) from error
 
 
 def trace_whole(model: nn.Module, *, training: bool = False) -> Trace:
@@ -121,9 +125,10 @@ def trace_whole(model: nn.Module, *, training: bool = False) -> Trace:
     try:
         found = symbolic(model, training=training)
     except UntraceableError as error:
-        return Trace((), "symbolic", opaque={"": error.place})
+        reads = error.reads
+        return Trace((), "symbolic", {"": error.place}, reads=reads.frozen(), asks_mode=reads.mode)
     return Trace(
-        tuple(calls_of(model, found.graph, found.opaque).values()),
+        tuple(calls_of(found.traced, found.graph, found.opaque, original=model).values()),
         "symbolic",
         opaque=found.opaque,
         reads=found.reads.frozen(),
@@ -200,26 +205,43 @@ class _Tracer(fx.Tracer):
 
 
 def calls_of(
-    model: nn.Module, graph: fx.Graph, opaque: Collection[str] = ()
+    model: nn.Module,
+    graph: fx.Graph,
+    opaque: Collection[str] = (),
+    original: nn.Module | None = None,
 ) -> dict[fx.Node, Call]:
-    """Make the neutral record of a graph: a call for each node, in order."""
+    """Make the neutral record of a graph: a call for each node, in order.
+
+    Args:
+        model: what the graph is of; `original`, if that is a copy, whose modules the calls name.
+        graph: its nodes.
+        opaque: modules that count as one call each.
+        original: see `model`.
+    """
     constants = _constants(graph)
     read = {node: set(_nodes_in(_with_values(node))) for node in graph.nodes}
     calls: dict[fx.Node, Call] = {}
     for node in reversed(graph.nodes):  # users first
         users = tuple(calls[user] for user in node.users if node in read[user])
         weighted = _name(node) in PRODUCTS and not constants.isdisjoint(_nodes_in(_factors(node)))
-        calls[node] = replace(_call(model, node, opaque), users=users, weighted=weighted)
+        call = _call(model, node, opaque)
+        if original is not None and call.module is not None:
+            call = replace(call, module=original.get_submodule(call.path))
+        calls[node] = replace(call, users=users, weighted=weighted)
     return dict(reversed(calls.items()))
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
     """List the nodes that give parameters and buffers, or what is made of these alone."""
     found: set[fx.Node] = set()
+    sizes: set[fx.Node] = set()
     for node in graph.nodes:
-        inputs = node.all_input_nodes
-        made = inputs and node.op != "output" and found.issuperset(inputs)
-        if node.op == "get_attr" or made:
+        read = node.all_input_nodes
+        if _name(node) in SHAPE_READERS or (read and sizes.issuperset(read)):
+            sizes.add(node)
+            continue
+        inputs = set(_nodes_in(_with_values(node))) - sizes
+        if node.op == "get_attr" or (inputs and node.op != "output" and found >= inputs):
             found.add(node)
     return found
 
@@ -269,8 +291,18 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
             arguments=_arguments_text(node),
         )
     names = {"placeholder": "input", "get_attr": "attribute"}
-    arguments = _arguments_text(node) if node.op == "output" else ""
+    arguments = _arguments_text(node) if node.op == "output" else _constant_text(model, node)
     return Call(names.get(node.op, node.op), "", None, inside, arguments=arguments)
+
+
+def _constant_text(model: nn.Module, node: fx.Node) -> str:
+    """Describe a tensor that forward made of other things than its inputs, by shape and sum."""
+    if node.op != "get_attr" or "_tensor_constant" not in str(node.target):
+        return ""
+    value = getattr(model, str(node.target), None)
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{tuple(value.shape)} {value.detach().to(torch.complex128).sum().item()}"
 
 
 def _arguments_text(node: fx.Node) -> str:

@@ -605,9 +605,9 @@ class Counted(nn.Module):
     [
         ({}, False, 2),  # the model, and a trial of the plan
         ({}, True, 3),  # and a run on the example
-        ({"asks": True}, False, 3),  # and in train mode
+        ({"asks": True}, False, 4),  # and both in train mode
         ({"branches": True}, True, 3),  # in vain, on the example, and the trial
-        ({"asks": True, "branches": True}, True, 4),
+        ({"asks": True, "branches": True}, True, 5),
     ],
 )
 def test_the_model_is_read_no_more_often_than_needed(options, example, times):

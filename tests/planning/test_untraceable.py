@@ -128,7 +128,8 @@ def test_a_site_the_data_does_not_reach_is_named_or_left_out():
     retrofit.calibrate(prepared, [X], progress=False)
     with pytest.raises(RetrofitError, match=r"0\.bright\.0 saw no data.*--skip-unused"):
         retrofit.convert(prepared)
-    converted = retrofit.convert(prepared, skip_unused=True)
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        converted = retrofit.convert(prepared, skip_unused=True)
     assert str(converted) == str(model)
     assert retrofit.verify(model, converted, [X]).exact
 

@@ -115,6 +115,9 @@ PRODUCTS = {
     "cosine": lambda m, y: F.normalize(pooled(y)) @ F.normalize(m.w, dim=0),
     "cosine_similarity": lambda m, y: F.cosine_similarity(pooled(y)[:, None], m.w.t()[None], -1),
     "a buffer, as of ONNX": lambda m, y: pooled(y) @ m.buffer,
+    "as many as images": lambda m, y: torch.bmm(pooled(y)[:, None], m.w.expand(y.shape[0], 8, 5)),
+    "of the type of another": lambda m, y: pooled(y) @ m.w.to(y),
+    "with what forward makes": lambda m, y: pooled(y) @ (m.w + torch.ones(8, 5)),
 }
 
 
@@ -228,7 +231,7 @@ def test_where_a_weight_is_read_a_batchnorm_is_impossible():
     model.fc.register_forward_hook(lambda *_: model.one.weight)
     reads_both = Custom(lambda m, y: m.head(y.relu()) * m.body.weight.sum() * m.body.stride[0])
     found = decisions(reads_both.eval(), include="body")["body"]
-    assert found == ("skip", "the model's own code reads its .stride, .weight")
+    assert found == ("skip", "asked for, but the model's own code reads its .stride, .weight")
 
 
 def test_code_that_looks_for_what_no_layer_has_reads_nothing():
@@ -296,7 +299,8 @@ def test_a_convolution_called_on_single_samples_is_left_alone(layout):
     model, data = OneByOne().eval(), nets.images(4, 3, 16, 16).split(1)
     reason = "called on samples without a batch axis, which BatchNorm does not take"
     assert decisions(model, example=data[0], layout=layout)["each"] == ("skip", reason)
-    assert decisions(model, example=data[0], layout=layout, include="each")["each"][1] == reason
+    asked = decisions(model, example=data[0], layout=layout, include="each")["each"]
+    assert asked == ("skip", f"asked for, but {reason}")
     converted = retrofit.add_batchnorm(model, data, layout=layout, progress=False)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in converted.modules()) == 1
     assert torch.equal(converted(data[0]), model(data[0]))
@@ -367,3 +371,170 @@ def test_batchnorms_that_cannot_learn_are_said_to_be_frozen(frozen):
         converted = retrofit.insert(model, plan)
     norms = [m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(not norm.weight.requires_grad for norm in norms) == count
+
+
+# --- what would do something else ----------------------------------------------------------------
+
+
+class Changing(nn.Module):
+    """What `do` makes of it depends on what stands in the place of its layers."""
+
+    def __init__(self, do, *, always):
+        super().__init__()
+        self.one, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.do, self.always = do, always
+
+    def forward(self, x):
+        y = self.head(F.relu(self.one(x)).mean((2, 3)))
+        return y * self.do(self) if self.always or self.training else y
+
+
+CHANGES = {
+    "sum of parameters": lambda m: sum(p.sum() for p in m.parameters()),
+    "number of parameters": lambda m: len(list(m.parameters())),
+    "number of modules": lambda m: len(list(m.modules())),
+    "type": lambda m: 2 if isinstance(m.one, nn.Conv2d) else 1,
+    "a key": lambda m: m.one.state_dict()["weight"].sum(),
+}
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["in both modes", "in train mode"])
+@pytest.mark.parametrize("example", [None, X], ids=["traced", "run"])
+@pytest.mark.parametrize("do", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_would_do_something_else_is_refused(do, example, always):
+    model = Changing(do, always=always).eval()
+    with pytest.raises(RetrofitError, match="does something else"):
+        retrofit.plan(model, example=example)
+
+
+def test_what_train_mode_reads_before_it_stops_the_tracing_is_seen():
+    class Stopping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            if self.training and self.one.weight.dtype == x.dtype:
+                x = x + 0.1
+            return self.head(F.relu(self.one(x)).mean((2, 3)))
+
+    for example in (None, X):
+        found = decisions(Stopping().eval(), example=example)["one"]
+        assert found == ("skip", "the model's own code reads its .weight")
+
+
+@pytest.mark.parametrize("end", ["numpy", "cpu numpy", "softmax numpy", "tolist"])
+def test_values_that_leave_torch_may_be_those_of_a_head(end):
+    class Leaving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.head(F.relu(self.one(x)))
+            for name in end.split():
+                y = y.softmax(1) if name == "softmax" else getattr(y, name)()
+            return torch.tensor(y)
+
+    found = decisions(Leaving().eval(), example=X)
+    assert found["one"] == INSERT
+    assert found["head"] == ("skip", "its values go where they cannot be followed")
+
+
+@pytest.mark.parametrize("patterns", [iter(()), 3, b"one"], ids=["used up", "number", "bytes"])
+def test_what_names_nothing_is_refused(patterns):
+    with pytest.raises(RetrofitError, match=r"names nothing|is no module path"):
+        retrofit.plan(nets.build(nets.Residual), include=patterns)
+
+
+def test_what_was_asked_for_and_is_impossible_is_said_beside_what_is_done():
+    model = Custom(lambda m, y: m.head(y.relu()) * m.body.weight.sum()).eval()
+    expected = r"no BatchNorm is possible where it was asked for: body: the model's own code reads"
+    with pytest.warns(UserWarning, match=expected):
+        converted = retrofit.add_batchnorm(model, [X], include=["stem", "body"], progress=False)
+    assert torch.equal(converted(X), model(X))
+
+
+def test_an_attribute_called_as_a_child_of_the_sequential_is_not_forwarded():
+    class Own(nn.Conv2d):
+        bn = 1
+
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = Own(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(F.relu(self.one(x) * self.one.bn).mean((2, 3)))
+
+    found = decisions(Asking().eval(), include="one")["one"]
+    assert found == ("skip", "asked for, but the model's own code reads its .bn")
+
+
+# --- the graph layout ---------------------------------------------------------------------------
+
+
+def test_in_a_graph_a_batchnorm_comes_after_the_activation_whatever_else_reads_the_shape():
+    model = Custom(lambda m, y: m.head(y.relu() + torch.zeros_like(y)[:, :, :1])).eval()
+    options = {"layout": "graph", "placement": "post_activation"}
+    converted = retrofit.add_batchnorm(model, [X], progress=False, **options)
+    code = converted.code.replace(" ", "")
+    assert "self.body_bn(relu" in code
+    assert torch.equal(converted(X), model(X))
+
+
+@pytest.mark.parametrize("way", ["+=", "add_", "out"])
+def test_a_tensor_that_forward_makes_and_writes_to_has_no_graph(way):
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y, total = self.head(F.relu(self.one(x)).mean((2, 3))).sum(0), torch.zeros(2)
+            if way == "out":
+                return torch.add(total, y, out=total)
+            if way == "add_":
+                return total.add_(y)
+            total += y
+            return total
+
+    with pytest.raises(RetrofitError, match="makes a tensor and writes to it"):
+        retrofit.plan(Adding().eval(), layout="graph")
+
+
+def test_in_a_graph_patterns_mean_modules_by_all_their_names_and_calls():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+            self.alias = self.part
+
+        def forward(self, x):
+            return F.relu(self.part(F.relu(self.part(x))))
+
+    def chosen(**options):
+        return len(retrofit.plan(Several().eval(), layout="graph", **options).inserted)
+
+    assert chosen() == chosen(include="part.0") == chosen(include="alias.0") == 2
+    assert chosen(include="part.0@1") == 1
+    with pytest.warns(UserWarning, match="no BatchNorm is added"):
+        retrofit.insert(
+            Several().eval(), retrofit.plan(Several().eval(), layout="graph", exclude="alias.*")
+        )
+
+
+def test_what_forward_counts_is_not_counted_while_a_graph_is_checked():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.head(F.relu(self.one(x)).mean((2, 3)))
+
+    model = Counting().eval()
+    retrofit.add_batchnorm(model, [X], layout="graph", progress=False)
+    assert model.count == 0
