@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.option_checks import check_models, check_number
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -22,6 +22,9 @@ def freeze_statistics(model: nn.Module) -> None:
     them. weight and bias still learn. Undone by `unfreeze_statistics`. Freeze after
     `SyncBatchNorm.convert_sync_batchnorm`, which makes new layers.
     """
+    check_models("freeze_statistics", model)
+    if not _batchnorms(model):
+        warn(f"this {type(model).__name__} has no BatchNorm: nothing is frozen")
     for norm in _batchnorms(model):
         vars(norm)["train"] = _StayInEval(norm)
         norm.training = False
@@ -29,6 +32,7 @@ def freeze_statistics(model: nn.Module) -> None:
 
 def unfreeze_statistics(model: nn.Module) -> None:
     """Undo `freeze_statistics`: the BatchNorms take on the mode of `model` and follow it again."""
+    check_models("unfreeze_statistics", model)
     for norm in _batchnorms(model):
         if isinstance(vars(norm).get("train"), _StayInEval):
             del vars(norm)["train"]

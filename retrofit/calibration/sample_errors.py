@@ -195,12 +195,14 @@ def site_sample(site: str, statistics: ChannelStatistics, images: int) -> SiteSa
 def _largest_z(first: Moments, second: Moments, errors: ChannelErrors) -> float:
     """Compute the largest difference of the halves' moments in standard errors of the difference.
 
-    That is by N / sqrt(N1 N2) larger than the standard error of all, N = N1 + N2. Variances are
-    compared, which unlike standard deviations are means.
+    That is by N / sqrt(N1 N2) larger than the standard error of all, N = N1 + N2. Squared
+    deviations from the mean of all are compared, which unlike standard deviations are means.
     """
+    common = (first.mean * first.count + second.mean * second.count) / (first.count + second.count)
+    squares = [half.var + (half.mean - common).square() for half in (first, second)]
     live, share = errors.live, (first.count * second.count).sqrt() / (first.count + second.count)
     mean = (first.mean - second.mean)[live] / errors.sigma[live] / errors.mean[live]
-    var = (first.var - second.var)[live] / (2 * errors.sigma[live].square()) / errors.std[live]
+    var = (squares[0] - squares[1])[live] / (2 * errors.sigma[live].square()) / errors.std[live]
     z = torch.stack([mean, var]).abs() * share[live]
     return float(z.where(z.isfinite(), 0.0).max())  # 0 where no image differs from another
 

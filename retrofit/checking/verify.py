@@ -114,7 +114,7 @@ def verify(
     points = _points(record.plan if record else None)
     at_sites = {point.site.path: Comparison() for point in points}
     at_outputs: dict[str, Comparison] = {}
-    images, top1, repeats, any_data = 0, Top1(), False, False
+    images, top1, repeats, any_data, any_values = 0, Top1(), False, False, False
     with evaluating(original, converted), torch.no_grad(), eager():
         for batch in data:
             any_data = True
@@ -130,10 +130,11 @@ def verify(
             if not (exact or repeats):  # once is enough
                 _refuse_random(original, batch, forward_fn, expected)
                 repeats = True
+            any_values |= any(tensor.numel() for tensor in expected.values())
             count = images_in(original, batch, forward_fn)
             images += count
             top1.add(expected, actual, count)
-    if not at_outputs:
+    if not at_outputs or not any_values:
         nothing = f"there is no tensor in what this {type(original).__name__} returns"
         raise RetrofitError(f"{nothing} to compare" if any_data else nothing_in(data))
     return Verification(

@@ -5,6 +5,7 @@ What is computed for weight and bias stands in `numerics.folded_weights`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from retrofit.numerics.folded_weights import fold_weights
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import shared_copy
-from retrofit.surgery.affine_map import UnfoldableError
+from retrofit.surgery.affine_map import UnfoldableError, is_patched
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     channels,
@@ -164,8 +165,10 @@ def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor)
     normed = _weight_norms(layer)
     if layer._forward_hooks or len(layer._forward_pre_hooks) > len(normed):
         return False
-    if type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear"):
+    own = type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear")
+    if own and not is_patched(layer):
         return True
+    layer, folded = copy.deepcopy((layer, folded))  # whose forward may keep things, or write
     generator = torch.Generator().manual_seed(0)
     if is_conv(layer):
         size = [

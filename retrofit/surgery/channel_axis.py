@@ -7,7 +7,7 @@ channel, and the BatchNorm has to get it: along the graph, or in a run on an exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -199,11 +199,11 @@ def _keeps_axes(module: nn.Module) -> bool:
     return is_norm(module) or is_activation(module) or isinstance(module, (nn.Identity, nn.Dropout))
 
 
-def of_two_axes(root: nn.Module, calls: Iterable[fx.Node]) -> set[fx.Node]:
+def of_two_axes(root: nn.Module, calls: Mapping[fx.Node, int]) -> set[fx.Node]:
     """List the calls of Linear layers that can have no other input than (N, F).
 
-    A BatchNorm1d right after each would take (N, C, C) as well. But where one input goes through
-    several of these, of different C, no (N, T, F) fits them all.
+    A BatchNorm1d of T channels right after each, which `calls` maps it to, would take (N, T, F) as
+    well. But where one input goes through several of these, of different T, no such input fits.
     """
     by_origin: dict[fx.Node, list[fx.Node]] = {}
     for call in calls:
@@ -216,6 +216,5 @@ def of_two_axes(root: nn.Module, calls: Iterable[fx.Node]) -> set[fx.Node]:
         by_origin.setdefault(origin, []).append(call)
     found: set[fx.Node] = set()
     for made in by_origin.values():
-        widths = {channels(root.get_submodule(str(call.target))) for call in made}
-        found |= set(made) if len(widths) > 1 else set()
+        found |= set(made) if len({calls[call] for call in made}) > 1 else set()
     return found

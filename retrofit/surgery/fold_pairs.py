@@ -305,14 +305,15 @@ def _kept(found: Symbolic, nodes: Mapping[Call, fx.Node], pairs: Mapping[str, Pa
     """Tell in which pairs the BatchNorm normalises the layer's channels, as far as a graph can."""
     root, ranks = found.traced, ranks_in(found.graph, found.traced)
     calls = {n: [(nodes[one], nodes[other]) for one, other in p.calls] for n, p in pairs.items()}
-    unknown = [
-        one
+    unknown = {
+        one: int(root.get_submodule(norm).num_features)  # type: ignore[arg-type]
         for norm, pair in pairs.items()
         for one, _ in calls[norm]
         if not any(pair.between)
         and is_linear(root.get_submodule(pair.layer))
         and ranks[one] is None
-    ]
+        and hasattr(root.get_submodule(norm), "num_features")
+    }
     ranks |= dict.fromkeys(of_two_axes(root, unknown), 2)
     return {
         norm

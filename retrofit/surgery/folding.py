@@ -147,7 +147,13 @@ def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]
     """Fold a copy of `model`, as `fold` does, and list what is left."""
     refuse_inference_mode()
     _refuse_program(model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise RetrofitError(
+            f"plan must be a Plan, not a {type(plan).__name__}: a batch is passed as example="
+        )
     record = record_of(model)
+    if record is not None and record.prepared:
+        raise RetrofitError(f"this {type(model).__name__} is prepared, not converted: convert it")
     refuse_lazy(model)
     plan = plan or (record.plan if record else None)
     if plan is None and isinstance(model, fx.GraphModule) and graph.is_exported(model):

@@ -85,7 +85,10 @@ def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[list
         return [ANY], True
     if value is None:  # a flag?
         flagged = _traced(model, {**usual, name: True})
-        return ([], False) if flagged is None else ([True], True)
+        texts, all_known = _compared(model, usual, name)
+        if flagged is None:
+            return [], False
+        return ([True, *texts], all_known) if len(texts) > 1 else ([True], True)
     if isinstance(value, str):
         return _compared(model, usual, name)
     if isinstance(value, int):
@@ -106,7 +109,10 @@ def _compared(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[li
             known += [other for other in asked.compared if other not in known]
     dicts = [m for m in model.modules() if looked_up and isinstance(m, nn.ModuleDict)]
     known += [key for found in dicts for key in found if key not in known]
-    return list(dict.fromkeys(known[2:])), not looked_up and len(known) <= MOST
+    others = list(dict.fromkeys(known[2:]))
+    if _traced(model, {**usual, name: ""}) is not None:  # any other string is taken, too
+        others.append("")
+    return others, not looked_up and len(known) <= MOST
 
 
 class _Asked(str):  # noqa: SLOT000 - it has attributes
@@ -114,12 +120,18 @@ class _Asked(str):  # noqa: SLOT000 - it has attributes
 
     Attributes:
         compared: the other strings.
-        looked_up: it was the key of a dict, say, so that others are not known.
+        looked_up: it was the key of a dict, or asked for more than equality, so that the other
+            strings are not known.
     """
 
     def __init__(self, _: str) -> None:
         self.compared: list[str] = []
         self.looked_up = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(str, name):  # .startswith, .lower
+            self.looked_up = True
+        return super().__getattribute__(name)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is str:

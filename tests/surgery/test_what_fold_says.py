@@ -1,6 +1,7 @@
 """What `fold` leaves it counts, with the reasons; what it cannot do it refuses in one line."""
 
 import enum
+import types
 import warnings
 
 import nets
@@ -121,6 +122,18 @@ class ByName(Branching):
         if mode in ("b", "c"):
             return self.conv(x)
         raise ValueError(mode)
+
+
+class ByAnyOther(Branching):
+    def forward(self, x, mode="a"):
+        y = self.conv(self.stem(x))
+        return self.bn(y) if mode == "a" else y
+
+
+class ByNoName(Branching):
+    def forward(self, x, mode=None):
+        y = self.conv(self.stem(x))
+        return y if mode == "raw" else self.bn(y)
 
 
 class ByFlag(Branching):
@@ -458,3 +471,59 @@ def test_a_weight_that_is_a_buffer_is_said_to_be_no_parameter():
         converted[0].bn.running_mean.add_(1)
     with pytest.raises(RetrofitError, match=r"weight and bias of 0 are not both of nn\.Parameter"):
         retrofit.fold(converted)
+
+
+@pytest.mark.parametrize("net", [ByAnyOther, ByNoName])
+def test_what_any_other_string_leads_to_is_followed(net):
+    assert "uses it or its layer otherwise" in retrofit.unfoldable(trained(net()))["bn"]
+
+
+def test_a_method_of_a_string_is_a_branch_that_cannot_be_followed():
+    class ByPrefix(Branching):
+        def forward(self, x, mode="full"):
+            y = self.conv(self.stem(x))
+            return self.bn(y) if mode.startswith("full") else y
+
+    with pytest.warns(UserWarning, match=r"mode|stay"):
+        retrofit.fold(trained(ByPrefix()))
+
+
+def test_a_forward_that_somebody_patched_is_tried():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)))
+    model[1].forward = types.MethodType(
+        lambda self, x: F.relu(nn.BatchNorm2d.forward(self, x)), model[1]
+    )
+    assert list(retrofit.unfoldable(model)) == ["1"]
+
+
+def test_trying_a_layer_leaves_what_it_keeps_alone():
+    class Masked(nn.Conv2d):
+        """Writes to its weight whenever it runs, and keeps what it saw."""
+
+        largest = 0.0
+
+        def forward(self, x):
+            self.largest = max(self.largest, float(x.abs().max()))
+            self.weight.data[:, :, 0, 0] = 0
+            return super().forward(x)
+
+    model = trained(nn.Sequential(nn.Conv2d(3, 3, 1), Masked(3, 4, 3), nn.BatchNorm2d(4)))
+    nn.init.ones_(model[1].weight)
+    model[1].largest = 0.0
+    retrofit.unfoldable(model)
+    assert bool((model[1].weight == 1).all())
+    assert model[1].largest == 0.0
+
+
+def test_a_batchnorm_over_the_middle_axis_stays_where_linear_widths_differ():
+    model = trained(
+        nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 9),
+                      nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(9, 2))
+    )  # fmt: skip
+    assert sorted(retrofit.unfoldable(model)) == ["1", "4"]
+
+
+@pytest.mark.parametrize("second", [torch.zeros(2, 3, 8, 8), [1], "plan", {}], ids=type)
+def test_a_batch_in_the_place_of_the_plan_is_told_its_keyword(second):
+    with pytest.raises(RetrofitError, match=r"plan must be a Plan, .* example="):
+        retrofit.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), second)
