@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG
 
 from retrofit.errors import RetrofitError
+from retrofit.numerics.tensor_checks import is_dense
 from retrofit.plans import Plan, Site
 from retrofit.surgery.record import record_of
 
@@ -70,7 +71,8 @@ def keys_tell(plan: Plan, model: nn.Module) -> bool:
 
 
 def _place(value: object) -> object:
-    return value.data_ptr() if isinstance(value, Tensor) and value.numel() else value
+    stored = isinstance(value, Tensor) and is_dense(value) and value.numel()
+    return value.data_ptr() if isinstance(value, Tensor) and stored else id(value)
 
 
 def _said(keys: list[str], state: Mapping[str, Any]) -> str:

@@ -161,12 +161,13 @@ def _refuse_other_archives(path: Path) -> None:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return  # no archive, or a damaged one
-    if "constants.pkl" in names or "model.json" in names:  # the latter before torch 1.0
+    exported = any("exported_program" in name or name == "archive_format" for name in names)
+    if not exported and names & {"constants.pkl", "model.json"}:  # the latter before torch 1.0
         raise RetrofitError(
             f"{path} is a TorchScript archive, a program: where you trust it, save its weights "
             f"alone: torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')"
         )
-    if any("exported_program" in name or name == "archive_format" for name in names):
+    if exported:
         raise RetrofitError(
             f"{path} is a program that torch.export saved: where you trust it, save its weights "
             f"alone: torch.save(torch.export.load('{path}').state_dict, 'weights.pth')"

@@ -491,3 +491,23 @@ def test_extra_state_comes_back_from_a_pth(tmp_path):
     plain = nn.Sequential(Counting(3, 4, 3), nn.ReLU()).eval()
     retrofit.save(with_extra_state(), tmp_path / "extra.pth")
     assert retrofit.load(tmp_path / "extra.pth", plain)[0].seen == "extra"
+
+
+def test_a_network_with_extra_state_or_a_sparse_buffer_is_saved_as_pth(tmp_path):
+    class Extra(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU())
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+
+        def get_extra_state(self):
+            return {"step": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    converted = retrofit.add_batchnorm(Extra().eval(), [nets.images(8, 3, 8, 8)], progress=False)
+    retrofit.save(converted, tmp_path / "extra.pth")
+    written = torch.load(tmp_path / "extra.pth", weights_only=False)
+    assert written["_extra_state"] == {"step": 3}
+    with pytest.raises(RetrofitError, match=r"save as \.pth instead"):
+        retrofit.save(converted, tmp_path / "extra.safetensors")
