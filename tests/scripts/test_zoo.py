@@ -65,7 +65,7 @@ def test_a_batchnorm_that_is_not_the_identity_is_a_failure(monkeypatch):
 def test_an_interrupted_sweep_goes_on_where_it_stopped_and_fails_if_a_model_did(tmp_path):
     results, page = tmp_path / "zoo.csv", tmp_path / "zoo.md"
     earlier = Result("squeezenet1_0", "torchvision, classification", "torch 2", error="Oops: 7")
-    earlier.left_out["output head"] = ["classifier.1"]
+    earlier.left_out["output head: the model returns its values"] = ["classifier.1"]
     RecordedRuns(results, Result).append(earlier)
     with results.open("a") as file:
         file.write('squeezenet1_1,"torchvision, cl')  # killed while it wrote
