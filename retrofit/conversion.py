@@ -28,6 +28,7 @@ from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, unc
 from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
 from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
 from retrofit.surgery.record import Record, attach, record_of, required_record
+from retrofit.tables import few
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -169,7 +170,7 @@ def _image_count(prepared: nn.Module, plan: Plan) -> int:
 
 def _unused(paths: list[str]) -> RetrofitError:
     return RetrofitError(
-        f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''} saw no data: run "
+        f"{few(paths)} saw no data: run "
         "calibration data through the prepared model; if that was done, the data does not "
         "reach these layers: exclude them, or pass skip_unused=True (--skip-unused)"
     )

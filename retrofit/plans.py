@@ -70,6 +70,11 @@ class Site:
     frozen: bool = False
     forwarded: tuple[str, ...] = ()
 
+    @property
+    def batchnorm(self) -> str:
+        """Path of the torch BatchNorm itself, which a LastAxisBatchNorm at `norm` has inside."""
+        return f"{self.norm}.bn" if self.last_axis and self.norm else self.norm
+
 
 @dataclass(frozen=True)
 class Plan:

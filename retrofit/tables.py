@@ -14,6 +14,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
+def few(names: Sequence[str]) -> str:
+    """List the first three names, and hint at the others."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Align columns two spaces apart, each as wide as its widest cell.
 

@@ -27,6 +27,7 @@ from retrofit.plans import Plan
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
+from retrofit.tables import few
 
 
 def calibrate(
@@ -214,7 +215,7 @@ def _warn(report: Calibration, tolerance: float | None) -> None:
         return
     if dead := [site.site for site in report.sites if site.constant == site.channels]:
         warn(
-            f"all channels of {', '.join(dead[:3])}{', ...' if dead[3:] else ''} are constant on "
+            f"all channels of {few(dead)} are constant on "
             f"the {report.images} calibration images: the network is dead there, and BatchNorm has "
             "nothing to normalise"
         )

@@ -129,7 +129,7 @@ def run_inspect(request: InspectRequest) -> int:
     for key, value in _described(provenance).items():
         print(f"{one_line(key):<13}{'-' if value is None else one_line(str(value))}")
     sites = provenance.plan.inserted if provenance.plan else ()
-    print(norm_table(tensors, provenance.eps or 1e-5, first=[site.norm for site in sites]))
+    print(norm_table(tensors, provenance.eps or 1e-5, first=[site.batchnorm for site in sites]))
     elements = sum(tensor.numel() for tensor in tensors.values())
     print(f"{one_line(str(request.file))}: {len(tensors)} tensors, {elements:,} numbers")
     return 0

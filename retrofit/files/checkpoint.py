@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from retrofit.calibration.sample_errors import Calibration
 from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.conversion import inserted
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.files.converted_keys import converted_keys, keys_tell, norm_keys, refuse_changed_sites
 from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
@@ -96,11 +95,10 @@ def save(
         raise RetrofitError(f"{empty[0]} is on the meta device: it has no numbers to save")
     if path.suffix in PICKLED:
         if (made := plan_of(model)) is not None and not keys_tell(made, model):
-            warnings.warn(
+            warn(
                 f"{path.name} will not say where its BatchNorms are (only the keys do, and those "
                 "of this plan are not enough): for load, save it as .safetensors; or keep the plan "
-                "and use insert(model, plan).load_state_dict(...)",
-                stacklevel=2,
+                "and use insert(model, plan).load_state_dict(...)"
             )
         write_whole(path, lambda file: torch.save(state, file))
         return

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VGG
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.plans import Plan, Site
 from retrofit.surgery.record import record_of
+from retrofit.tables import few
 
 NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def norm_keys(site: Site) -> list[str]:
     """List the keys of the BatchNorm after a site; the last, a count of batches, may be missing."""
-    norm = f"{site.norm}.bn" if site.last_axis else site.norm
-    return [f"{norm}.{name}" for name in NAMES]
+    return [f"{site.batchnorm}.{name}" for name in NAMES]
 
 
 def converted_keys(plan: Plan) -> set[str]:
@@ -56,10 +55,10 @@ def refuse_changed_sites(model: nn.Module, state: Mapping[str, Any]) -> None:
                 "them up like that after loading, or use torch.save(model.state_dict(), path)"
             )
     if changed:
-        warnings.warn(
-            f"this {type(model).__name__} was changed after the conversion ({_few(changed)}): the "
-            "file loads into a plain network that was changed in the same way",
-            stacklevel=3,
+        warn(
+            f"this {type(model).__name__} was changed after the conversion "
+            f"({few(sorted(changed))}): the file loads into a plain network that was changed in "
+            "the same way"
         )
 
 
@@ -76,11 +75,7 @@ def _place(value: object) -> object:
 
 
 def _said(keys: list[str], state: Mapping[str, Any]) -> str:
-    lost = [key for key in keys if key not in state]
-    new = [key for key in keys if key in state]
-    parts = [f"{_few(which)} {verb}" for which, verb in ((lost, "gone"), (new, "new")) if which]
+    lost = sorted(key for key in keys if key not in state)
+    new = sorted(key for key in keys if key in state)
+    parts = [f"{few(which)} {verb}" for which, verb in ((lost, "gone"), (new, "new")) if which]
     return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _few(keys: Collection[str]) -> str:
-    return f"{', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"

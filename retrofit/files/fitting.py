@@ -7,7 +7,6 @@ decided by the model's own names, which may begin like that, too.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 from retrofit.files.state_dicts import State, preferred
 from retrofit.files.weights import WeightsFile
 from retrofit.numerics.tensor_checks import is_dense
+from retrofit.tables import few
 
 COUNTS = ".num_batches_tracked"
 
@@ -92,10 +92,9 @@ def fitted(file: WeightsFile, model: nn.Module, key: str | None = None) -> State
     theirs = tuple(fit.prefix for fit in found if fit.path == chosen.path)
     others = [name for name in chosen.others if not name.startswith(theirs)]
     if others and chosen.exact:
-        warnings.warn(
+        warn(
             f"{file.path} holds {len(others)} tensors beside the network in {chosen.place!r}, "
-            f"which are passed over ({_few(others)})",
-            stacklevel=2,
+            f"which are passed over ({few(others)})"
         )
     return chosen.state
 
@@ -126,7 +125,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
             f"{key} {_kind(new)}" for key, (new, old) in both.items() if not _suits(new, old)
         ],
     }
-    problems = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in wrong.items() if keys]
+    problems = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in wrong.items() if keys]
     if problems:
         odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
         raise RetrofitError(
@@ -135,10 +134,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
         )
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
         new, old = both[rounded[0]]
-        warnings.warn(
+        warn(
             f"{len(rounded)} tensors in {source} are rounded to the model's precision "
-            f"({rounded[0]} from {_kind(new)} to {_kind(old)})",
-            stacklevel=2,
+            f"({rounded[0]} from {_kind(new)} to {_kind(old)})"
         )
     model.load_state_dict(dict(tensors))
 
@@ -214,7 +212,3 @@ def _form(tensor: Any) -> str:
 def _kind(tensor: Any) -> str:
     kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
     return str(kind).removeprefix("torch.")
-
-
-def _few(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PureWindowsPath
 
 from retrofit.errors import RetrofitError
+from retrofit.tables import few
 
 INDEX = ".index.json"
 NAMES = (  # in the order of preference
@@ -35,9 +36,8 @@ def located(path: Path) -> Path:
             f"{path} is a folder without weights: it has none of {', '.join(NAMES)}"
         )
     if len(found) > 1:
-        names = ", ".join(file.name for file in found[:3])
         raise RetrofitError(
-            f"{path} is a folder with several weights files ({names}{', ...' * (len(found) > 3)}): "
+            f"{path} is a folder with several weights files ({few([f.name for f in found])}): "
             "name one of them, or the index that belongs to them"
         )
     return found[0]
@@ -64,8 +64,8 @@ def shards(index: Path) -> dict[Path, list[str]]:
             raise RetrofitError(f"{index} names {place!r}, which is not in its own folder")
         found.setdefault(index.parent / place, []).append(name)
     if missing := [file.name for file in found if not file.is_file()]:
-        some = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         raise RetrofitError(
-            f"{index} names {len(found)} files, and {len(missing)} of them do not exist ({some})"
+            f"{index} names {len(found)} files, and {len(missing)} of them do not exist "
+            f"({few(missing)})"
         )
     return found

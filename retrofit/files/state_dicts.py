@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, warn
 
 State = dict[str, Any]  # tensors, and what modules keep as their extra state
 # Names, of wrappers in files and of modules around a network, that say nothing but "the network".
@@ -95,10 +94,9 @@ def preferred(paths: Sequence[str], file: str) -> str:
             f"{file} holds several state dicts, {listed}: choose one with --weights-key "
             "(weights_key=)"
         )
-    warnings.warn(
+    warn(
         f"{file} holds several state dicts, {listed}: {best!r} is used; choose another with "
-        "--weights-key (weights_key=)",
-        stacklevel=2,
+        "--weights-key (weights_key=)"
     )
     return best
 

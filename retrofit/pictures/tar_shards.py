@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from retrofit.errors import RetrofitError
 from retrofit.pictures.eight_bits import check_modes
+from retrofit.tables import few
 
 EXTENSIONS = {
     ".bmp",
@@ -129,7 +130,7 @@ def expand(pattern: Path) -> list[Path]:
     if missing:
         raise RetrofitError(
             f"{pattern} stands for {len(shards)} shards, and {len(missing)} of them do not exist: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"{few(missing)}"
         )
     return shards
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError
 from retrofit.planning.renumbering import renumbered
@@ -24,7 +23,7 @@ from retrofit.plans import (
     Site,
 )
 from retrofit.running.call_arguments import ForwardFn
-from retrofit.running.shared_copy import refuse_wrappers, uncollected
+from retrofit.running.shared_copy import refuse_lazy, refuse_wrappers, uncollected
 from retrofit.surgery import graph
 from retrofit.surgery.native import Places
 from retrofit.tracing.attribute_reads import united
@@ -118,13 +117,7 @@ def _refuse_unusable(model: nn.Module) -> None:
             "a checkpoint that holds one, pass the module inside)"
         )
     refuse_wrappers(model)
-    for path, module in model.named_modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(map(is_lazy, tensors)):
-            raise RetrofitError(
-                f"{path or 'the model'} is a lazy {type(module).__name__} that has no shape yet: "
-                "run one batch through the model first"
-            )
+    refuse_lazy(model)
 
 
 def _patterns(given: Patterns) -> tuple[str, ...]:

@@ -102,16 +102,12 @@ def _layers(tensors: Mapping[str, Tensor], provenance: Provenance) -> tuple[Laye
             site.path,
             site.norm,
             site,
-            _summary(tensors, _norm_path(site), eps) if site.norm else None,
+            _summary(tensors, site.batchnorm, eps) if site.norm else None,
             samples.get(site.path),
             differences.get(site.path),
         )
         for number, site in enumerate(plan.sites, 1)
     )
-
-
-def _norm_path(site: Site) -> str:
-    return f"{site.norm}.bn" if site.last_axis else site.norm
 
 
 def _summary(tensors: Mapping[str, Tensor], norm: str, eps: float) -> BatchNormSummary:

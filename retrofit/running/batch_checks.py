@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
-from retrofit.running.nested import tensors
-from retrofit.running.signatures import input_channels, sample_axes
+from retrofit.running.nested import first_tensor, tensors
+from retrofit.running.signatures import first_channels, sample_axes
 
 LOADER = "wrap the data set in torch.utils.data.DataLoader(dataset, batch_size=32)"
 PIXELS = "convert them to float and normalise them as the model was trained"
@@ -72,8 +72,8 @@ def input_of(model: nn.Module, batch: Any) -> Tensor:
 
 def refuse_single_sample(model: nn.Module, batch: Any) -> None:
     """Raise RetrofitError for one picture without a batch axis, as a data set gives it."""
-    x = next(iter(tensors(batch).values()), None)
-    axes, channels = sample_axes(model), input_channels(model)
+    x = first_tensor(batch)
+    axes, channels = sample_axes(model), first_channels(model)
     if x is None or not channels or axes < 3 or x.dim() != axes:
         return
     items = batch[1:] if isinstance(batch, (list, tuple)) else []
@@ -117,12 +117,12 @@ def _misfit(model: nn.Module, batch: Any) -> str:
 
     Asked when the model has failed: one that runs may convert what it gets.
     """
-    x = next(iter(tensors(batch).values()), None)
+    x = first_tensor(batch)
     weights = [p for p in model.parameters() if p.is_floating_point()]
     if x is None or not weights:
         return ""
     dtypes, devices = {w.dtype for w in weights}, {w.device for w in weights}
-    axes, channels = sample_axes(model), input_channels(model)
+    axes, channels = sample_axes(model), first_channels(model)
     if not x.is_floating_point() and not x.is_complex() and not _embeds(model, x):
         return f"the batches are {x.dtype} of shape {tuple(x.shape)}: {PIXELS}"
     if len(devices) == 1 and x.device not in devices:

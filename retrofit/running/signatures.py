@@ -64,7 +64,7 @@ def sample_axes(model: nn.Module) -> int:
     return len(vars(conv)["kernel_size"]) + 1
 
 
-def input_channels(model: nn.Module) -> int:
+def first_channels(model: nn.Module) -> int:
     """Count the channels that the convolution takes which was registered first; 0 without."""
     conv = _first(model, _ConvNd)
     return 0 if conv is None else int(vars(conv)["in_channels"])

@@ -15,7 +15,13 @@ from retrofit.errors import RetrofitError
 from retrofit.plans import Options, Plan, Site
 from retrofit.tracing.calls import activation_after, occurrences
 from retrofit.tracing.operations import is_leaf
-from retrofit.tracing.symbolic import Symbolic, calls_of, defaults, symbolic
+from retrofit.tracing.symbolic import (
+    Symbolic,
+    calls_of,
+    defaults,
+    is_made_by_forward,
+    symbolic,
+)
 
 # x += y calls one of these.
 AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "setitem"}
@@ -74,8 +80,9 @@ def _refuse_random_numbers(
 ) -> None:
     """Raise RetrofitError where two traces, of different seeds, hold different constants."""
     for target in targets:
-        constant = target.rpartition(".")[2].startswith("_tensor_constant")
-        if constant and not torch.equal(*(getattr(s.traced, target) for s in (found, training))):
+        if is_made_by_forward(target) and not torch.equal(
+            *(getattr(s.traced, target) for s in (found, training))
+        ):
             raise RetrofitError(
                 f"{type(model).__name__}.forward draws random numbers, which would be the same "
                 "forever in a graph: use the native layout"
@@ -88,7 +95,7 @@ def _refuse_written_constants(model: nn.Module, graph: fx.Graph) -> None:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         in_place = str(name).strip("_") in AUGMENTED or re.search(r"[a-z0-9]_$", str(name))
         written = node.all_input_nodes[:1] if in_place or node.kwargs.get("out") else []
-        if written and "_tensor_constant" in str(written[0].target):
+        if written and is_made_by_forward(written[0].target):
             raise RetrofitError(
                 f"{type(model).__name__}.forward makes a tensor and writes to it ({name}): a graph "
                 "would keep what was written: use the native layout"

@@ -295,9 +295,14 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
     return Call(names.get(node.op, node.op), "", None, inside, arguments=arguments)
 
 
+def is_made_by_forward(target: object) -> bool:
+    """Tell whether a node refers to a tensor that forward made, for which torch.fx has a name."""
+    return str(target).rpartition(".")[2].startswith("_tensor_constant")
+
+
 def _constant_text(model: nn.Module, node: fx.Node) -> str:
     """Describe a tensor that forward made of other things than its inputs, by shape and sum."""
-    if node.op != "get_attr" or "_tensor_constant" not in str(node.target):
+    if node.op != "get_attr" or not is_made_by_forward(node.target):
         return ""
     value = getattr(model, str(node.target), None)
     if not isinstance(value, torch.Tensor):
