@@ -5,7 +5,7 @@ One set of rules for every way of reading a model, and for both layouts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -55,10 +55,8 @@ def decide(
     for path, module in model.named_modules():
         if is_candidate(module, options) and path not in called:
             calls[path] = []
-    rules, scripted = (
-        _Rules(model, trace, options, original or model),
-        scripted_sites(model, options),
-    )
+    rules = _Rules(model, trace, options, original or model)
+    scripted = scripted_sites(model, options)
     rules.refuse_idle_patterns({**calls, **{site.path: [] for site in scripted}})
     return [rules.site(path, made) for path, made in calls.items()] + scripted
 
@@ -110,12 +108,7 @@ class _Rules:
     def site(self, path: str, calls: list[Call]) -> Site:
         """Decide for the layer or function that makes `calls`."""
         layer = calls[0].module if calls else self.model.get_submodule(path)
-        named = any(self._matches(path, pattern) for pattern in self.options.include)
-        included = named and not any(self._matches(path, p) for p in self.options.exclude)
-        skip = self._reason_to_skip(path, layer, calls, included=included)
-        overridden = None
-        if included and not skip:
-            overridden = self._reason_to_skip(path, layer, calls, included=False)
+        skip, overridden = self._reasons(path, layer, calls)
         hosts = [] if skip else self._hosts(calls)
         host = hosts[0].path if hosts and hosts[0].module is not None else ""
         reason = "no norm follows"
@@ -136,7 +129,7 @@ class _Rules:
             dims=axes,
             calls=len(calls),
             decision="skip" if skip else "insert",
-            reason=f"{ASKED}{skip}" if skip and included else skip or reason,
+            reason=skip or reason,
             host=host,
             layer="" if skip or layer is None else calls[0].path,
             last_axis=axes == 0 and not all(c.shape and len(c.shape) == 2 for c in calls),
@@ -151,37 +144,54 @@ class _Rules:
         found = [activation for call in calls if (activation := activation_after(call))]
         return found if len(found) == len(calls) else []
 
-    def _reason_to_skip(
-        self, path: str, layer: nn.Module | None, calls: list[Call], *, included: bool
-    ) -> str | None:
-        """Say why there will be no BatchNorm; to one that is included, only what is impossible."""
-        options, hosts = self.options, self._hosts(calls)
+    def _reasons(self, path: str, layer: nn.Module | None, calls: list[Call]) -> tuple[str, str]:
+        """Say why there will be no BatchNorm, if so, and else what `include` had to override."""
+        options = self.options
         if excluded := next((p for p in options.exclude if self._matches(path, p)), None):
-            return f"excluded by {excluded!r}"
-        if options.include and not any(self._matches(path, p) for p in options.include):
-            return "not among those included"
+            return f"excluded by {excluded!r}", ""
+        included = any(self._matches(path, pattern) for pattern in options.include)
+        if options.include and not included:
+            return "not among those included", ""
+        overridden = ""
+        for objection, can_be_asked in self._objections(path, layer, calls):
+            if not included:
+                return objection, ""
+            if not can_be_asked:
+                return f"{ASKED}{objection}", ""
+            overridden = overridden or objection
+        return "", overridden
+
+    def _objections(
+        self, path: str, layer: nn.Module | None, calls: list[Call]
+    ) -> Iterator[tuple[str, bool]]:
+        """List what speaks against a BatchNorm, and whether it can be asked for all the same.
+
+        Nothing is looked at after what is impossible.
+        """
+        options, hosts = self.options, self._hosts(calls)
         if not calls:
-            return self._unreached(path)
-        if not included and layer is not None and (inner := _norm_inside(layer)):
-            return f"already normalised by {path}.{inner}"
+            yield self._unreached(path), False
+        if layer is not None and (inner := _norm_inside(layer)):
+            yield f"already normalised by {path}.{inner}", True
         if options.layout == "graph" and layer is None and calls[0].channels == 0:
-            return "a function whose weight is computed: the number of channels is not known"
+            yield "a function whose weight is computed: the number of channels is not known", False
         if layer is not None and _has_complex_weight(layer):
-            return "complex weights"
-        if not included and (norm := _norm_after(calls)):
-            return f"already normalised by {norm}"
+            yield "complex weights", False
+        if norm := _norm_after(calls):
+            yield f"already normalised by {norm}", True
         if not hosts:
-            return "no activation follows it directly"
+            yield "no activation follows it directly", False
         if any(map(_is_unbatched, calls)):
-            return "called on samples without a batch axis, which BatchNorm does not take"
+            yield "called on samples without a batch axis, which BatchNorm does not take", False
         if options.layout == "native" and (obstacle := self._obstacle(hosts)):
-            return obstacle
-        return None if included else self._reason_to_be_asked(path, calls, hosts)
+            yield obstacle, False
+        if reason := self._reason_to_be_asked(path, calls, hosts):
+            yield reason, True
 
     def _reason_to_be_asked(self, path: str, calls: list[Call], hosts: list[Call]) -> str | None:
         """Say why a BatchNorm, which is possible here, has to be asked for."""
         asked = f"; include={path!r} asks for it"
-        if self.options.layout == "native" and (read := self._read(hosts[0])):
+        if self.options.layout == "native" and (read := self._read(hosts[0].path)):
             return f"the model's own code reads its {read}{asked}"
         if any(map(self._to_output.lead, calls)):
             return f"output head: the model returns its values{asked}"
@@ -193,9 +203,9 @@ class _Rules:
             return "its feature map is a single pixel: training would fail on a batch of one"
         return None
 
-    def _read(self, host: Call) -> str:
+    def _read(self, path: str) -> str:
         """Name what the model's own code reads of a layer."""
-        return ", ".join(f".{name}" for name in sorted(self.trace.reads.get(host.path, ())))
+        return ", ".join(f".{name}" for name in sorted(self.trace.reads.get(path, ())))
 
     def _obstacle(self, hosts: list[Call]) -> str | None:
         """Say why the module tree has no place after these calls of one module."""
@@ -211,7 +221,7 @@ class _Rules:
             return "called with more than its input"
         read = self.trace.reads.get(path, ())
         if not all(is_forwardable(module, name) for name in read):
-            return f"the model's own code reads its {self._read(hosts[0])}"
+            return f"the model's own code reads its {self._read(path)}"
         return None
 
     def _unreached(self, path: str) -> str:
@@ -228,8 +238,8 @@ class _Rules:
                     f"inside {opaque or 'code'}, which torch.fx cannot trace ({place}): pass "
                     "example (--data)"
                 )
-        if read := sorted(self.trace.reads.get(path, ())):
-            return f"not called: the model's own code reads its {', '.join(f'.{r}' for r in read)}"
+        if read := self._read(path):
+            return f"not called: the model's own code reads its {read}"
         if self.trace.way == "run":
             return "not called on the example"
         kept = defaults(self.model)

@@ -93,7 +93,10 @@ def affine_map(norm: nn.Module) -> AffineMap:
         )
     if not are_statistics(mean, var):  # type: ignore[arg-type]
         raise _not_finite()
-    found = _known(inner) if type(inner) in OWN and not is_patched(inner) else _tried(inner)
+    if type(inner) in OWN and not is_patched(inner):
+        found = AffineMap(*_read(inner), nn.Identity())
+    else:
+        found = _tried(inner)
     if not (found.alpha.isfinite().all() and found.shift.isfinite().all()):
         raise _not_finite()
     return found
@@ -102,10 +105,6 @@ def affine_map(norm: nn.Module) -> AffineMap:
 def is_patched(module: nn.Module) -> bool:
     """Tell whether somebody gave this one module, not its class, another forward."""
     return not vars(module).keys().isdisjoint(("forward", "_conv_forward"))
-
-
-def _known(norm: nn.Module) -> AffineMap:
-    return AffineMap(*_read(norm), nn.Identity())
 
 
 def _not_finite() -> UnfoldableError:

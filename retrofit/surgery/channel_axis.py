@@ -22,7 +22,6 @@ from retrofit.tracing.operations import (
     SHAPED_LIKE,
     channels,
     dims,
-    function_name,
     is_activation,
     is_conv,
     is_linear,
@@ -30,6 +29,7 @@ from retrofit.tracing.operations import (
     keeps_dim,
     module_name,
 )
+from retrofit.tracing.symbolic import operation_name
 
 RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 SIZES = (2, 3, 5, 7)  # of the other axes, where any will do
@@ -171,7 +171,7 @@ def _rank_of_module(module: nn.Module, rank: int | None) -> int | None:
 
 def _rank_of_function(node: fx.Node, inputs: list[int | None]) -> int | None:
     """Count the axes of what a function gives, from those of its inputs."""
-    name = function_name(str(getattr(node.target, "__name__", node.target)))
+    name = operation_name(node)
     given = node.args[1:]
     if name in ("view", "reshape"):
         if len(given) == 1 and isinstance(given[0], (tuple, list)):

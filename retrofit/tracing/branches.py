@@ -39,7 +39,9 @@ def branches(model: nn.Module, *, usual: bool = False) -> Branches:
     defaults, too.
     """
     given = defaults(model)
-    found = {name: _values(model, given, name) for name in given}
+    told = all(isinstance(value, (bool, Enum)) for value in given.values())
+    as_usual = None if told else _traced(model, given)
+    found = {name: _values(model, given, name, as_usual) for name in given}
     unknown = {name for name, (_, all_of_them) in found.items() if not all_of_them}
     others = {name: values for name, (values, _) in found.items() if values}
     if math.prod(len(values) + 1 for values in others.values()) <= MOST:
@@ -73,14 +75,19 @@ def _traced(model: nn.Module, values: Mapping[str, Any]) -> Symbolic | None:
         return None
 
 
-def _values(model: nn.Module, usual: Mapping[str, Any], name: str) -> tuple[list[Any], bool]:
-    """List what else an argument can be, and tell whether that is all."""
+def _values(
+    model: nn.Module, usual: Mapping[str, Any], name: str, as_usual: Symbolic | None
+) -> tuple[list[Any], bool]:
+    """List what else an argument can be, and tell whether that is all.
+
+    `as_usual` is the trace for the defaults, where torch.fx can follow that.
+    """
     value = usual[name]
     if isinstance(value, bool):
         return [not value], True
     if isinstance(value, Enum):
         return [member for member in type(value) if member is not value], True
-    as_input, as_usual = _traced(model, {**usual, name: ANY}), _traced(model, usual)
+    as_input = _traced(model, {**usual, name: ANY})
     if as_input is not None and as_usual is not None and as_input.opaque == as_usual.opaque:
         return [ANY], True
     if value is None:  # a flag?

@@ -218,35 +218,38 @@ def calls_of(
         opaque: modules that count as one call each.
         original: see `model`.
     """
-    constants = _constants(graph)
-    read = {node: set(_nodes_in(_with_values(node))) for node in graph.nodes}
+    names = {node: operation_name(node) for node in graph.nodes}
+    read = {n: _nodes_in(with_values(name, n.args, n.kwargs)) for n, name in names.items()}
+    constants = _constants(names, read)
     calls: dict[fx.Node, Call] = {}
     for node in reversed(graph.nodes):  # users first
         users = tuple(calls[user] for user in node.users if node in read[user])
-        weighted = _name(node) in PRODUCTS and not constants.isdisjoint(_nodes_in(_factors(node)))
-        call = _call(model, node, opaque)
+        name = names[node]
+        multiplied = factors(name, node.args, node.kwargs) if name in PRODUCTS else ()
+        weighted = not constants.isdisjoint(_nodes_in(multiplied))
+        call = _call(model, node, name, opaque)
         if original is not None and call.module is not None:
             call = replace(call, module=original.get_submodule(call.path))
         calls[node] = replace(call, users=users, weighted=weighted)
     return dict(reversed(calls.items()))
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
+def _constants(names: Mapping[fx.Node, str], read: Mapping[fx.Node, set[fx.Node]]) -> set[fx.Node]:
     """List the nodes that give parameters and buffers, or what is made of these alone."""
     found: set[fx.Node] = set()
     sizes: set[fx.Node] = set()
-    for node in graph.nodes:
-        read = node.all_input_nodes
-        if _name(node) in SHAPE_READERS or (read and sizes.issuperset(read)):
+    for node, name in names.items():
+        every = node.all_input_nodes
+        if name in SHAPE_READERS or (every and sizes.issuperset(every)):
             sizes.add(node)
             continue
-        inputs = set(_nodes_in(_with_values(node))) - sizes
+        inputs = read[node] - sizes
         if node.op == "get_attr" or (inputs and node.op != "output" and found >= inputs):
             found.add(node)
     return found
 
 
-def _name(node: fx.Node) -> str:
+def operation_name(node: fx.Node) -> str:
     """Name the operation of a function or method; empty for other nodes."""
     if node.op not in ("call_function", "call_method"):
         return ""
@@ -256,21 +259,13 @@ def _name(node: fx.Node) -> str:
     return function_name(str(target), node.args)
 
 
-def _with_values(node: fx.Node) -> Any:
-    return with_values(_name(node), node.args, node.kwargs)
-
-
-def _factors(node: fx.Node) -> Any:
-    return factors(_name(node), node.args, node.kwargs)
-
-
-def _nodes_in(arguments: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arguments, found.append)
+def _nodes_in(arguments: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    fx.node.map_arg(arguments, found.add)
     return found
 
 
-def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
+def _call(model: nn.Module, node: fx.Node, operation: str, opaque: Collection[str]) -> Call:
     # Keys of the stack may repeat a path as "name@1"; the values hold the path itself.
     stack = node.meta.get("nn_module_stack", {})
     inside = tuple(path for path, _ in stack.values())
@@ -280,14 +275,14 @@ def _call(model: nn.Module, node: fx.Node, opaque: Collection[str]) -> Call:
         module = model.get_submodule(path)
         name = "unknown" if path in opaque else module_name(module)
         return Call(name, path, module, inside, alone=is_alone(node.args, node.kwargs))
-    if name := _name(node):
+    if operation:
         return Call(
-            name,
+            operation,
             where,
             None,
             inside,
             keepdim=keeps_dim(node.args, node.kwargs),
-            channels=_channels(model, node, name) if name in AFFINE_FUNCTIONS else 0,
+            channels=_channels(model, node, operation) if operation in AFFINE_FUNCTIONS else 0,
             arguments=_arguments_text(node),
         )
     names = {"placeholder": "input", "get_attr": "attribute"}
