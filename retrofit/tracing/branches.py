@@ -90,12 +90,12 @@ def _values(
     as_input = _traced(model, {**usual, name: ANY})
     if as_input is not None and as_usual is not None and as_input.opaque == as_usual.opaque:
         return [ANY], True
-    if value is None:  # a flag?
-        flagged = _traced(model, {**usual, name: True})
+    if value is None:  # a flag, or a name?
+        flags = [True] if _traced(model, {**usual, name: True}) is not None else []
         texts, all_known = _compared(model, usual, name)
-        if flagged is None:
-            return [], False
-        return ([True, *texts], all_known) if len(texts) > 1 else ([True], True)
+        if not any(texts):  # it is compared with none
+            return flags, bool(flags)
+        return [*flags, *texts], bool(flags) and all_known
     if isinstance(value, str):
         return _compared(model, usual, name)
     if isinstance(value, int):

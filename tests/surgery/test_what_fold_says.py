@@ -136,6 +136,14 @@ class ByNoName(Branching):
         return y if mode == "raw" else self.bn(y)
 
 
+class ByOneName(Branching):
+    def forward(self, x, mode=None):
+        y = self.conv(self.stem(x))
+        if mode is not None and mode != "raw":
+            raise ValueError(mode)
+        return y if mode == "raw" else self.bn(y)
+
+
 class ByFlag(Branching):
     def forward(self, x, normed=True, *, twice=False):
         y = self.conv(self.stem(x))
@@ -473,7 +481,7 @@ def test_a_weight_that_is_a_buffer_is_said_to_be_no_parameter():
         retrofit.fold(converted)
 
 
-@pytest.mark.parametrize("net", [ByAnyOther, ByNoName])
+@pytest.mark.parametrize("net", [ByAnyOther, ByNoName, ByOneName])
 def test_what_any_other_string_leads_to_is_followed(net):
     assert "uses it or its layer otherwise" in retrofit.unfoldable(trained(net()))["bn"]
 
