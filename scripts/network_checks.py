@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from zoo_tables import NORMALISED
 
+import retrofit
 from retrofit import Plan
 
 
@@ -55,6 +56,22 @@ def informative(outputs: Sequence[Tensor]) -> bool:
     floats = [y for y in outputs if y.is_floating_point() and y.numel()]
     finite = all(bool(y.isfinite().all()) for y in floats)
     return finite and any(bool(y.amin() < y.amax()) for y in floats)
+
+
+def compared(
+    model: nn.Module, converted: nn.Module, inputs: Any, bits: Mapping[str, str]
+) -> tuple[bool, str]:
+    """Tell whether both models compute the same, and why that says nothing, if so.
+
+    The first is also compared with what it was: `bits` are its digests from before.
+    """
+    with torch.no_grad():
+        expected, actual = call(model, inputs), call(converted, inputs)
+    exact = retrofit.verify(model, converted, [inputs]).exact
+    equal = exact and same(expected, actual) and digests(model) == bits
+    if informative(expected):
+        return equal, ""
+    return equal, "the outputs are constant or not finite: comparing them says nothing"
 
 
 def digests(model: nn.Module) -> dict[str, str]:

@@ -10,14 +10,12 @@ import torch
 import torchvision
 from network_checks import (
     batchnorms,
-    call,
+    compared,
     convolutions,
     described,
     digests,
-    informative,
     left_out,
     one_line,
-    same,
 )
 from zoo_models import batch, build, family, size_for
 from zoo_tables import Result
@@ -57,12 +55,8 @@ def examine(result: Result) -> None:
     if (planned := sum(site.channels > 0 for site in plan.sites)) != result.convs:  # 0: functions
         result.error = f"the plan decides on {planned} convolutions"
 
-    with torch.no_grad():
-        expected, actual = call(model, second), call(converted, second)
-    exact = retrofit.verify(model, converted, [second]).exact
-    result.equal = exact and same(expected, actual) and digests(model) == bits
-    if not informative(expected):
-        result.error = "the outputs are constant or not finite: comparing them says nothing"
+    result.equal, problem = compared(model, converted, second, bits)
+    result.error = problem or result.error
 
     del model  # the largest would not fit three times
     folded = retrofit.fold(converted)
