@@ -54,6 +54,8 @@ class Site:
         frozen: the layer's weight requires no gradient, so the BatchNorm's do not either.
         forwarded: attributes of the layer that the model's own code reads (`.stride`), which the
             Sequential in its place then has too.
+        seat: module path in the original model of the nn.Identity whose place the BatchNorm takes;
+            empty where it gets a place of its own.
     """
 
     path: str
@@ -69,6 +71,7 @@ class Site:
     last_axis: bool = False
     frozen: bool = False
     forwarded: tuple[str, ...] = ()
+    seat: str = ""
 
     @property
     def batchnorm(self) -> str:

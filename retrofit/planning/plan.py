@@ -57,6 +57,11 @@ def plan(
     on a batch of one), and those that the model's own code reads (`self.conv.weight`,
     `self.conv.stride`) or calls past its module tree.
 
+    Where folding has left an nn.Identity that alone reads a convolution, the BatchNorm takes its
+    place (its seat), so that a folded ResNet gets the keys of its class again, and `fold` puts the
+    nn.Identity back. A seat is named like a norm ("bn1", "norm"), or comes right after the
+    convolution in one nn.Sequential. The graph layout and post_activation know none.
+
     Args:
         model: any module.
         example: one batch, in the form that `calibrate` takes. Two images are enough.
@@ -68,7 +73,8 @@ def plan(
         renumber: path or paths of `nn.Sequential`s in which BatchNorm becomes a child of its own
             right after the convolution, as in torchvision's vgg*_bn; later children move up. By
             default `features` of torchvision's VGG, and () for none. Everywhere else a convolution
-            is replaced in place by `nn.Sequential(conv=..., bn=...)`, so that no index moves.
+            without a seat is replaced in place by `nn.Sequential(conv=..., bn=...)`, so that no
+            index moves.
         layout: "native" keeps the model's class, methods and containers. "graph" makes a
             `torch.fx.GraphModule`, which also has a place after functional convolutions
             (`F.conv2d`) and one for each call of a shared layer; it needs torch.fx to follow the
@@ -187,13 +193,9 @@ def _placed(
     model: nn.Module, sites: Sequence[Site], growing: tuple[str, ...]
 ) -> tuple[tuple[Site, ...], dict[str, str]]:
     """Give the sites their places in the native layout, and all tensors their keys there."""
-    places = Places(model, {s.host for s in sites if s.decision == "insert"}, growing)
-    placed = tuple(
-        replace(site, layer=places.new_path(site.path), norm=places.norm_path(site.host))
-        if site.decision == "insert"
-        else site
-        for site in sites
-    )
+    hosts = {site.host for site in sites if site.decision == "insert" and not site.seat}
+    places = Places(model, hosts, growing)
+    placed = tuple(places.placed(site) if site.decision == "insert" else site for site in sites)
     return placed, {key: places.new_key(key) for key in model.state_dict(keep_vars=True)}
 
 
@@ -208,7 +210,7 @@ def without(model: nn.Module, drawn: Plan, paths: Collection[str]) -> Plan:
 
 
 def _skipped(site: Site, reason: str) -> Site:
-    return replace(site, decision="skip", reason=reason, host="", layer="", norm="")
+    return replace(site, decision="skip", reason=reason, host="", layer="", norm="", seat="")
 
 
 # --- the graph layout --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.planning.scripted import scripted_sites
+from retrofit.planning.seats import seat_after
 from retrofit.plans import ASKED, Options, Site
 from retrofit.tracing.calls import Call, Trace, activation_after, is_candidate, occurrences
 from retrofit.tracing.operations import (
@@ -111,7 +112,8 @@ class _Rules:
         skip, overridden = self._reasons(path, layer, calls)
         hosts = [] if skip else self._hosts(calls)
         host = hosts[0].path if hosts and hosts[0].module is not None else ""
-        reason = "no norm follows"
+        seat = "" if skip else self._seat(calls)
+        reason = f"takes the seat of {seat}, an nn.Identity" if seat else "no norm follows"
         if overridden:
             reason = f"included, although {overridden.partition('; include=')[0]}"
         elif len(calls) > 1:
@@ -134,8 +136,17 @@ class _Rules:
             layer="" if skip or layer is None else calls[0].path,
             last_axis=axes == 0 and not all(c.shape and len(c.shape) == 2 for c in calls),
             frozen=is_frozen(layer or self.model),
-            forwarded=tuple(sorted(self.trace.reads.get(host, ()))) if host else (),
+            forwarded=tuple(sorted(self.trace.reads.get(host, ()))) if host and not seat else (),
+            seat=seat,
         )
+
+    def _seat(self, calls: list[Call]) -> str:
+        """Find the nn.Identity whose place a BatchNorm takes; a graph has one after any call."""
+        if self.options.layout == "graph" or self.options.placement != "pre_activation":
+            return ""
+        seat = seat_after(self.model, calls)
+        only = seat and self._calls_of[self.model.get_submodule(seat)]
+        return seat if only and len(only) == len(calls) else ""
 
     def _hosts(self, calls: list[Call]) -> list[Call]:
         """List the calls after which the BatchNorm comes; none if an activation is missing."""

@@ -45,13 +45,12 @@ def missed_sites(
     trace, training = traces
     trial = shared_copy(model)
     put_after_sites(trial, plan, _stand_in)
-    norms = {site.norm for site in plan.inserted}
     tried = read(trial, example, forward_fn, way=trace.way)
-    if not _does_the_same(tried, trace, norms):
+    if not _does_the_same(tried, trace, plan):
         raise _does_something_else(model, "")
     if training is not None:
         trained = read_in_training(trial, trace, example, forward_fn, way=training.way)
-        if trained is None or not _does_the_same(trained, training, norms):
+        if trained is None or not _does_the_same(trained, training, plan):
             raise _does_something_else(model, "in train mode ")
     called = Counter(call.path for call in tried.calls)
     return {site.path for site in plan.inserted if called[site.norm] != site.calls}
@@ -64,8 +63,9 @@ def _does_something_else(model: nn.Module, when: str) -> RetrofitError:
     )
 
 
-def _does_the_same(tried: Trace, trace: Trace, norms: Collection[str]) -> bool:
-    same_flow = _flow(tried.calls, norms) == _flow(trace.calls)
+def _does_the_same(tried: Trace, trace: Trace, plan: Plan) -> bool:
+    norms, seats = ({getattr(site, name) for site in plan.inserted} for name in ("norm", "seat"))
+    same_flow = _flow(tried.calls, norms) == _flow(trace.calls, seats - {""})
     return same_flow and _returned_the_same(tried, trace)
 
 

@@ -7,6 +7,7 @@ changes under each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace as changed
 
 from torch import fx, nn
 
@@ -46,6 +47,8 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
         )
     sites = dict(zip(hosts, plan.inserted, strict=True))
     made = {host: make(site, _find(model, site.path)) for host, site in sites.items()}
+    seated = {_seat(model, site): made[host] for host, site in sites.items() if site.seat}
+    beside = {host: norm for host, norm in made.items() if not sites[host].seat}
     wrappers: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for inner in parent.children():
@@ -55,13 +58,14 @@ def _put_after_modules(model: nn.Module, plan: Plan, make: Make) -> None:
             children: list[nn.Module] = []
             for child in parent._modules.values():
                 if child is not None:
-                    children += [child, made[child]] if child in made else [child]
+                    children += [child, beside[child]] if child in beside else [child]
             _set_children(parent, children)
         else:
             for name, child in parent._modules.items():
-                if child in made:
-                    wrapper = wrappers.setdefault(child, _wrap(child, made[child], sites[child]))
+                if child in beside:
+                    wrapper = wrappers.setdefault(child, _wrap(child, beside[child], sites[child]))
                     parent._modules[name] = wrapper
+    replace(model, seated)
     for host, site in sites.items():
         layer, norm = find_site(model, site)
         if norm is not made[host] or _shape(layer) != (site.channels, site.dims):
@@ -88,6 +92,14 @@ def _host(model: nn.Module, site: Site) -> nn.Module:
     return host
 
 
+def _seat(model: nn.Module, site: Site) -> nn.Module:
+    """Find the nn.Identity whose place the BatchNorm of `site` takes."""
+    seat = _find(model, site.seat)
+    if type(seat) is not nn.Identity:
+        raise _misfit(model, f"{site.seat} is no nn.Identity; plan this model anew")
+    return seat
+
+
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Replace modules wherever they are registered, in place."""
     for parent in list(model.modules()):
@@ -101,7 +113,8 @@ def take_out(model: nn.Module, plan: Plan) -> None:
     if isinstance(model, fx.GraphModule) and plan.layout == "graph":
         graph.take_out(model, plan)
         return
-    norms = {find_site(model, site)[1] for site in plan.inserted}
+    found = {site: find_site(model, site)[1] for site in plan.inserted}
+    norms = {norm for site, norm in found.items() if not site.seat}
     wrappers: dict[nn.Module, nn.Module] = {
         module: next(module.children())
         for module in model.modules()
@@ -113,7 +126,8 @@ def take_out(model: nn.Module, plan: Plan) -> None:
         children = [child for child in parent._modules.values() if child is not None]
         if parent not in wrappers and not norms.isdisjoint(children):
             _set_children(parent, [child for child in children if child not in norms])
-    replace(model, wrappers)
+    seats = {n: nn.Identity().train(n.training) for site, n in found.items() if site.seat}
+    replace(model, wrappers | seats)
 
 
 def find_site(model: nn.Module, site: Site) -> tuple[nn.Module | None, nn.Module]:
@@ -194,7 +208,12 @@ class Places:
             parent = path
         return ".".join(new)
 
-    def norm_path(self, host: str) -> str:
+    def placed(self, site: Site) -> Site:
+        """Give `site` with the paths of its layer and its BatchNorm."""
+        norm = self.new_path(site.seat) if site.seat else self._norm_path(site.host)
+        return changed(site, layer=self.new_path(site.path), norm=norm)
+
+    def _norm_path(self, host: str) -> str:
         """Give the path of the BatchNorm after the module that was at `host`."""
         parent, _, name = self.new_path(host).rpartition(".")
         own = str(int(name) + 1) if host.rpartition(".")[0] in self.moves else "bn"
