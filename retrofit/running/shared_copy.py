@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -26,8 +26,13 @@ WRAPPERS = {
 }
 
 
-def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
+def shared_copy(
+    model: M, keep: Iterable[object] = (), instead: Mapping[nn.Module, nn.Module] | None = None
+) -> M:
     """Copy the modules over the same parameter storage; those in `keep` are not even copied.
+
+    A module in `instead` is replaced by what that maps it to, wherever the model holds it: in a
+    list or under another attribute, too.
 
     Parameters are new objects, or moving the copy would move the original; ties stay ties.
     Buffers are copied, since forward may write to them. Gradients are left behind.
@@ -38,6 +43,7 @@ def shared_copy(model: M, keep: Iterable[object] = ()) -> M:
     """
     refuse_wrappers(model)
     memo: dict[int, object] = {id(thing): thing for thing in keep}
+    memo |= {id(module): other for module, other in (instead or {}).items()}
     for module in model.modules():
         for parameter in module._parameters.values():
             if type(parameter) is nn.Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import arguments_of
+from retrofit.running.shared_copy import shared_copy
 from retrofit.surgery.affine_map import batchnorms
 from retrofit.surgery.channel_axis import kept_in_graph, kept_in_run, of_two_axes, ranks_in
 from retrofit.tracing.branches import branches
-from retrofit.tracing.calls import Call
+from retrofit.tracing.calls import Call, Trace
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     SHAPE_READERS,
@@ -25,6 +26,7 @@ from retrofit.tracing.operations import (
     is_linear,
 )
 from retrofit.tracing.read_model import read
+from retrofit.tracing.same_calls import do_the_same
 from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defaults, symbolic
 
 # The same numbers in another shape. (Others of VIEWS change the precision, or mix the channels.)
@@ -75,15 +77,12 @@ class _Reading(NamedTuple):
     """What a model does in eval mode.
 
     Attributes:
-        static: torch.fx followed the model.
+        trace: its calls.
         special: the example gives another value for an argument that has a default.
         symbolic, nodes: where no example was given.
     """
 
-    calls: Sequence[Call]
-    opaque: Mapping[str, str]
-    reads: Mapping[str, frozenset[str]]
-    static: bool
+    trace: Trace
     special: bool = False
     symbolic: Symbolic | None = None
     nodes: Mapping[Call, fx.Node] = MappingProxyType({})
@@ -104,11 +103,12 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
     if not norms:
         return Pairs({})
     reading = _read(model, example)
-    found = _followed(reading.calls, norms)
-    found = found.without(_hidden(model, found, reading.opaque))
+    found = _followed(reading.trace.calls, norms)
+    found = found.without(_hidden(model, found, reading.trace.opaque))
     found = found.without(_read_by_code(found, reading))
     found = found.without(_hooked(model, found))
     found = found.without(_on_another_axis(model, found, reading, example))
+    found = found.without(_missed(model, found, reading, example))
     return _in_every_branch(model, found, reading)
 
 
@@ -116,8 +116,7 @@ def _read(model: nn.Module, example: Any) -> _Reading:
     if example is not None:
         trace = read(model, example)
         special = bool(arguments_of(model, example).kwargs.keys() & defaults(model).keys())
-        static = trace.way == "symbolic"
-        return _Reading(trace.calls, trace.opaque, trace.reads, static, special)
+        return _Reading(trace, special)
     try:
         found = symbolic(model)
     except UntraceableError as error:
@@ -126,8 +125,8 @@ def _read(model: nn.Module, example: Any) -> _Reading:
             "knows which layer a BatchNorm follows: pass example"
         ) from error
     nodes = {call: node for node, call in calls_of(model, found.graph, found.opaque).items()}
-    reads = found.reads.frozen()
-    return _Reading(tuple(nodes), found.opaque, reads, static=True, symbolic=found, nodes=nodes)
+    trace = Trace(tuple(nodes), "symbolic", found.opaque, found.reads.frozen())
+    return _Reading(trace, symbolic=found, nodes=nodes)
 
 
 # --- what feeds what ---------------------------------------------------------------------------
@@ -257,8 +256,8 @@ def _read_by_code(found: Pairs, reading: _Reading) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for norm, pair in found.pairs.items():
         # None but tensors change in the layer; of the BatchNorm nothing stays.
-        of_layer = reading.reads.get(pair.layer, frozenset()) & TENSORS
-        names = sorted({*reading.reads.get(norm, ()), *of_layer})
+        of_layer = reading.trace.reads.get(pair.layer, frozenset()) & TENSORS
+        names = sorted({*reading.trace.reads.get(norm, ()), *of_layer})
         if names:
             reasons[norm] = f"the model's own code reads {names[0]} of it or of its layer"
     return reasons
@@ -275,6 +274,43 @@ def _hooked(model: nn.Module, found: Pairs) -> dict[str, str]:
             if any(after) or any(before):
                 reasons[norm] = "a module between it and its layer has a hook"
     return reasons
+
+
+def _missed(model: nn.Module, found: Pairs, reading: _Reading, example: Any) -> dict[str, str]:
+    """Give the reasons of pairs whose BatchNorm the model's code would miss: it asks for its type.
+
+    Tried on copies in which what is no BatchNorm computes the same.
+    """
+
+    def is_missed(norms: list[str]) -> bool:
+        stand_ins = {m: _stand_in(m) for m in map(model.get_submodule, norms)}
+        try:
+            tried = _read(shared_copy(model, instead=stand_ins), example).trace
+        except RetrofitError:
+            return True
+        return not do_the_same(tried.without(norms), reading.trace.without(norms))
+
+    def missed(norms: list[str]) -> list[str]:
+        """Find, by halves, which of these are."""
+        if not norms or not is_missed(norms):
+            return []
+        half = len(norms) // 2
+        return (missed(norms[:half]) + missed(norms[half:]) if half else []) or norms
+
+    left: list[str] = []
+    while more := missed([norm for norm in found.pairs if norm not in left]):
+        left += more
+    reason = "the model's own code does something else without it (it may ask for its type)"
+    return dict.fromkeys(left, reason)
+
+
+def _stand_in(norm: nn.Module) -> nn.Module:
+    """Make what is no BatchNorm, and computes what `norm` computes in eval mode."""
+    inside, stand_in = shared_copy(norm), nn.Identity()
+    for module in inside.modules():
+        module.training = False
+    vars(stand_in)["forward"] = inside.forward
+    return stand_in
 
 
 def _on_another_axis(
@@ -325,15 +361,15 @@ def _kept(found: Symbolic, nodes: Mapping[Call, fx.Node], pairs: Mapping[str, Pa
 def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs:
     """Leave out the pairs that are none where forward is called with other arguments."""
     # What a model that asks for types does in a run, torch.fx does not see.
-    if not found.pairs or not (reading.static or reading.special):
+    if not found.pairs or not (reading.trace.way == "symbolic" or reading.special):
         return found
-    others = branches(model, usual=reading.special)
+    others, known = branches(model, usual=reading.special), reading.trace.opaque
     reasons: dict[str, str] = {}
     for words, other in others.traces.items():
         calls = list(calls_of(model, other.graph, other.opaque).values())
         seen = _followed(calls, found.pairs)
         called = {call.path for call in calls if call.module is not None}
-        more = {path: place for path, place in other.opaque.items() if path not in reading.opaque}
+        more = {path: place for path, place in other.opaque.items() if path not in known}
         hidden = _hidden(model, found, more)
         for norm, pair in found.pairs.items():
             same = seen.pairs.get(norm)

@@ -162,12 +162,20 @@ def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]
     before = batchnorms(result)
     unknown: tuple[str, ...] = ()
     if plan is not None:
-        inserted = _fold_planned(result, plan)
+        inserted, new = _fold_planned(result, plan)
         left = {path: EARLIER for path, norm in before.items() if norm not in inserted}
     else:
-        left, unknown = _fold_all(model, result, example)
+        left, unknown, new = _fold_all(model, result, example)
     attach(result, None)
-    return Folded(copy.deepcopy(result), len(before) - len(left), left, unknown)
+    return Folded(_copied(result, new), len(before) - len(left), left, unknown)
+
+
+def _copied(model: M, new: Mapping[nn.Module, nn.Module]) -> M:
+    """Copy `model`, with new modules in place of those it holds other than by registration."""
+    memo: dict[int, Any] = {}
+    for module, other in new.items():
+        memo[id(module)] = copy.deepcopy(other, memo)
+    return copy.deepcopy(model, memo)
 
 
 def _refuse_program(model: object) -> None:
@@ -185,10 +193,14 @@ def _exported() -> RetrofitError:
 # --- by a plan: all that it inserted, or none ----------------------------------------------------
 
 
-def _fold_planned(model: nn.Module, plan: Plan) -> set[nn.Module]:
-    """Fold and take out, in place, what `plan` inserted; return that.
+def _fold_planned(
+    model: nn.Module, plan: Plan
+) -> tuple[set[nn.Module], dict[nn.Module, nn.Module]]:
+    """Fold and take out, in place, what `plan` inserted.
 
     A BatchNorm that is the identity asks nothing of what it follows.
+
+    Returns the BatchNorms, and what stands for each module that is gone.
     """
     found = {site.path: (site, *find_site(model, site)) for site in plan.inserted}
     maps = {path: _map_after(norm, path) for path, (_, _, norm) in found.items()}
@@ -216,8 +228,7 @@ def _fold_planned(model: nn.Module, plan: Plan) -> set[nn.Module]:
     inserted = {
         norm.bn if isinstance(norm, LastAxisBatchNorm) else norm for _, _, norm in found.values()
     }
-    take_out(model, plan)
-    return inserted
+    return inserted, take_out(model, plan)
 
 
 def _map_after(norm: nn.Module, path: str) -> AffineMap:
@@ -242,10 +253,11 @@ def _map_after(norm: nn.Module, path: str) -> AffineMap:
 
 def _fold_all(
     model: nn.Module, result: nn.Module, example: Any
-) -> tuple[dict[str, str], tuple[str, ...]]:
+) -> tuple[dict[str, str], tuple[str, ...], dict[nn.Module, nn.Module]]:
     """Fold in place, in `result`, a copy of `model`, every BatchNorm that a layer can absorb.
 
-    Returns those that stay, with the reasons, and what `Folded.unknown` says.
+    Returns those that stay, with the reasons, what `Folded.unknown` says, and what stands for each
+    BatchNorm that is gone.
     """
     found = find_pairs(model, example)
     layers: dict[str, nn.Module | None] = {
@@ -268,7 +280,7 @@ def _fold_all(
             left.pop(path, None)
     replace(result, new)
     order = batchnorms(model)
-    return {path: left[path] for path in order if path in left}, found.unknown
+    return {path: left[path] for path in order if path in left}, found.unknown, new
 
 
 def _absorb_one(model: nn.Module, layer: nn.Module | None, norm: str, found: AffineMap) -> None:

@@ -108,11 +108,14 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = new[child]
 
 
-def take_out(model: nn.Module, plan: Plan) -> None:
-    """Undo `put_after_sites`, in place: what was inserted is gone, the containers as they were."""
+def take_out(model: nn.Module, plan: Plan) -> dict[nn.Module, nn.Module]:
+    """Undo `put_after_sites`, in place: what was inserted is gone, the containers as they were.
+
+    Returns what stands for each module that is gone, where the model holds it in a list, say.
+    """
     if isinstance(model, fx.GraphModule) and plan.layout == "graph":
         graph.take_out(model, plan)
-        return
+        return {}
     found = {site: find_site(model, site)[1] for site in plan.inserted}
     norms = {norm for site, norm in found.items() if not site.seat}
     wrappers: dict[nn.Module, nn.Module] = {
@@ -128,6 +131,7 @@ def take_out(model: nn.Module, plan: Plan) -> None:
             _set_children(parent, [child for child in children if child not in norms])
     seats = {n: nn.Identity().train(n.training) for site, n in found.items() if site.seat}
     replace(model, wrappers | seats)
+    return {norm: nn.Identity() for norm in norms} | seats | wrappers
 
 
 def find_site(model: nn.Module, site: Site) -> tuple[nn.Module | None, nn.Module]:

@@ -5,7 +5,7 @@ Read with torch.fx (`symbolic`) or off a real run (`example_run`); the rules see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -91,6 +91,22 @@ class Trace:
     def modules_called(self) -> list[str]:
         """Paths of the called modules, in order."""
         return [call.path for call in self.calls if call.module is not None]
+
+    def without(self, paths: Collection[str]) -> Trace:
+        """Leave out the calls of (or in) the modules at `paths`: what feeds them feeds their users.
+
+        The others are new objects.
+        """
+        new: dict[Call, Call] = {}
+        reached: dict[Call, tuple[Call, ...]] = {}
+        for call in reversed(self.calls):
+            users = tuple(dict.fromkeys(u for user in call.users for u in reached[user]))
+            if call.path in paths:
+                reached[call] = users
+            else:
+                new[call] = replace(call, users=users)
+                reached[call] = (new[call],)
+        return replace(self, calls=tuple(reversed(new.values())))
 
     def is_inside_opaque(self, path: str) -> bool:
         """Tell whether the module at `path` is, or is part of, one that could not be followed."""

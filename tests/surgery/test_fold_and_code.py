@@ -1,0 +1,134 @@
+"""What a model's own code holds, asks or reads of its layers is the same once it is folded."""
+
+import functools
+import types
+
+import nets
+import pytest
+import torch
+from test_folding_kinds import assert_folded, trained
+from torch import nn
+
+import retrofit
+
+
+class Pair(nn.Module):
+    """A convolution and its BatchNorm, which `forward` of the subclasses finds in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.hold()
+
+    def hold(self):
+        pass
+
+
+# --- held elsewhere ------------------------------------------------------------------------------
+
+
+class InList(Pair):
+    def hold(self):
+        self.steps = [self.conv, self.bn]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class InDict(Pair):
+    def hold(self):
+        self.norms = {"a": {"b": self.bn}}
+
+    def forward(self, x):
+        return self.norms["a"]["b"](self.conv(x))
+
+
+class AsPlainAttribute(Pair):
+    def hold(self):
+        object.__setattr__(self, "other", self.bn)
+
+    def forward(self, x):
+        return self.other(self.conv(x))
+
+
+class InPartial(Pair):
+    def hold(self):
+        self.norm = functools.partial(lambda norm, x: norm(x), self.bn)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class InObject(Pair):
+    def hold(self):
+        self.parts = types.SimpleNamespace(norm=self.bn)
+
+    def forward(self, x):
+        return self.parts.norm(self.conv(x))
+
+
+HOLDING = [InList, InDict, AsPlainAttribute, InPartial, InObject]
+
+
+@pytest.mark.parametrize("net", HOLDING)
+@pytest.mark.parametrize("run", [False, True])
+def test_a_batchnorm_that_is_held_elsewhere_too_is_not_applied_twice(net, run):
+    x = nets.images(2, 3, 7, 7)
+    assert_folded(trained(net()), x, example=x if run else None)
+
+
+def test_a_container_of_the_conversion_that_is_held_elsewhere_is_gone_after_folding():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.steps = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), []
+
+        def forward(self, x):
+            y = self.steps[0](x) if self.steps else self.conv(x)
+            return self.head(y.relu())
+
+    converted = retrofit.insert(Held().eval())
+    converted.steps = [converted.conv]
+    trained(converted)
+    folded, x = retrofit.fold(converted), nets.images(2, 3, 7, 7)
+    torch.testing.assert_close(folded(x), converted(x), rtol=1e-4, atol=1e-5)
+    assert folded.steps[0] is folded.conv
+
+
+# --- asked for its type --------------------------------------------------------------------------
+
+
+class Typed(Pair):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y * 2 if isinstance(self.bn, nn.BatchNorm2d) else y
+
+
+class Counted(Pair):
+    def hold(self):
+        self.more = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        count = sum(isinstance(module, nn.BatchNorm2d) for module in self.modules())
+        return self.more(self.bn(self.conv(x))) * (count > 0)
+
+
+class OneTyped(Counted):
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        for step in self.more:
+            x = step(x) + 1 if isinstance(step, nn.BatchNorm2d) else step(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("net", "left"), [(Typed, ["bn"]), (OneTyped, ["more.1"]), (Counted, ["bn", "more.1"])]
+)
+@pytest.mark.parametrize("run", [False, True])
+def test_a_batchnorm_whose_type_the_code_asks_for_stays(net, left, run):
+    model, x = trained(net()), nets.images(2, 3, 7, 7)
+    example = x if run else None
+    assert_folded(model, x, left=left, example=example)
+    assert "its type" in retrofit.unfoldable(model, example=example)[left[0]]
