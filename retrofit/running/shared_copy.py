@@ -77,6 +77,11 @@ def shared_copy(
     return copied
 
 
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """List the tensors that a module itself holds, registered or not."""
+    return _tensors_in({n: value for n, value in vars(module).items() if n != "_modules"})
+
+
 def _tensors_in(value: object) -> Iterator[Tensor]:
     """List the tensors in nested dicts, lists and tuples, and no further: not through a graph."""
     seen, waiting = set(), [value]

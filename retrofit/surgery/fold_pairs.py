@@ -105,7 +105,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
     reading = _read(model, example)
     found = _followed(reading.trace.calls, norms)
     found = found.without(_hidden(model, found, reading.trace.opaque))
-    found = found.without(_read_by_code(found, reading))
+    found = found.without(_read_by_code(found, reading.trace.reads))
     found = found.without(_hooked(model, found))
     found = found.without(_on_another_axis(model, found, reading, example))
     found = found.without(_missed(model, found, reading, example))
@@ -251,13 +251,13 @@ def _hidden(model: nn.Module, found: Pairs, opaque: Mapping[str, str]) -> dict[s
     return reasons
 
 
-def _read_by_code(found: Pairs, reading: _Reading) -> dict[str, str]:
+def _read_by_code(found: Pairs, reads: Mapping[str, frozenset[str]]) -> dict[str, str]:
     """Give the reasons of pairs whose tensors the model's own code reads."""
     reasons: dict[str, str] = {}
     for norm, pair in found.pairs.items():
         # None but tensors change in the layer; of the BatchNorm nothing stays.
-        of_layer = reading.trace.reads.get(pair.layer, frozenset()) & TENSORS
-        names = sorted({*reading.trace.reads.get(norm, ()), *of_layer})
+        of_layer = reads.get(pair.layer, frozenset()) & TENSORS
+        names = sorted({*reads.get(norm, ()), *of_layer})
         if names:
             reasons[norm] = f"the model's own code reads {names[0]} of it or of its layer"
     return reasons
@@ -371,9 +371,12 @@ def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs
         called = {call.path for call in calls if call.module is not None}
         more = {path: place for path, place in other.opaque.items() if path not in known}
         hidden = _hidden(model, found, more)
+        read_there = _read_by_code(found, other.reads.frozen())
         for norm, pair in found.pairs.items():
             same = seen.pairs.get(norm)
-            if norm in hidden:
+            if norm in read_there:
+                reasons.setdefault(norm, f"{words}: {read_there[norm]}")
+            elif norm in hidden:
                 reasons.setdefault(norm, f"what {words} does with it cannot be followed")
             elif {norm, pair.layer} & called and (
                 same is None or (same.layer, same.between) != (pair.layer, pair.between)

@@ -1,4 +1,8 @@
-"""What a model's own code reads of its layers, such as `self.conv.weight`, while it runs."""
+"""What a model's own code reads of its layers, such as `self.conv.weight`, while it runs.
+
+Tensors are read by other names, too (`parameters()`, `state_dict()`): what is computed with is
+read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from retrofit.running.shared_copy import held_tensors
 from retrofit.tracing.operations import is_activation, is_affine, is_norm
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -28,6 +33,7 @@ class Reads:
         self.modules = set(map(id, model.modules()))
         self.layers = {path: m for path, m in model.named_modules() if m in layers}
         self.paths = {id(module): path for path, module in self.layers.items()}
+        self.tensors = _tensors_of(self.layers, model)
         self.by_path: dict[str, set[str]] = {}
         self.mode = False
         self.muted = False
@@ -61,12 +67,32 @@ class Reads:
                 else:
                     nn.Module.__getattribute__ = before  # type: ignore[method-assign]
 
+    def note_use(self, value: Any) -> None:
+        """Note that something is computed with `value`, which may be a tensor of a layer."""
+        for path, name in self.tensors.get(id(value), ()):
+            self.by_path.setdefault(path, set()).add(name)
+
     def note(self, module: nn.Module, name: str) -> None:
         """Note that `name` was asked for of a module."""
         if name == "training":
             self.mode |= id(module) in self.modules
         elif name not in _KEPT and id(module) in self.paths:
             self.by_path.setdefault(self.paths[id(module)], set()).add(name)
+
+
+def _tensors_of(
+    layers: Mapping[str, nn.Module], model: nn.Module
+) -> dict[int, list[tuple[str, str]]]:
+    """Map the tensors that layers alone hold to path of the layer and name of the attribute."""
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    others = [module for module in model.modules() if module not in inside]
+    elsewhere = {id(tensor) for module in others for tensor in held_tensors(module)}
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path, layer in layers.items():
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            if id(tensor) not in elsewhere:
+                found.setdefault(id(tensor), []).append((path, name.partition(".")[0]))
+    return found
 
 
 _KEPT = frozenset(dir(nn.Sequential()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from retrofit.tracing.calls import Call, Trace, is_alone
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
+    called_name,
     factors,
     function_name,
     is_affine,
@@ -172,7 +173,7 @@ class _Watcher(TorchFunctionMode):
     ) -> Any:
         alone = is_alone(args, kwargs)
         call = Call(module_name(module), path, module, tuple(self.stack), alone)
-        feeding = self._feeding((args, kwargs))
+        feeding = self._feeding(tensors((args, kwargs)).values())
         self.reads.muted = True
         try:
             result = original(module, *args, **kwargs)
@@ -187,8 +188,11 @@ class _Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.reads.muted:
             return func(*args, **kwargs)
-        name = function_name(_name(func), args)
-        feeding = self._feeding(with_values(name, args, kwargs))
+        name = function_name(called_name(func), args)
+        given = tensors(with_values(name, args, kwargs)).values()
+        for tensor in given:
+            self.reads.note_use(tensor)
+        feeding = self._feeding(given)
         weighted = name in PRODUCTS and self._has_constant(factors(name, args, kwargs))
         result = func(*args, **kwargs)
         made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
@@ -207,7 +211,7 @@ class _Watcher(TorchFunctionMode):
                 weighted=weighted,
             )
             self._note(call, feeding, made)
-            if self._all_constant(with_values(name, args, kwargs)):
+            if all(tensor in self.constants for tensor in given):  # of none: torch.ones(3)
                 for tensor in tensors(made).values():
                     self.constants[tensor] = True
         return result
@@ -215,13 +219,9 @@ class _Watcher(TorchFunctionMode):
     def _has_constant(self, values: Any) -> bool:
         return any(tensor in self.constants for tensor in tensors(values).values())
 
-    def _all_constant(self, values: Any) -> bool:
-        """Tell whether no value comes from elsewhere; what torch.ones makes comes from nowhere."""
-        return all(tensor in self.constants for tensor in tensors(values).values())
-
-    def _feeding(self, values: Any) -> list[int]:
-        """List the calls that these values came from. Asked before the call: it may be in place."""
-        found = (self.made.get(tensor) for tensor in tensors(values).values())
+    def _feeding(self, given: Iterable[Tensor]) -> list[int]:
+        """List the calls that these came from. Asked before the call: it may be in place."""
+        found = (self.made.get(tensor) for tensor in given)
         return list(dict.fromkeys(number for number in found if number is not None))
 
     def _note(self, call: Call, feeding: list[int], result: Any) -> None:
@@ -240,10 +240,4 @@ class _Watcher(TorchFunctionMode):
 
     def returned(self, result: Any) -> None:
         """Mark what the model, or the `forward_fn`, returns."""
-        self.returns.update(dict.fromkeys(self._feeding(result)))
-
-
-def _name(func: Any) -> str:
-    """Name a function, a method, or a property of tensors such as `T`."""
-    name: str = getattr(func, "__name__", type(func).__name__)
-    return func.__self__.__name__ if name == "__get__" else name
+        self.returns.update(dict.fromkeys(self._feeding(tensors(result).values())))

@@ -84,6 +84,9 @@ SHAPE_READERS = {
     "iscomplex",
     "iscuda",
     "isfloatingpoint",
+    "isleaf",
+    "ismeta",
+    "isquantized",
     "itemsize",
     "layout",
     "len",
@@ -159,6 +162,12 @@ def function_name(name: str, args: Sequence[Any] = ()) -> str:
     if plain == "convolution" and len(args) > 6:  # input, weight, bias, stride, ..., transposed
         return f"conv{'transpose' if args[6] is True else ''}{len(args[3])}d"
     return ATEN_NAMES.get(plain, plain)
+
+
+def called_name(func: Any) -> str:
+    """Name a function, a method, or a property of tensors such as `T`."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    return func.__self__.__name__ if name == "__get__" else name
 
 
 def with_values(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from retrofit.errors import RetrofitError
 from retrofit.running.shared_copy import shared_copy
@@ -22,6 +23,7 @@ from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
     SHAPE_READERS,
+    called_name,
     factors,
     function_name,
     is_leaf,
@@ -105,11 +107,12 @@ def symbolic(
         while True:
             tracer, reads = _Tracer(traced, opaque), Reads(traced, watched_layers(traced))
             try:
-                with reads.noted(), warnings.catch_warnings():
+                with reads.noted(), _Uses(reads), warnings.catch_warnings():
                     # That a graph asserts no default of this type; it is not run.
                     warnings.filterwarnings("ignore", "Was not able to add assertion")
                     values = defaults(model) if fixed is None else dict(fixed)
                     graph = tracer.trace(traced, concrete_args=values)
+                _note_uses(reads, graph, traced)
                 return Symbolic(graph, traced, opaque, reads)
             except Exception as error:
                 stopped_in = traced.get_submodule(tracer.stopped_in or "")
@@ -170,6 +173,31 @@ def _joined(whole: Trace, prefix: str, piece: Trace) -> Trace:
         reads=united(whole.reads, {below(path): names for path, names in piece.reads.items()}),
         asks_mode=whole.asks_mode or piece.asks_mode,
     )
+
+
+class _Uses(TorchFunctionMode):
+    """Notes the tensors that functions take while a model is traced, without being in the graph."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(called_name(func), args)
+        fx.node.map_aggregate(with_values(name, args, kwargs), self.reads.note_use)
+        return func(*args, **kwargs)
+
+
+def _note_uses(reads: Reads, graph: fx.Graph, traced: nn.Module) -> None:
+    """Note the tensors that the graph computes with."""
+    for node in graph.nodes:
+        for used in _nodes_in(with_values(operation_name(node), node.args, node.kwargs)):
+            if used.op == "get_attr":
+                owner, _, name = str(used.target).rpartition(".")
+                reads.note_use(getattr(traced.get_submodule(owner), name, None))
 
 
 class _Tracer(fx.Tracer):

@@ -390,11 +390,15 @@ class Changing(nn.Module):
 
 
 CHANGES = {
-    "sum of parameters": lambda m: sum(p.sum() for p in m.parameters()),
     "number of parameters": lambda m: len(list(m.parameters())),
     "number of modules": lambda m: len(list(m.modules())),
     "type": lambda m: 2 if isinstance(m.one, nn.Conv2d) else 1,
+}
+USES = {
+    "sum of parameters": lambda m: sum(p.sum() for p in m.parameters()),
+    "its own parameters": lambda m: next(m.one.parameters()).sum(),
     "a key": lambda m: m.one.state_dict()["weight"].sum(),
+    "a key of all": lambda m: m.state_dict()["one.weight"].sum(),
 }
 
 
@@ -405,6 +409,17 @@ def test_a_model_that_would_do_something_else_is_refused(do, example, always):
     model = Changing(do, always=always).eval()
     with pytest.raises(RetrofitError, match="does something else"):
         retrofit.plan(model, example=example)
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["in both modes", "in train mode"])
+@pytest.mark.parametrize("example", [None, X], ids=["traced", "run"])
+@pytest.mark.parametrize("do", USES.values(), ids=USES)
+def test_a_convolution_whose_tensors_the_code_computes_with_is_skipped(do, example, always):
+    model = Changing(do, always=always).eval()
+    action, reason = decisions(model, example=example)["one"]
+    assert action == "skip"
+    assert "the model's own code reads its " in reason
+    assert ".weight" in reason
 
 
 def test_what_train_mode_reads_before_it_stops_the_tracing_is_seen():

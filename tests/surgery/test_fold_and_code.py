@@ -132,3 +132,73 @@ def test_a_batchnorm_whose_type_the_code_asks_for_stays(net, left, run):
     example = x if run else None
     assert_folded(model, x, left=left, example=example)
     assert "its type" in retrofit.unfoldable(model, example=example)[left[0]]
+
+
+# --- read ----------------------------------------------------------------------------------------
+
+
+READS = {
+    "parameters": lambda self: next(self.conv.parameters()),
+    "named_parameters": lambda self: dict(self.conv.named_parameters())["weight"],
+    "state_dict": lambda self: self.conv.state_dict()["weight"],
+    "_parameters": lambda self: self.conv._parameters["weight"],
+    "vars": lambda self: vars(self.conv)["_parameters"]["weight"],
+    "of all": lambda self: self.state_dict()["conv.weight"],
+    "buffers": lambda self: dict(self.named_buffers())["bn.running_mean"],
+}  # fmt: skip
+
+
+class Reading(Pair):
+    def __init__(self, read, *, in_branch=False):
+        super().__init__()
+        self.read, self.in_branch = read, in_branch
+
+    def forward(self, x, more=False):
+        y = self.bn(self.conv(x))
+        return y * self.read(self).sum() if more or not self.in_branch else y
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("run", [False, True])
+def test_a_layer_whose_weight_the_code_computes_with_keeps_its_batchnorm(read, run):
+    model, x = trained(Reading(read)), nets.images(2, 3, 7, 7)
+    example = x if run else None
+    assert_folded(model, x, left=["bn"], example=example)
+    assert "the model's own code reads" in retrofit.unfoldable(model, example=example)["bn"]
+
+
+def test_a_factor_that_is_a_weight_is_seen_in_the_graph():
+    class Scaling(Pair):
+        def forward(self, x):
+            return self.bn(self.conv(x)) * self.conv._parameters["weight"][0, 0, 0, 0]
+
+    assert_folded(trained(Scaling()), nets.images(2, 3, 7, 7), left=["bn"])
+
+
+def test_what_another_branch_reads_is_seen():
+    model, x = trained(Reading(READS["parameters"], in_branch=True)), nets.images(2, 3, 7, 7)
+    assert retrofit.unfoldable(model) == {
+        "bn": "forward(more=True): the model's own code reads weight of it or of its layer"
+    }
+    folded = assert_folded(model, x, left=["bn"])
+    torch.testing.assert_close(folded(x, more=True), model(x, more=True))
+
+
+class Asking(Pair):
+    """Asks what its parameters are, and uses the one that another module holds too."""
+
+    def hold(self):
+        self.kept = self.conv.weight
+        self.kept_too = [self.conv.weight]
+
+    def forward(self, x):
+        first = next(self.parameters())
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        y = self.bn(self.conv(x.to(first.dtype).to(first.device).type_as(first)))
+        return y * min(count, 1) * self.kept.sum() * self.kept_too[0].sum()
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_a_layer_whose_weight_is_asked_for_its_dtype_or_held_elsewhere_is_folded(run):
+    x = nets.images(2, 3, 7, 7)
+    assert_folded(trained(Asking()), x, example=x if run else None)
