@@ -102,6 +102,8 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
     norms = batchnorms(model)
     if not norms:
         return Pairs({})
+    if "" in norms:
+        return Pairs({}, {"": "there is no layer before it: fold the model that it is a part of"})
     reading = _read(model, example)
     found = _followed(reading.trace.calls, norms)
     found = found.without(_hidden(model, found, reading.trace.opaque))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,7 @@ from retrofit.surgery.record import attach, record_of
 
 M = TypeVar("M", bound=nn.Module)
 EARLIER = "it was there before the conversion"
+LATER = "it was added after the conversion: fold the folded model again to absorb it"
 NAMED = 3  # paths of each kind in a warning
 
 
@@ -97,14 +98,15 @@ def fold(model: M, plan: Plan | None = None, *, example: Any = None) -> M:
         model: converted by this package, or any other with BatchNorm after convolutions or Linear
             layers; not changed.
         plan: which BatchNorms, and the containers to restore; by default the model's own, so that
-            what was there before the conversion stays, even if the conversion added nothing. A
-            model without one gets every BatchNorm folded that alone follows a layer, in every call
-            that torch.fx can follow, and nn.Identity in its place so that no index moves. Those
+            what was there before the conversion stays, even if the conversion added nothing; and
+            those of parts of it that were converted on their own. Outside of these every BatchNorm
+            is folded that alone follows a layer, in every call that torch.fx can follow, and
+            nn.Identity takes its place so that no index moves. Those
             that are not torch's own (timm's BatchNormAct2d, FrozenBatchNorm2d) are tried; their
             dropout and activation stay in their place. Inputs have a batch axis.
-        example: without a plan, one batch, as for `plan`: the pairs are then read off a run, for
-            models that torch.fx cannot follow, and calls that differ from the run are not seen. It
-            also tells whether a BatchNorm1d normalises the channels of a Linear layer.
+        example: for what has no plan, one batch, as for `plan`: the pairs are then read off a run,
+            for models that torch.fx cannot follow, and calls that differ from the run are not seen.
+            It also tells whether a BatchNorm1d normalises the channels of a Linear layer.
 
     Raises:
         RetrofitError: the plan does not fit; without one, torch.fx cannot trace the model, or it is
@@ -151,23 +153,46 @@ def folded(model: M, plan: Plan | None = None, example: Any = None) -> Folded[M]
         raise RetrofitError(
             f"plan must be a Plan, not a {type(plan).__name__}: a batch is passed as example="
         )
-    record = record_of(model)
-    if record is not None and record.prepared:
-        raise RetrofitError(f"this {type(model).__name__} is prepared, not converted: convert it")
+    plans = _plans_of(model) if plan is None else {"": plan}
     refuse_lazy(model)
-    plan = plan or (record.plan if record else None)
-    if plan is None and isinstance(model, fx.GraphModule) and graph.is_exported(model):
+    if not plans and isinstance(model, fx.GraphModule) and graph.is_exported(model):
         raise _exported()
     result = shared_copy(model)
     before = batchnorms(result)
-    unknown: tuple[str, ...] = ()
-    if plan is not None:
-        inserted, new = _fold_planned(result, plan)
-        left = {path: EARLIER for path, norm in before.items() if norm not in inserted}
-    else:
-        left, unknown, new = _fold_all(model, result, example)
-    attach(result, None)
-    return Folded(_copied(result, new), len(before) - len(left), left, unknown)
+    new: dict[nn.Module, nn.Module] = {}
+    inserted: set[nn.Module] = set()
+    for part, own in [(result.get_submodule(path), plans[path]) for path in plans]:
+        norms, gone = _fold_planned(part, own)
+        attach(part, None)
+        inserted |= norms
+        new |= gone
+    others = {path: norm for path, norm in before.items() if norm not in inserted}
+    left = {path: reason for path in others if (reason := _not_inserted(path, plans))}
+    stay, unknown, gone = _fold_all(result, others.keys() - left.keys(), example)
+    left = {path: reason for path in others if (reason := left.get(path) or stay.get(path))}
+    return Folded(_copied(result, new | gone), len(before) - len(left), left, unknown)
+
+
+def _plans_of(model: nn.Module) -> dict[str, Plan]:
+    """Find the plans by which a model and parts of it were converted, by path, outermost first."""
+    records = {"": record_of(model)}
+    records |= {path: record_of(module) for path, module in model.named_modules()}
+    for path, record in records.items():
+        if record is not None and record.prepared:
+            name = type(model.get_submodule(path)).__name__
+            raise RetrofitError(f"{path or 'this'} {name} is prepared, not converted: convert it")
+    return {path: record.plan for path, record in records.items() if record is not None}
+
+
+def _not_inserted(path: str, plans: Mapping[str, Plan]) -> str | None:
+    """Say why a BatchNorm stays that no conversion inserted; None if it is in no part with one."""
+    reasons = []
+    for part, plan in plans.items():
+        if not part or path.startswith(f"{part}."):
+            keys = (f"{part}.{key}".lstrip(".") for key in plan.key_map.values())
+            known = any(key.startswith(f"{path}.") for key in keys)
+            reasons.append(EARLIER if known else LATER)
+    return min(reasons, key=[EARLIER, LATER].index, default=None)
 
 
 def _copied(model: M, new: Mapping[nn.Module, nn.Module]) -> M:
@@ -252,35 +277,36 @@ def _map_after(norm: nn.Module, path: str) -> AffineMap:
 
 
 def _fold_all(
-    model: nn.Module, result: nn.Module, example: Any
+    model: nn.Module, norms: Collection[str], example: Any
 ) -> tuple[dict[str, str], tuple[str, ...], dict[nn.Module, nn.Module]]:
-    """Fold in place, in `result`, a copy of `model`, every BatchNorm that a layer can absorb.
+    """Fold, in place, those of the BatchNorms at `norms` that a layer can absorb.
 
-    Returns those that stay, with the reasons, what `Folded.unknown` says, and what stands for each
+    Returns reasons of those that stay, what `Folded.unknown` says, and what stands for each
     BatchNorm that is gone.
     """
+    if not norms:
+        return {}, (), {}
     found = find_pairs(model, example)
     layers: dict[str, nn.Module | None] = {
-        norm: result.get_submodule(pair.layer) for norm, pair in found.pairs.items()
+        norm: model.get_submodule(pair.layer) for norm, pair in found.pairs.items() if norm in norms
     }
-    left = dict(found.left)
-    if isinstance(result, fx.GraphModule):  # whose functions' parameters can be changed
-        layers |= {path: None for path in left if function_before(result, path) is not None}
+    left = {path: reason for path, reason in found.left.items() if path in norms}
+    if isinstance(model, fx.GraphModule):  # whose functions' parameters can be changed
+        layers |= {path: None for path in left if function_before(model, path) is not None}
     new: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
-        norm = result.get_submodule(path)
+        norm = model.get_submodule(path)
         try:
             found_map = affine_map(norm)
             if not found_map.is_identity:
-                _absorb_one(result, layer, path, found_map)
+                _absorb_one(model, layer, path, found_map)
         except UnfoldableError as error:
             left[path] = error.after("its layer")
         else:
             new[norm] = found_map.rest.train(norm.training)
             left.pop(path, None)
-    replace(result, new)
-    order = batchnorms(model)
-    return {path: left[path] for path in order if path in left}, found.unknown, new
+    replace(model, new)
+    return left, found.unknown, new
 
 
 def _absorb_one(model: nn.Module, layer: nn.Module | None, norm: str, found: AffineMap) -> None:

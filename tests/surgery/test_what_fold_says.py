@@ -535,3 +535,71 @@ def test_a_batchnorm_over_the_middle_axis_stays_where_linear_widths_differ():
 def test_a_batch_in_the_place_of_the_plan_is_told_its_keyword(second):
     with pytest.raises(RetrofitError, match=r"plan must be a Plan, .* example="):
         retrofit.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), second)
+
+
+# --- parts that were converted ---------------------------------------------------------------
+
+
+class Whole(nn.Module):
+    """A part, and around it a pair that was there before."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        )
+
+    def forward(self, x):
+        return self.net(self.before(x)).relu()
+
+
+@pytest.mark.parametrize("layout", ["native", "graph"])
+def test_the_containers_of_a_part_that_was_converted_go_when_the_whole_is_folded(layout):
+    whole, x = trained(Whole()), nets.images(8, 3, 7, 7)
+    keys = list(whole.state_dict())
+    whole.net = retrofit.add_batchnorm(whole.net, [x], layout=layout, include="0", progress=False)
+    trained(whole)
+    assert retrofit.unfoldable(whole) == {"net.3": "it was there before the conversion"}
+    folded = retrofit.fold(whole)
+    assert list(folded.state_dict()) == [key for key in keys if not key.startswith("before.1.")]
+    assert retrofit.plan_of(folded.net) is None
+    torch.testing.assert_close(folded(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_was_converted_needs_no_trace_of_the_whole():
+    class Untraceable(Asking):
+        def forward(self, x):
+            return self.conv(x) if x.sum() < 1e9 else x
+
+    model = Untraceable().eval()
+    model.bn, weight, part = None, model.conv.weight, nn.Sequential(model.conv).eval()
+    model.conv = retrofit.insert(part, retrofit.plan(part, include="0"))
+    folded = retrofit.fold(model)
+    assert torch.equal(folded.conv[0].weight, weight)
+    assert list(folded.state_dict()) == ["conv.0.weight", "conv.0.bias"]
+
+
+def test_a_part_that_is_prepared_is_named():
+    whole = Whole().eval()
+    whole.net = retrofit.prepare(whole.net)
+    with pytest.raises(RetrofitError, match="net Sequential is prepared, not converted"):
+        retrofit.fold(whole)
+
+
+def test_a_batchnorm_that_was_added_after_the_conversion_is_said_to_be():
+    converted = retrofit.insert(nets.build(nets.AlreadyNormed))
+    later = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    converted.later = later
+    with pytest.warns(UserWarning, match=r"later.1: it was added after the conversion: fold the"):
+        folded = retrofit.fold(converted)
+    assert retrofit.unfoldable(converted)["later.1"].startswith("it was added after")
+    assert any("before" in reason for reason in retrofit.unfoldable(converted).values())
+    assert isinstance(folded.later[1], nn.BatchNorm2d)
+
+
+def test_a_batchnorm_alone_is_told_that_it_has_no_layer():
+    words = "there is no layer before it: fold the model that it is a part of"
+    assert retrofit.unfoldable(nn.BatchNorm2d(3)) == {"": words}
+    with pytest.warns(UserWarning, match=f"1 of 1 BatchNorms stay: the model: {words}"):
+        retrofit.fold(nn.BatchNorm2d(3), example=torch.ones(2, 3, 4, 4))
