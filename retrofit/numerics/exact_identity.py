@@ -37,12 +37,14 @@ class Identity(NamedTuple):
     bias: Floats
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def scale_and_shift(
     mean: Floats, var: Floats, weight: Floats, bias: Floats, eps: float
 ) -> tuple[Floats, Floats]:
     """Compute alpha and shift of an eval-mode BatchNorm, bit for bit as torch's CPU kernel does.
 
-    All arrays have shape (C,) and one dtype, which is the dtype of the arithmetic.
+    All arrays have shape (C,) and one dtype, which is the dtype of the arithmetic. What leaves it
+    is an Inf or a NaN, as there.
     """
     one, small = mean.dtype.type(1), mean.dtype.type(eps)
     alpha = weight * (one / np.sqrt(var + small))

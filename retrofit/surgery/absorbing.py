@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from retrofit.numerics.folded_weights import fold_weights
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import shared_copy
-from retrofit.surgery.affine_map import UnfoldableError, is_patched
+from retrofit.surgery.affine_map import UnfoldableError, is_patched, refuse_pruned
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     channels,
@@ -43,12 +43,15 @@ def absorb(layer: nn.Module, alpha: Tensor, shift: Tensor) -> None:
     Raises UnfoldableError, with nothing changed, for a layer that cannot absorb them.
     """
     place = _scaled(layer)
-    folded = _absorbed(layer, place, alpha, shift)
-    if not _computes(folded, layer, alpha, shift):
+    if layer._forward_hooks or len(layer._forward_pre_hooks) > len(_weight_norms(layer)):
         raise UnfoldableError(
-            f"the output of {{layer}}, a {type(layer).__name__}, does not follow its weight and "
-            "bias linearly (or has a hook): the BatchNorm after it cannot be folded"
+            "{layer} has a hook, which may depend on what {layer} gives without the BatchNorm: "
+            "remove it"
         )
+    folded = _absorbed(layer, place, alpha, shift)
+    own = type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear")
+    if not own or is_patched(layer):
+        _try(folded, layer, alpha, shift)
     for owner, name in (place, _Place("", "bias")):
         new = folded.get_submodule(owner)._parameters[name]
         layer.get_submodule(owner)._parameters[name] = new
@@ -70,6 +73,7 @@ def _scaled(layer: nn.Module) -> _Place:
     bias = "bias" in layer._parameters
     if bias and "weight" in layer._parameters:
         return _Place("", "weight")
+    refuse_pruned(layer, "{layer}")
     # weight_norm: w = g * v / ||v||, and g has a number for each index of one axis of v.
     channels = 1 if is_transposed(layer) else 0
     one_axis = channels == 0 or getattr(layer, "groups", 1) == 1
@@ -156,18 +160,13 @@ def _scaled_by(
     return nn.Parameter(new_weight, weight.requires_grad), made
 
 
-def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> bool:
-    """Tell whether `folded` computes alpha * layer(x) + shift.
+def _try(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> None:
+    """Raise UnfoldableError where `folded` does not compute alpha * layer(x) + shift.
 
-    torch's own layers do; a subclass with a forward of its own (weight standardisation, an
-    activation) and one under weight_norm are asked by trying.
+    torch's own layers do; this is for a subclass with a forward of its own (weight standardisation,
+    an activation).
     """
-    normed = _weight_norms(layer)
-    if layer._forward_hooks or len(layer._forward_pre_hooks) > len(normed):
-        return False
-    own = type(layer).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear")
-    if own and not is_patched(layer):
-        return True
+    name = f"{{layer}}, a {type(layer).__name__},"
     layer, folded = copy.deepcopy((layer, folded))  # whose forward may keep things, or write
     generator = torch.Generator().manual_seed(0)
     if is_conv(layer):
@@ -184,10 +183,18 @@ def _computes(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor)
             x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
             scale, offset = (t.view(-1, *[1] * len(size)) for t in (alpha, shift))
             expected = layer(x) * scale + offset
-            error = (folded(x) - expected).norm() / expected.norm()
-    except Exception:  # noqa: BLE001 - its forward takes something else
-        return False
-    return bool(error < (1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2))
+            difference = (folded(x) - expected).norm() / expected.norm()
+    except Exception as error:
+        raise UnfoldableError(
+            f"{name} does not run on random numbers, and nobody knows what it computes "
+            f"({' '.join(str(error).split())}): the BatchNorm after it cannot be folded"
+        ) from error
+    fine = all(p.dtype in (torch.float32, torch.float64) for p in layer.parameters())
+    if not difference < (1e-4 if fine else 5e-2):
+        raise UnfoldableError(
+            f"the output of {name} does not follow its weight and bias linearly (an activation "
+            "inside? a weight that is standardised?): the BatchNorm after it cannot be folded"
+        )
 
 
 # --- functions ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
 
 from retrofit.errors import RetrofitError
 from retrofit.numerics.exact_identity import scale_and_shift
@@ -77,29 +78,58 @@ def affine_map(norm: nn.Module) -> AffineMap:
     Raises UnfoldableError where that is no scale and shift of each channel, with a reason.
     """
     inner = norm.bn if isinstance(norm, LastAxisBatchNorm) else norm
-    if any(module._forward_hooks or module._forward_pre_hooks for module in {norm, inner}):
-        raise UnfoldableError(
-            "the BatchNorm after {layer} has a hook, which folding would lose: remove it"
-        )
-    mean, var = inner.running_mean, inner.running_var
-    if mean is None or var is None:
-        raise UnfoldableError(
-            "the BatchNorm after {layer} has no running statistics (track_running_stats=False): "
-            "what it computes depends on the batch and cannot be folded"
-        )
-    if mean.is_meta:
-        raise UnfoldableError(
-            "the BatchNorm after {layer} is on the meta device and has no numbers"
-        )
-    if not are_statistics(mean, var):  # type: ignore[arg-type]
-        raise _not_finite()
+    for module in (norm, inner):
+        refuse_hooks(module)
+    _refuse_statistics(inner)
     if type(inner) in OWN and not is_patched(inner):
         found = AffineMap(*_read(inner), nn.Identity())
     else:
         found = _tried(inner)
     if not (found.alpha.isfinite().all() and found.shift.isfinite().all()):
-        raise _not_finite()
+        raise _divides_by_zero(inner) or _not_finite()
     return found
+
+
+def _refuse_statistics(norm: nn.Module) -> None:
+    """Raise UnfoldableError for running statistics that are missing or no numbers."""
+    missing = [name for name in ("running_mean", "running_var") if getattr(norm, name) is None]
+    if len(missing) == 2:
+        raise UnfoldableError(
+            "the BatchNorm after {layer} has no running statistics (track_running_stats=False): "
+            "what it computes depends on the batch and cannot be folded"
+        )
+    if missing:
+        raise UnfoldableError(
+            f"the BatchNorm after {{layer}} has no {missing[0]}, without which it does not run in "
+            "eval mode: set it"
+        )
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    if mean.is_meta:
+        raise UnfoldableError(
+            "the BatchNorm after {layer} is on the meta device and has no numbers"
+        )
+    if not are_statistics(mean, norm.running_var):  # type: ignore[arg-type]
+        raise _not_finite()
+
+
+def refuse_hooks(norm: nn.Module) -> None:
+    """Raise UnfoldableError for a BatchNorm with hooks, which folding would lose."""
+    refuse_pruned(norm, "the BatchNorm after {layer}")
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(norm, table) for table in tables):
+        raise UnfoldableError(
+            "the BatchNorm after {layer} has a hook, which folding would lose: remove it"
+        )
+
+
+def refuse_pruned(module: nn.Module, name: str) -> None:
+    """Raise UnfoldableError for tensors that torch.nn.utils.prune masks at each call."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            raise UnfoldableError(
+                f"the {hook._tensor_name} of {name} is pruned at each call: make that lasting with "
+                f"torch.nn.utils.prune.remove(module, {hook._tensor_name!r})"
+            )
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -111,6 +141,16 @@ def _not_finite() -> UnfoldableError:
     return UnfoldableError(
         "the BatchNorm after {layer} has a NaN, an Inf or a negative running_var: folded, it would "
         "spoil the weights"
+    )
+
+
+def _divides_by_zero(norm: nn.Module) -> UnfoldableError | None:
+    var: Tensor = norm.running_var  # type: ignore[assignment]
+    eps = getattr(norm, "eps", None)
+    if not isinstance(eps, (int, float)) or bool((var + eps).all()):
+        return None
+    return UnfoldableError(
+        f"the BatchNorm after {{layer}} divides by zero: a running_var of 0, and eps={eps:g}"
     )
 
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import arguments_of
 from retrofit.running.shared_copy import shared_copy
-from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.affine_map import UnfoldableError, batchnorms, refuse_hooks
 from retrofit.surgery.channel_axis import kept_in_graph, kept_in_run, of_two_axes, ranks_in
 from retrofit.tracing.branches import branches
 from retrofit.tracing.calls import Call, Trace
@@ -27,7 +27,14 @@ from retrofit.tracing.operations import (
 )
 from retrofit.tracing.read_model import read
 from retrofit.tracing.same_calls import do_the_same
-from retrofit.tracing.symbolic import Symbolic, UntraceableError, calls_of, defaults, symbolic
+from retrofit.tracing.symbolic import (
+    Symbolic,
+    UntraceableError,
+    calls_of,
+    defaults,
+    symbolic,
+    variadic,
+)
 
 # The same numbers in another shape. (Others of VIEWS change the precision, or mix the channels.)
 MIXING = {"expand", "flip", "pixelshuffle", "pixelunshuffle", "roll"}
@@ -266,15 +273,19 @@ def _read_by_code(found: Pairs, reads: Mapping[str, frozenset[str]]) -> dict[str
 
 
 def _hooked(model: nn.Module, found: Pairs) -> dict[str, str]:
-    """Give the reasons of pairs with a hook on a module on the way, which no trace shows."""
+    """Give the reasons of pairs with hooks that no trace shows: on the way, or the BatchNorm's."""
     reasons: dict[str, str] = {}
     for norm, pair in found.pairs.items():
+        try:
+            refuse_hooks(model.get_submodule(norm))
+        except UnfoldableError as error:
+            reasons[norm] = error.after("its layer")
         for call, norm_call in pair.calls:
-            left, entered = set(call.inside), set(norm_call.inside)
-            after = [m._forward_hooks for m in map(model.get_submodule, left - entered)]
-            before = [m._forward_pre_hooks for m in map(model.get_submodule, entered - left)]
-            if any(after) or any(before):
-                reasons[norm] = "a module between it and its layer has a hook"
+            left, entered = {*call.inside} - {call.path}, {*norm_call.inside} - {norm_call.path}
+            after = {p for p in left - entered if model.get_submodule(p)._forward_hooks}
+            before = {p for p in entered - left if model.get_submodule(p)._forward_pre_hooks}
+            for path in after | before:
+                reasons[norm] = f"{path}, between it and its layer, has a hook"
     return reasons
 
 
@@ -363,8 +374,10 @@ def _kept(found: Symbolic, nodes: Mapping[Call, fx.Node], pairs: Mapping[str, Pa
 def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs:
     """Leave out the pairs that are none where forward is called with other arguments."""
     # What a model that asks for types does in a run, torch.fx does not see.
-    if not found.pairs or not (reading.trace.way == "symbolic" or reading.special):
+    if not found.pairs:
         return found
+    if not (reading.trace.way == "symbolic" or reading.special):
+        return Pairs(found.pairs, found.left, tuple(variadic(model)))
     others, known = branches(model, usual=reading.special), reading.trace.opaque
     reasons: dict[str, str] = {}
     for words, other in others.traces.items():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.tracing.symbolic import Symbolic, defaults, symbolic
+from retrofit.tracing.symbolic import Symbolic, defaults, symbolic, variadic
 
 MOST = 16  # combinations of values that are traced
 ANY = object()  # in place of a value: an input, so that a trace holds for every one
@@ -22,7 +22,8 @@ class Branches(NamedTuple):
 
     Attributes:
         traces: how it is called, in words ("forward(mode='b')"), to the trace.
-        unknown: names of the arguments with which it may do something that no trace shows.
+        unknown: names of the arguments with which it may do something that no trace shows, and
+            `*args` and `**kwargs` where the code looks into them.
     """
 
     traces: dict[str, Symbolic]
@@ -58,7 +59,17 @@ def branches(model: nn.Module, *, usual: bool = False) -> Branches:
             unknown |= changed.keys()
         else:
             traces[_words(changed)] = trace
-    return Branches(traces, tuple(name for name in given if name in unknown))
+    named = [name for name in given if name in unknown]
+    return Branches(traces, (*named, *_looked_into(model, as_usual)))
+
+
+def _looked_into(model: nn.Module, as_usual: Symbolic | None) -> list[str]:
+    """List `*args` and `**kwargs`, if forward has them and does not just ignore them."""
+    names = variadic(model)
+    if not names or (found := as_usual or _traced(model, defaults(model))) is None:
+        return names
+    used = {str(n.target) for n in found.graph.nodes if n.op == "placeholder" and n.users}
+    return [name for name in names if name in used]
 
 
 def _words(changed: Mapping[str, Any]) -> str:

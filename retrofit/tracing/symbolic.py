@@ -81,6 +81,13 @@ def defaults(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def variadic(model: nn.Module) -> list[str]:
+    """List `*args` and `**kwargs` of forward, as they are written, and in a graph."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    signature = inspect.signature(model.forward).parameters.values()
+    return [f"{stars[p.kind]}{p.name}" for p in signature if p.kind in stars]
+
+
 def symbolic(
     model: nn.Module,
     *,

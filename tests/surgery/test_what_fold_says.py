@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from test_folding_kinds import assert_folded, trained
 from torch import nn
+from torch.nn.utils import prune
 
 import retrofit
 from retrofit import RetrofitError
@@ -603,3 +604,127 @@ def test_a_batchnorm_alone_is_told_that_it_has_no_layer():
     assert retrofit.unfoldable(nn.BatchNorm2d(3)) == {"": words}
     with pytest.warns(UserWarning, match=f"1 of 1 BatchNorms stay: the model: {words}"):
         retrofit.fold(nn.BatchNorm2d(3), example=torch.ones(2, 3, 4, 4))
+
+
+# --- the right reason ------------------------------------------------------------------------
+
+
+def pair(change=None, conv=nn.Conv2d, norm=nn.BatchNorm2d):
+    model = trained(nn.Sequential(conv(3, 4, 3), norm(4)))
+    if change:
+        change(*model)
+    return model
+
+
+class Activated(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Particular(nn.Conv2d):
+    def forward(self, x):
+        if x.shape[-1] != 7:
+            raise ValueError("made for 7 pixels")
+        return super().forward(x)
+
+
+class Casting(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def pruned(module, _=None):
+    prune.l1_unstructured(module, "weight", amount=0.5)
+
+
+REASONS = {
+    "its layer has a hook": lambda conv, _: conv.register_forward_hook(lambda *_: None),
+    "its layer has a hook, which may": lambda conv, _: conv.register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "the BatchNorm after its layer has a hook": lambda _, norm: norm.register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "which folding would lose": lambda _, norm: norm.register_full_backward_hook(lambda *_: None),
+    "the weight of its layer is pruned at each call: make that lasting with "
+    "torch.nn.utils.prune.remove(module, 'weight')": pruned,
+    "the weight of the BatchNorm after its layer is pruned": lambda _, norm: pruned(norm),
+    "has no running_var, without which": lambda _, norm: setattr(norm, "running_var", None),
+    "divides by zero: a running_var of 0, and eps=0": lambda _, norm: (
+        setattr(norm, "eps", 0), norm.running_var.zero_()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REASONS)
+def test_what_is_wrong_with_a_pair_is_named(words):
+    assert words in retrofit.unfoldable(pair(REASONS[words]))["1"]
+
+
+def test_what_is_wrong_with_a_layer_of_another_class_is_named():
+    activated = retrofit.unfoldable(pair(conv=Activated))["1"]
+    assert "an activation inside?" in activated
+    assert "hook" not in activated
+    particular = retrofit.unfoldable(pair(conv=Particular))["1"]
+    assert "does not run on random numbers" in particular
+    assert "made for 7 pixels" in particular
+
+
+def test_a_layer_whose_weight_and_bias_differ_in_precision_is_tried_in_the_coarser():
+    model = pair(lambda conv, _: setattr(conv.bias, "data", conv.bias.data.half()), conv=Casting)
+    folded, x = retrofit.fold(model), nets.images(2, 3, 7, 7)
+    assert isinstance(folded[1], nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_hook_on_what_lies_between_is_named():
+    model = trained(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    model[0].register_forward_hook(lambda _m, _i, y: y.relu())
+    assert retrofit.unfoldable(model) == {"1": "0, between it and its layer, has a hook"}
+
+
+# --- arguments without a name ----------------------------------------------------------------
+
+
+class ByKeyword(Branching):
+    def forward(self, x, **options):
+        y = self.conv(self.stem(x))
+        return y if options.get("raw") is True else self.bn(y)
+
+
+class ByTruthOfKeyword(Branching):
+    def forward(self, x, **options):
+        y = self.conv(self.stem(x))
+        return y if "raw" in options else self.bn(y)
+
+
+class ByCount(Branching):
+    def forward(self, x, *others):
+        y = self.conv(self.stem(x))
+        return y if others else self.bn(y)
+
+
+class Ignoring(Branching):
+    def forward(self, x, *_others, **_options):
+        return self.bn(self.conv(self.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("net", "run", "name"),
+    [
+        (ByKeyword, False, r"\*\*options"),
+        (ByKeyword, True, r"\*\*options"),
+        (ByTruthOfKeyword, True, r"\*\*options"),
+        (ByCount, True, r"\*others"),
+    ],
+)
+def test_arguments_without_a_name_that_may_switch_branches_are_said(net, run, name):
+    with pytest.warns(UserWarning, match=f"other values of {name} may call other layers"):
+        retrofit.fold(trained(net()), example=nets.images(2, 3, 5, 5) if run else None)
+
+
+def test_arguments_without_a_name_that_the_code_ignores_are_not():
+    x = nets.images(2, 3, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_folded(trained(Ignoring()), x)
+        assert_folded(trained(Ignoring()), x, example=x)
