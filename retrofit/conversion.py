@@ -206,7 +206,7 @@ def inserted(model: M, plan: Plan, *, eps: float = 1e-5, momentum: float | None 
     copied = shared_copy(model)
 
     def standard(site: Site, layer: nn.Module | None) -> nn.Module:
-        zero = torch.zeros(site.channels, dtype=torch.float64)
+        zero = torch.zeros(site.channels, dtype=torch.float64, device="cpu")
         own = ChannelMoments(zero, zero + 1)
         return matching_batchnorm(site, layer, copied, own, eps=eps, momentum=momentum)
 

@@ -47,7 +47,7 @@ class MomentObserver(nn.Module):
     ) -> None:
         super().__init__()
         self.site, self.channels, self.dims, self.last_axis = site, channels, dims, last_axis
-        empty = ChannelStatistics.empty(channels, _float64_device(device))
+        empty = ChannelStatistics.empty(channels, _float64_device(device) or "cpu")
         for name, tensor in empty.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -132,7 +132,7 @@ class MomentObserver(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
         """Follow to another device, never to another dtype."""
-        device = _float64_device(fn(torch.empty(0)).device)
+        device = _float64_device(fn(torch.empty(0, device=self.statistics.mean.device)).device)
         for name, tensor in self.statistics.to(device).tensors().items():
             self._buffers[name] = tensor
         return self

@@ -371,6 +371,11 @@ def _tracking(model: nn.Module) -> dict[str, _BatchNorm]:
                 f"{path} is a lazy {type(norm).__name__} that has no shape yet: run one batch "
                 "through the model first"
             )
+        if norm.running_mean is not None and norm.running_mean.is_inference():
+            raise RetrofitError(
+                f"{path} was made in torch.inference_mode(), and cannot be changed outside of it: "
+                "recalibrate a copy (copy.deepcopy(model))"
+            )
     tracking = {path: norm for path, norm in norms.items() if norm.running_mean is not None}
     if not tracking:
         raise RetrofitError(

@@ -47,14 +47,14 @@ class ChannelStatistics:
     spread: Tensor
 
     @classmethod
-    def empty(cls, channels: int, device: torch.device | None = None) -> ChannelStatistics:
+    def empty(cls, channels: int, device: torch.device | str = "cpu") -> ChannelStatistics:
         """Begin with nothing."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            lengths=torch.zeros(STRETCHES, dtype=torch.int64),
+            lengths=torch.zeros(STRETCHES, dtype=torch.int64, device="cpu"),
             count=zeros(STRETCHES, channels),
             mean=zeros(STRETCHES, channels),
             M2=zeros(STRETCHES, channels),
@@ -193,14 +193,14 @@ class ChannelStatistics:
         kept = stretches.rows(0, row)
         tables = zip((kept.count, kept.mean, kept.M2), (new.count, new.mean, new.M2), strict=True)
         grown = Moments(*(torch.cat([table, one.unsqueeze(0)]) for table, one in tables))
-        return self._with_stretches(torch.tensor(lengths), grown)
+        return self._with_stretches(torch.tensor(lengths, device="cpu"), grown)
 
     def _with_stretches(self, lengths: Tensor, rows: Moments) -> ChannelStatistics:
         """Replace the stretches; those that are missing are empty."""
         free = STRETCHES - len(lengths)
         none = torch.zeros_like(self.mean[:free])
         count, mean, M2 = (torch.cat([t, none]) for t in (rows.count, rows.mean, rows.M2))
-        lengths = torch.cat([lengths, torch.zeros(free, dtype=torch.int64)])
+        lengths = torch.cat([lengths, lengths.new_zeros(free)])
         return replace(self, lengths=lengths, count=count, mean=mean, M2=M2)
 
     def _compared(self, rows: Moments) -> ChannelStatistics:

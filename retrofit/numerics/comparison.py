@@ -88,7 +88,7 @@ class Variation:
     """How much tensors vary about their mean, pooled over batches in float64."""
 
     def __init__(self) -> None:
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         self.moments = Moments(zero, zero, zero)
 
     def add(self, x: Tensor) -> None:
@@ -96,7 +96,7 @@ class Variation:
         wide = (torch.view_as_real(x) if x.is_complex() else x).to("cpu", torch.float64)
         if wide.numel():
             M2, mean = torch.var_mean(wide, correction=0)
-            count = torch.tensor(float(wide.numel()), dtype=torch.float64)
+            count = wide.new_tensor(float(wide.numel()))
             self.moments = pooled(self.moments, Moments(count, mean, M2 * count))
 
 

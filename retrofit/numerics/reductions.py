@@ -87,7 +87,7 @@ def _rows(x: Tensor) -> Samples:
         variances.append(torch.cat([var for _, var in pairs]))
     shape = (len(x), len(counts), channels)
     mean, var = (torch.stack(t[::-1]).view(shape).double() for t in (means, variances))
-    weight = torch.tensor(counts, dtype=torch.float64).view(-1, 1)
+    weight = torch.tensor(counts, dtype=torch.float64, device=mean.device).view(-1, 1)
     centre = (weight * mean).sum(1) / length
     within = var.add_((mean - centre.unsqueeze(1)).square_())
     return Samples(length, centre, (weight * within).sum(1))

@@ -302,5 +302,6 @@ def _different_sizes(pictures: list[Tensor]) -> RetrofitError:
 
 def shuffled(count: int, seed: int) -> list[int]:
     """Shuffle 0 ... count - 1, in an order that depends on the seed alone."""
-    order: list[Any] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order: list[Any] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order

@@ -34,7 +34,8 @@ def shared_copy(
     A module in `instead` is replaced by what that maps it to, wherever the model holds it: in a
     list or under another attribute, too.
 
-    Parameters are new objects, or moving the copy would move the original; ties stay ties.
+    Parameters are new objects, or moving the copy would move the original; ties stay ties. Those
+    that were made in torch.inference_mode() are cloned, so that they can be trained.
     Buffers are copied, since forward may write to them. Gradients are left behind.
 
     Raises RetrofitError when the model holds something that cannot be copied, such as a lock, or a
@@ -47,7 +48,10 @@ def shared_copy(
     for module in model.modules():
         for parameter in module._parameters.values():
             if type(parameter) is nn.Parameter:
-                shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                # One of torch.inference_mode() can never be trained; its clone outside of it can.
+                inference = parameter.is_inference() and not torch.is_inference_mode_enabled()
+                tensor = parameter.clone() if inference else parameter.detach()
+                shared = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                 memo.setdefault(id(parameter), shared)
         for name, value in vars(module).items():
             if type(value) in (OrderedDict, dict, set) and not value:

@@ -180,7 +180,8 @@ def _try(folded: nn.Module, layer: nn.Module, alpha: Tensor, shift: Tensor) -> N
     weight: Tensor = layer.weight  # type: ignore[assignment]
     try:
         with torch.no_grad(), evaluating(layer, folded):
-            x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+            x = torch.randn(shape, generator=generator, device="cpu")
+            x = x.to(weight.device, weight.dtype)
             scale, offset = (t.view(-1, *[1] * len(size)) for t in (alpha, shift))
             expected = layer(x) * scale + offset
             difference = (folded(x) - expected).norm() / expected.norm()

@@ -201,6 +201,7 @@ def _measured(
         (4, channels, *SIZES[:axes]),
         generator=torch.Generator().manual_seed(0),
         dtype=torch.float64,
+        device="cpu",
     )
     try:
         at_zero, at_one = bare(torch.zeros_like(x)), bare(torch.ones_like(x))

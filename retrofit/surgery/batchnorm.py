@@ -84,7 +84,8 @@ def matching_batchnorm(
         "bias": back.bias,
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batchnorm.load_state_dict(tensors | {"num_batches_tracked": torch.tensor(batches)})
+    tensors["num_batches_tracked"] = torch.tensor(batches, device="cpu")
+    batchnorm.load_state_dict(tensors)
     weights = [p for n, p in (layer or model).named_parameters() if not n.endswith("bias")]
     batchnorm.requires_grad_(any(p.requires_grad for p in weights))
     return LastAxisBatchNorm(batchnorm) if site.last_axis else batchnorm

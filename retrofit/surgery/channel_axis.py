@@ -38,7 +38,7 @@ ELEMENTWISE = ACTIVATIONS | OUTPUT_ACTIVATIONS | {"dropout", "identity", "contig
 
 def _numbers(layer: nn.Module) -> Tensor:
     """Make a number for each channel, of both signs."""
-    numbers = torch.arange(1, channels(layer) + 1)
+    numbers = torch.arange(1, channels(layer) + 1, device="cpu")
     return torch.where(numbers % 2 == 0, numbers, -numbers)
 
 
@@ -110,7 +110,8 @@ def kept_in_graph(root: nn.Module, call: fx.Node, norm_call: fx.Node, rank: int 
     numbers, found = _numbers(layer), []
     for tried in (2, 3, 4, 5) if rank is None else (rank,):
         sizes = SIZES[: tried - dims(layer) - 1]
-        like = torch.zeros(*sizes, channels(layer), *SIZES[len(sizes) :][: dims(layer)])
+        shape = (*sizes, channels(layer), *SIZES[len(sizes) :][: dims(layer)])
+        like = torch.zeros(shape, device="cpu")
         given = _arriving(norm_call, root, {call: _along(numbers, like, layer)})
         if given is not None and given.dim() in allowed:
             found.append(_has_channels_second(given, numbers))

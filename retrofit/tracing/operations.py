@@ -174,6 +174,8 @@ def with_values(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     """List those arguments of a function whose values reach its result."""
     if name in SHAPE_READERS:
         return ()
+    if name == "set":  # x.data = y
+        return args[1:]
     return args[:1] if name in LIKE_ANOTHER else (args, kwargs)
 
 
