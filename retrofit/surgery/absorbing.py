@@ -19,13 +19,15 @@ from retrofit.surgery.affine_map import UnfoldableError, is_patched, refuse_prun
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     channels,
-    function_name,
     is_conv,
     is_transposed,
 )
+from retrofit.tracing.symbolic import operation_name
 
-# In the calls of F.conv2d, F.linear and their like; groups of the transposed ones.
+# In the calls of F.conv2d, F.linear and their like; groups of the transposed ones, and of
+# aten.convolution, which stands for all and has all its arguments.
 PLACES = {"weight": 1, "bias": 2, "groups": 6}
+GROUPS_OF_ATEN = 8
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -208,8 +210,7 @@ def function_before(module: fx.GraphModule, norm: str) -> fx.Node | None:
         return None
     found = calls[0].all_input_nodes[0]
     is_function = found.op == "call_function" and len(found.users) == 1
-    named = is_function and function_name(getattr(found.target, "__name__", "")) in AFFINE_FUNCTIONS
-    return found if named else None
+    return found if is_function and operation_name(found) in AFFINE_FUNCTIONS else None
 
 
 def absorb_into_function(
@@ -234,7 +235,7 @@ def absorb_into_function(
             "absorb the BatchNorm"
         )
     bias_target, bias = _parameter(module, node, "bias")
-    transposed = "transpose" in node.target.__name__  # type: ignore[union-attr]
+    transposed = "transpose" in operation_name(node)
     groups = _argument(node, "groups") if transposed else 1
     if (bias is None and _argument(node, "bias") is not None) or isinstance(groups, fx.Node):
         raise UnfoldableError(
@@ -263,7 +264,8 @@ def absorb_into_function(
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    place = PLACES[name]
+    aten = name == "groups" and len(node.args) > GROUPS_OF_ATEN
+    place = GROUPS_OF_ATEN if aten else PLACES[name]
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 

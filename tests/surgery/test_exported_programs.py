@@ -4,7 +4,9 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from test_folding_kinds import trained
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import retrofit
 from retrofit import RetrofitError
@@ -52,6 +54,22 @@ def test_an_exported_program_is_converted_as_a_graph(decomposed, dynamic, tmp_pa
         norm.train()
     converted(X).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["aten", "core aten"])
+def test_a_trained_exported_program_is_folded(decomposed):
+    model = exported(decomposed=decomposed, dynamic=False)
+    converted = trained(retrofit.add_batchnorm(model, [X], layout="graph", progress=False))
+    folded = retrofit.fold(converted)
+    with torch.no_grad():
+        assert not torch.allclose(converted(X), model(X), atol=1e-3)
+        torch.testing.assert_close(folded(X), converted(X), rtol=1e-4, atol=1e-5)
+    weight, bias = (converted.get_parameter(f"body.0.{name}") for name in ("weight", "bias"))
+    norm = converted.get_submodule(retrofit.plan_of(converted).inserted[0].norm)
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    expected = fuse_conv_bn_weights(weight, bias, *statistics)
+    for name, tensor in zip(("weight", "bias"), expected, strict=True):
+        torch.testing.assert_close(folded.get_parameter(f"body.0.{name}"), tensor)
 
 
 def test_in_the_native_layout_an_exported_program_is_told_the_way_out():
