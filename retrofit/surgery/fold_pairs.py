@@ -115,6 +115,7 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
     found = _followed(reading.trace.calls, norms)
     found = found.without(_hidden(model, found, reading.trace.opaque))
     found = found.without(_read_by_code(found, reading.trace.reads))
+    found = found.without(_changed_by_code(found, reading.trace.changed))
     found = found.without(_hooked(model, found))
     found = found.without(_on_another_axis(model, found, reading, example))
     found = found.without(_missed(model, found, reading, example))
@@ -134,7 +135,13 @@ def _read(model: nn.Module, example: Any) -> _Reading:
             "knows which layer a BatchNorm follows: pass example"
         ) from error
     nodes = {call: node for node, call in calls_of(model, found.graph, found.opaque).items()}
-    trace = Trace(tuple(nodes), "symbolic", found.opaque, found.reads.frozen())
+    trace = Trace(
+        tuple(nodes),
+        "symbolic",
+        found.opaque,
+        found.reads.frozen(),
+        changed=frozenset(found.reads.changed),
+    )
     return _Reading(trace, symbolic=found, nodes=nodes)
 
 
@@ -272,6 +279,16 @@ def _read_by_code(found: Pairs, reads: Mapping[str, frozenset[str]]) -> dict[str
     return reasons
 
 
+def _changed_by_code(found: Pairs, changed: Collection[str]) -> dict[str, str]:
+    """Give the reasons of pairs that the model's own code changes before it calls them."""
+    reason = "the model's own code changes it or its layer before it calls them"
+    return {
+        norm: reason
+        for norm, pair in found.pairs.items()
+        if not {norm, pair.layer}.isdisjoint(changed)
+    }
+
+
 def _hooked(model: nn.Module, found: Pairs) -> dict[str, str]:
     """Give the reasons of pairs with hooks that no trace shows: on the way, or the BatchNorm's."""
     reasons: dict[str, str] = {}
@@ -386,11 +403,12 @@ def _in_every_branch(model: nn.Module, found: Pairs, reading: _Reading) -> Pairs
         called = {call.path for call in calls if call.module is not None}
         more = {path: place for path, place in other.opaque.items() if path not in known}
         hidden = _hidden(model, found, more)
-        read_there = _read_by_code(found, other.reads.frozen())
+        touched = _read_by_code(found, other.reads.frozen())
+        touched |= _changed_by_code(found, other.reads.changed)
         for norm, pair in found.pairs.items():
             same = seen.pairs.get(norm)
-            if norm in read_there:
-                reasons.setdefault(norm, f"{words}: {read_there[norm]}")
+            if norm in touched:
+                reasons.setdefault(norm, f"{words}: {touched[norm]}")
             elif norm in hidden:
                 reasons.setdefault(norm, f"what {words} does with it cannot be followed")
             elif {norm, pair.layer} & called and (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from retrofit.running.shared_copy import held_tensors
 from retrofit.tracing.operations import is_activation, is_affine, is_norm
@@ -20,12 +20,14 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 class Reads:
-    """Notes what a model's own code reads of its modules.
+    """Notes what a model's own code reads of its modules, and whether it changes them.
 
     Attributes:
         by_path: of the layers, the names of attributes that were asked for, and that an
             nn.Sequential in their place would not have by itself: path to names.
         mode: `training` of any module was read.
+        changed: paths of layers that the code had given other tensors or settings when it called
+            them.
         muted: set while a layer's own code runs, which may read what it likes.
     """
 
@@ -34,6 +36,8 @@ class Reads:
         self.layers = {path: m for path, m in model.named_modules() if m in layers}
         self.paths = {id(module): path for path, module in self.layers.items()}
         self.tensors = _tensors_of(self.layers, model)
+        self.states = {id(module): _state(module) for module in self.layers.values()}
+        self.changed: set[str] = set()
         self.by_path: dict[str, set[str]] = {}
         self.mode = False
         self.muted = False
@@ -72,12 +76,33 @@ class Reads:
         for path, name in self.tensors.get(id(value), ()):
             self.by_path.setdefault(path, set()).add(name)
 
+    def note_call(self, module: nn.Module) -> None:
+        """Note whether a layer that the code calls is still as it was at the beginning."""
+        if id(module) not in self.states:
+            return
+        muted, self.muted = self.muted, True
+        if _state(module) != self.states[id(module)]:
+            self.changed.add(self.paths[id(module)])
+        self.muted = muted
+
     def note(self, module: nn.Module, name: str) -> None:
         """Note that `name` was asked for of a module."""
         if name == "training":
             self.mode |= id(module) in self.modules
         elif name not in _KEPT and id(module) in self.paths:
             self.by_path.setdefault(self.paths[id(module)], set()).add(name)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Say which tensors and settings a layer has, to be compared with those of another time."""
+    held: dict[str, Any] = {**module._parameters, **module._buffers}
+    ordinary = (Tensor, nn.Parameter)  # no proxy in the place of one
+    tensors = {
+        name: (id(value), value.data_ptr() if type(value) in ordinary else None)
+        for name, value in held.items()
+    }
+    plain = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+    return plain | tensors
 
 
 def _tensors_of(

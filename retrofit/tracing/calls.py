@@ -68,6 +68,7 @@ class Trace:
             would lack: path to attribute names.
         asks_mode: the model's own code reads `training`, so that it may do something else in train
             mode.
+        changed: paths of layers that the model's own code changes before it calls them.
         outputs: of a run, the tensors in what the model returned, by their place.
     """
 
@@ -76,6 +77,7 @@ class Trace:
     opaque: Mapping[str, str] = field(default_factory=dict)
     reads: Mapping[str, frozenset[str]] = field(default_factory=dict)
     asks_mode: bool = False
+    changed: frozenset[str] = frozenset()
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from retrofit.tracing.calls import Call, Trace, is_alone
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
+    READ_OUT,
     called_name,
     factors,
     function_name,
@@ -93,6 +94,7 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
         "run",
         reads=watcher.reads.frozen(),
         asks_mode=watcher.reads.mode,
+        changed=frozenset(watcher.reads.changed),
         outputs=tensors(result, "output"),
     )
 
@@ -171,6 +173,7 @@ class _Watcher(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        self.reads.note_call(module)
         alone = is_alone(args, kwargs)
         call = Call(module_name(module), path, module, tuple(self.stack), alone)
         feeding = self._feeding(tensors((args, kwargs)).values())
@@ -196,7 +199,7 @@ class _Watcher(TorchFunctionMode):
         weighted = name in PRODUCTS and self._has_constant(factors(name, args, kwargs))
         result = func(*args, **kwargs)
         made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
-        if isinstance(made, (Tensor, tuple, list)):
+        if isinstance(made, (Tensor, tuple, list)) or name in READ_OUT:
             where = self.stack[-1] if self.stack else ""
             keepdim = keeps_dim(args, kwargs)
             channels = 0
@@ -226,7 +229,7 @@ class _Watcher(TorchFunctionMode):
 
     def _note(self, call: Call, feeding: list[int], result: Any) -> None:
         results = list(tensors(result).values())
-        if call.module is None and not results:
+        if call.module is None and not results and call.name not in READ_OUT:
             return
         if isinstance(result, Tensor):
             call = replace(call, shape=tuple(result.shape))

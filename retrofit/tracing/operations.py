@@ -104,6 +104,23 @@ SHAPE_READERS = {
     *(f"{name}like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
     *(f"new{name}" for name in ("empty", "emptystrided", "full", "ones", "tensor", "zeros")),
 }
+# They give no tensor, but what is made of its values.
+READ_OUT = {
+    "allclose",
+    "array",
+    "bool",
+    "complex",
+    "contains",
+    "dlpack",
+    "equal",
+    "float",
+    "index",
+    "int",
+    "isnonzero",
+    "item",
+    "numpy",
+    "tolist",
+}
 # They take the values of their first argument, and of others the shape or type alone.
 SHAPED_LIKE = {"expandas", "reshapeas", "viewas"}
 LIKE_ANOTHER = SHAPED_LIKE | {"sumtosize", "to", "type", "typeas"}

@@ -112,7 +112,8 @@ def symbolic(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         while True:
-            tracer, reads = _Tracer(traced, opaque), Reads(traced, watched_layers(traced))
+            reads = Reads(traced, watched_layers(traced))
+            tracer = _Tracer(traced, opaque, reads)
             try:
                 with reads.noted(), _Uses(reads), warnings.catch_warnings():
                     # That a graph asserts no default of this type; it is not run.
@@ -143,6 +144,7 @@ def trace_whole(model: nn.Module, *, training: bool = False) -> Trace:
         opaque=found.opaque,
         reads=found.reads.frozen(),
         asks_mode=found.reads.mode,
+        changed=frozenset(found.reads.changed),
     )
 
 
@@ -179,6 +181,7 @@ def _joined(whole: Trace, prefix: str, piece: Trace) -> Trace:
         opaque={**whole.opaque, **{below(path): place for path, place in piece.opaque.items()}},
         reads=united(whole.reads, {below(path): names for path, names in piece.reads.items()}),
         asks_mode=whole.asks_mode or piece.asks_mode,
+        changed=whole.changed | frozenset(map(below, piece.changed)),
     )
 
 
@@ -193,6 +196,8 @@ class _Uses(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.reads.muted:
+            return func(*args, **kwargs)
         name = function_name(called_name(func), args)
         fx.node.map_aggregate(with_values(name, args, kwargs), self.reads.note_use)
         return func(*args, **kwargs)
@@ -214,9 +219,9 @@ class _Tracer(fx.Tracer):
         stopped_in: path of the innermost submodule that raised; None if the model itself did.
     """
 
-    def __init__(self, model: nn.Module, opaque: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, opaque: Collection[str], reads: Reads) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.reads = opaque, reads
         self.inside = set(model.modules())
         self.stopped_in: str | None = None
 
@@ -232,6 +237,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if m not in self.inside:  # of a list of the model's, or of another thread
             return forward(*args, **kwargs)
+        self.reads.note_call(m)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:

@@ -1,9 +1,11 @@
 """What a model's own code holds, asks or reads of its layers is the same once it is folded."""
 
+import copy
 import functools
 import types
 
 import nets
+import numpy as np
 import pytest
 import torch
 from test_folding_kinds import assert_folded, trained
@@ -202,3 +204,88 @@ class Asking(Pair):
 def test_a_layer_whose_weight_is_asked_for_its_dtype_or_held_elsewhere_is_folded(run):
     x = nets.images(2, 3, 7, 7)
     assert_folded(trained(Asking()), x, example=x if run else None)
+
+
+# --- changed by forward --------------------------------------------------------------------------
+
+
+class Changing(Pair):
+    def __init__(self, change):
+        super().__init__()
+        self.other, self.change = nn.Parameter(torch.ones(4, 3, 3, 3)), change
+
+    def forward(self, x):
+        self.change(self)
+        return self.bn(self.conv(x))
+
+
+def other_data(model):
+    next(model.conv.parameters()).data = model.other.data
+
+
+CHANGES = {
+    "another parameter": lambda m: m.conv._parameters.update(weight=m.other),
+    "eps": lambda m: setattr(m.bn, "eps", 1.0),
+    "batch statistics": lambda m: m.bn.train(),
+    "loaded": lambda m: m.conv.load_state_dict({"weight": m.other}),
+    "its data": other_data,
+}
+
+
+TRACED = ("another parameter", "eps", "batch statistics")  # the others torch.fx cannot follow
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [*((n, True) for n in CHANGES), *((n, False) for n in TRACED)]
+)
+def test_a_pair_that_forward_changes_stays(name, run):
+    model, x = trained(Changing(CHANGES[name])), nets.images(2, 3, 7, 7)
+    left = retrofit.unfoldable(model, example=x if run else None)
+    assert "the model's own code" in left["bn"]
+    with pytest.warns(UserWarning, match="1 of 1 BatchNorms stay"):
+        folded = retrofit.fold(model, example=x if run else None)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), copy.deepcopy(model)(x))
+
+
+def test_a_layer_that_is_called_with_other_weights_keeps_its_batchnorm():
+    class Functional(Pair):
+        def hold(self):
+            self.other = nn.Parameter(torch.ones(4, 3, 3, 3))
+
+        def forward(self, x):
+            y = torch.func.functional_call(self.conv, {"weight": self.other}, (x,))
+            return self.bn(y)
+
+    x = nets.images(2, 3, 7, 7)
+    assert_folded(trained(Functional()), x, left=["bn"], example=x)
+
+
+# --- read out ------------------------------------------------------------------------------------
+
+
+READ_OUT = {
+    "numpy": lambda y: float(y.numpy().max()),
+    "an array": lambda y: float(np.asarray(y).max()),
+    "a list": lambda y: y.tolist()[0][0][0][0],
+    "equal": lambda y: 1 + torch.equal(y, y),
+}
+
+
+@pytest.mark.parametrize("read", READ_OUT.values(), ids=READ_OUT)
+def test_a_layer_whose_values_the_code_reads_out_keeps_its_batchnorm(read):
+    class ReadOut(Pair):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) * (read(y) if x.sum() < 1e9 else 1)
+
+    class Asked(Pair):
+        def forward(self, x):
+            y = self.conv(x)
+            if not y.is_contiguous() or y.shape[0] > 1e9:
+                raise ValueError(y)
+            return self.bn(y) * float(x.sum())
+
+    x = nets.images(2, 3, 7, 7)
+    assert_folded(trained(ReadOut()), x, left=["bn"], example=x)
+    assert_folded(trained(Asked()), x, example=x)
