@@ -136,6 +136,19 @@ def test_a_batchnorm_whose_type_the_code_asks_for_stays(net, left, run):
     assert "its type" in retrofit.unfoldable(model, example=example)[left[0]]
 
 
+def test_code_that_differs_from_run_to_run_is_not_blamed_for_asking():
+    class Counting(Pair):
+        seen = []  # noqa: RUF012 - of the class, for all copies
+
+        def forward(self, x):
+            self.seen.append(0)
+            y = self.bn(self.conv(x))
+            return y + len(self.seen) if x.sum() < 1e9 else y
+
+    model, x = trained(Counting()), nets.images(2, 3, 7, 7)
+    assert retrofit.unfoldable(model, example=x) == {}
+
+
 # --- read ----------------------------------------------------------------------------------------
 
 
