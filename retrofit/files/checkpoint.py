@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.conversion import inserted
 from retrofit.errors import RetrofitError, warn
-from retrofit.files.converted_keys import converted_keys, keys_tell, norm_keys, refuse_changed_sites
+from retrofit.files.converted_keys import refuse_changed_sites
 from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
+from retrofit.files.plan_by_keys import keys_tell, plan_by_keys
 from retrofit.files.provenance import Provenance, provenance_of
 from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
-from retrofit.planning.plan import plan
-from retrofit.plans import Plan
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
 from retrofit.surgery.record import attach, plan_of
 
@@ -94,7 +92,7 @@ def save(
     if empty := [key for key, t in state.items() if isinstance(t, Tensor) and t.is_meta]:
         raise RetrofitError(f"{empty[0]} is on the meta device: it has no numbers to save")
     if path.suffix in PICKLED:
-        if (made := plan_of(model)) is not None and not keys_tell(made, model):
+        if (made := plan_of(model)) is not None and not keys_tell(made, model, state):
             warn(
                 f"{path.name} will not say where its BatchNorms are (only the keys do, and those "
                 "of this plan are not enough): for load, save it as .safetensors; or keep the plan "
@@ -181,41 +179,7 @@ def _with_batchnorms(model: nn.Module, file: WeightsFile, key: str | None) -> nn
         return result
     if fits(file, model.state_dict(), key)[0].exact:  # folded, or never converted
         return copy.deepcopy(shared_copy(model))
-    return inserted(model, _plan_by_keys(model, file, key))
-
-
-# What else `plan` may have been asked for: the keys tell where the BatchNorms of each of them are.
-OTHER_PLANS: tuple[dict[str, Any], ...] = (
-    {"include": "*"},
-    {"include": "*", "linear": True},
-    {"include": "*", "placement": "post_activation"},
-)
-
-
-def _plan_by_keys(model: nn.Module, file: WeightsFile, key: str | None) -> Plan:
-    """Find the plan whose BatchNorms are those of a file; the default plan where none is."""
-    default = _less(plan(model), model, {}, file, key)
-    if _fits_exactly(default, file, key):
-        return default
-    for options in OTHER_PLANS:
-        with suppress(RetrofitError):  # of a model without convolutions, say
-            other = _less(plan(model, **options), model, options, file, key)
-            if _fits_exactly(other, file, key):
-                return other
-    return default
-
-
-def _less(
-    made: Plan, model: nn.Module, options: dict[str, Any], file: WeightsFile, key: str | None
-) -> Plan:
-    """Make the plan anew without what was excluded, or left out for what its data showed."""
-    state = fits(file, dict.fromkeys(converted_keys(made)), key)[0].state
-    absent = [site.path for site in made.inserted if norm_keys(site)[2] not in state]
-    return plan(model, **options, exclude=absent) if absent else made
-
-
-def _fits_exactly(made: Plan, file: WeightsFile, key: str | None) -> bool:
-    return fits(file, dict.fromkeys(converted_keys(made)), key)[0].exact
+    return inserted(model, plan_by_keys(model, file, key))
 
 
 def _rebuild(path: Path, provenance: Provenance) -> nn.Module:

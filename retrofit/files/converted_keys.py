@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import VGG
 
 from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.tensor_checks import is_dense
@@ -60,13 +59,6 @@ def refuse_changed_sites(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"({few(sorted(changed))}): the file loads into a plain network that was changed in "
             "the same way"
         )
-
-
-def keys_tell(plan: Plan, model: nn.Module) -> bool:
-    """Tell whether the keys of a state dict are enough for `load` to find the plan again."""
-    linear = any(site.dims == 0 and not site.last_axis for site in plan.inserted)
-    default = ("features",) if isinstance(model, VGG) else ()
-    return plan.layout == "native" and not linear and plan.renumbered == default
 
 
 def _place(value: object) -> object:

@@ -474,13 +474,52 @@ def test_the_keys_of_a_plain_state_dict_tell_what_was_asked_for(tmp_path, option
     assert torch.equal(loaded(X), made(X))
 
 
-def test_a_plain_state_dict_that_cannot_tell_says_so(tmp_path):
-    made = retrofit.add_batchnorm(nets.build(nets.Residual), [X], progress=False, layout="graph")
+class SmallVGG(torchvision.models.VGG):
+    """Its `features` are renumbered."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        convs = [layer for c in (3, 4, 5, 6) for layer in (nn.Conv2d(c, c + 1, 3), nn.ReLU())]
+        self.features, self.avgpool = nn.Sequential(*convs), nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize("placement", ["pre_activation", "post_activation"])
+@pytest.mark.parametrize("left_out", ["0", "2", "6", "02", "04", "26", "024"])
+def test_keys_that_moved_up_tell_which_layers_have_a_batchnorm(tmp_path, left_out, placement):
+    options = {"exclude": [f"features.{i}" for i in left_out], "placement": placement}
+    made = retrofit.add_batchnorm(nets.build(SmallVGG), [X], progress=False, **options)
+    retrofit.save(made, tmp_path / "a.pth")
+    loaded = retrofit.load(tmp_path / "a.pth", SmallVGG())
+    assert list(loaded.state_dict()) == list(made.state_dict())
+    assert torch.equal(loaded(X), made(X))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in made.state_dict().items()}},
+               tmp_path / "run.ckpt")  # fmt: skip
+    assert torch.equal(retrofit.load(tmp_path / "run.ckpt", SmallVGG())(X), made(X))
+
+
+CANNOT_TELL = {
+    "graph": (nets.Residual, {"layout": "graph"}),
+    "renumber": (nets.root_sequential, {"renumber": ""}),
+    "no renumbering": (SmallVGG, {"renumber": ()}),
+    "linear": (SmallVGG, {"include": "classifier.*", "linear": True}),
+    "linear after the activation": (
+        SmallVGG,
+        {"include": "classifier.0", "linear": True, "placement": "post_activation"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_TELL)
+def test_a_plain_state_dict_that_cannot_tell_says_so(tmp_path, case):
+    net, options = CANNOT_TELL[case]
+    made = retrofit.add_batchnorm(nets.build(net), [X], progress=False, **options)
     with pytest.warns(UserWarning, match=r"a\.pth will not say where its BatchNorms are"):
         retrofit.save(made, tmp_path / "a.pth")
+    with pytest.raises(RetrofitError, match="do not fit"):
+        retrofit.load(tmp_path / "a.pth", net())
     retrofit.save(made, tmp_path / "a.safetensors")
-    loaded = retrofit.load(tmp_path / "a.safetensors", nets.Residual())
-    assert torch.equal(loaded(X), made(X))
+    assert torch.equal(retrofit.load(tmp_path / "a.safetensors", net())(X), made(X))
 
 
 def test_extra_state_comes_back_from_a_pth(tmp_path):
