@@ -22,6 +22,7 @@ from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.conversion import inserted
 from retrofit.errors import RetrofitError, warn
+from retrofit.files.batchnorm_settings import warn_of_unusual
 from retrofit.files.converted_keys import refuse_changed_sites
 from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
@@ -64,6 +65,9 @@ def save(
 ) -> None:
     """Write the model's state dict, whole or not at all.
 
+    Warns of what `load` will not find in a `.pth`: where the BatchNorms are, if their keys do not
+    tell, and another eps or momentum than torch's.
+
     Args:
         model: converted or folded by this package, or any other.
         path: `.safetensors`, with provenance in its metadata (versions, plan, eps, number of
@@ -81,10 +85,11 @@ def save(
         RetrofitError: the suffix is none of these; the path cannot be written, or exists without
             `overwrite`; an entry of the state dict is no tensor (`.safetensors`); `load` could not
             read the file, because a BatchNorm or the layer before it was changed since the
-            conversion (it lost its running statistics, or was pruned); a tensor is on the meta
-            device.
+            conversion (it lost its running statistics, or was pruned), the BatchNorms have several
+            eps (`.safetensors`), or an argument is of another type; a tensor is on the meta device.
         OSError: writing failed half-way; an existing file is then as it was.
     """
+    _check_call("save(model, path)", path, model)
     path = Path(path).resolve()  # what a link points to is what gets replaced
     check_output(path, overwrite=overwrite)
     state = model.state_dict()
@@ -92,12 +97,7 @@ def save(
     if empty := [key for key, t in state.items() if isinstance(t, Tensor) and t.is_meta]:
         raise RetrofitError(f"{empty[0]} is on the meta device: it has no numbers to save")
     if path.suffix in PICKLED:
-        if (made := plan_of(model)) is not None and not keys_tell(made, model, state):
-            warn(
-                f"{path.name} will not say where its BatchNorms are (only the keys do, and those "
-                "of this plan are not enough): for load, save it as .safetensors; or keep the plan "
-                "and use insert(model, plan).load_state_dict(...)"
-            )
+        _warn_of_what_is_lost(model, state, path)
         write_whole(path, lambda file: torch.save(state, file))
         return
     from safetensors.torch import save as serialized  # noqa: PLC0415 - keeps the import fast
@@ -112,6 +112,32 @@ def save(
         write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
     except KeyError as error:  # of a dtype, by safetensors before 0.5 for complex numbers
         raise RetrofitError(f"safetensors cannot store {error}: save as .pth instead") from error
+
+
+def _warn_of_what_is_lost(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Warn of what a plain state dict does not say, and `load` will not know."""
+    if (made := plan_of(model)) is not None and not keys_tell(made, model, state):
+        warn(
+            f"{path.name} will not say where its BatchNorms are (only the keys do, and those "
+            "of this plan are not enough): for load, save it as .safetensors; or keep the plan "
+            "and use insert(model, plan).load_state_dict(...)"
+        )
+    warn_of_unusual(model, path.name)
+
+
+def _check_call(call: str, path: object, model: object) -> None:
+    """Raise RetrofitError, with the call as it should be, for what is no path, or no network."""
+    if isinstance(path, (str, os.PathLike)) and isinstance(model, nn.Module):
+        return
+    given = {"path": path, "model": model}
+    kinds = {
+        name: f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        for name, value in given.items()
+    }
+    raise RetrofitError(
+        f"{call} takes a str or Path as the path and an nn.Module as the model; it was called with "
+        f"path: {kinds['path']}, model: {kinds['model']}"
+    )
 
 
 def load(
@@ -148,6 +174,9 @@ def load(
             code in the file is run (`weights_only=True`), and nothing that it names is imported.
     """
     refuse_inference_mode()
+    _check_call("load(path, model)", path, nn.Module() if model is None else model)
+    if weights_key is not None and not isinstance(weights_key, str):
+        raise RetrofitError(f"weights_key must be a str such as 'params_ema', not {weights_key!r}")
     return load_opened(open_weights(Path(path)), model, weights_key)
 
 

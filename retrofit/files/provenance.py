@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
@@ -15,9 +16,10 @@ from retrofit.calibration.sample_errors import Calibration
 from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.errors import RetrofitError
+from retrofit.files.batchnorm_settings import current_record
 from retrofit.json_values import from_plain, to_plain
 from retrofit.plans import Plan
-from retrofit.surgery.record import Record, record_of
+from retrofit.surgery.record import Record
 from retrofit.version import __version__
 
 # Names in files that differ from those of the attributes.
@@ -85,7 +87,7 @@ class Provenance:
             except (RetrofitError, RecursionError) as error:
                 raise RetrofitError(f"its metadata is damaged, {key}: {error}") from error
         found = cls(**read)
-        if found.plan is not None and not (found.eps is not None and 0 < found.eps < 1):
+        if found.plan is not None and not (found.eps is not None and 0 < found.eps < math.inf):
             raise RetrofitError(f"its metadata is damaged, eps: {found.eps} of a converted model")
         return found
 
@@ -99,7 +101,11 @@ def provenance_of(
     verification: Verification | None = None,
     drift: Drift | None = None,
 ) -> Provenance:
-    """Say where a model comes from; the arguments are those of `save`."""
+    """Say where a model comes from; the arguments are those of `save`.
+
+    Raises RetrofitError for an argument of another type, which `from_json` would refuse; or for
+    BatchNorms of several eps.
+    """
     found = Provenance(
         retrofit=__version__,
         torch=torch.__version__,
@@ -112,16 +118,16 @@ def provenance_of(
         verification=verification,
         drift=drift,
     )
-    record = record_of(model)
-    if record is None:
-        return found
-    return replace(
-        found,
-        eps=record.eps,
-        momentum=record.momentum,
-        images=record.images,
-        plan=record.plan,
-    )
+    if (record := current_record(model)) is not None:
+        kept = {name: getattr(record, name) for name in ("eps", "momentum", "images", "plan")}
+        found = replace(found, **kept)
+    for key, kind in _types().items():
+        argument = "name" if key == "model" else key
+        try:
+            from_plain(kind, to_plain(getattr(found, key)))
+        except RetrofitError as error:
+            raise RetrofitError(f"{argument}= cannot be stored: {error}") from error
+    return found
 
 
 @functools.cache

@@ -123,6 +123,77 @@ def test_another_eps_is_restored_from_the_file(tmp_path):
     assert torch.equal(loaded(X), ours(X))
 
 
+def batchnorms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_an_eps_and_momentum_set_after_the_conversion_are_restored_from_the_file(tmp_path):
+    model = converted()
+    for norm in batchnorms(model):
+        norm.eps, norm.momentum = 2.0, 0.3
+    retrofit.save(model, tmp_path / "e.safetensors")
+    loaded = retrofit.load(tmp_path / "e.safetensors", nets.Residual())
+    assert {(norm.eps, norm.momentum) for norm in batchnorms(loaded)} == {(2.0, 0.3)}
+    assert torch.equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("change", [{"eps": 1e-3}, {"momentum": 0.01}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("net", [nets.Residual, nets.TiedWeights])
+def test_a_plain_state_dict_that_lacks_eps_or_momentum_says_so(tmp_path, net, change):
+    model = converted(net)
+    vars(batchnorms(model)[-1]).update(change)
+    message = r"a\.pth does not hold eps and momentum .*load gives them 1e-05 and 0\.1"
+    with pytest.warns(UserWarning, match=message) as seen:
+        retrofit.save(model, tmp_path / "a.pth")
+    assert len(seen) == 1
+    assert ("compute something else" in str(seen[0].message)) == ("eps" in change)
+
+
+def test_several_eps_are_not_saved_as_one_and_several_momenta_are_named(tmp_path):
+    model, file = converted(), tmp_path / "a.safetensors"
+    batchnorms(model)[1].momentum = 0.5
+    with pytest.warns(UserWarning, match=r"several momenta \(0\.5 at body\.0\.bn, 0\.1 before"):
+        retrofit.save(model, file)
+    batchnorms(model)[1].eps = 1e-3
+    with pytest.raises(RetrofitError, match=r"several eps \(0\.001 at body\.0\.bn, 1e-05 before"):
+        retrofit.save(model, file, overwrite=True)
+    assert torch.equal(retrofit.load(file, nets.Residual())(X), converted()(X))
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"data": 1024}, "data= cannot be stored: 1024 is no str"),
+        ({"data": Path("pictures")}, "data= cannot be stored: .*Path.* is no str"),
+        ({"name": 3}, "name= cannot be stored: 3 is no str"),
+        ({"calibration": {"images": 3}}, "calibration= cannot be stored: .* is no Calibration"),
+        ({"verification": torch.ones(2)}, "verification= cannot be stored: .* no Verification"),
+        ({"drift": "none"}, "drift= cannot be stored: 'none' is no Drift"),
+    ],
+)
+def test_what_load_would_refuse_of_the_metadata_is_not_saved(tmp_path, told, message):
+    with pytest.raises(RetrofitError, match=message):
+        retrofit.save(converted(), tmp_path / "a.safetensors", **told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_things_than_a_model_and_a_path_are_named_with_the_right_call(tmp_path):
+    model, file = converted(), tmp_path / "a.pth"
+    retrofit.save(model, file)
+    for call, given in {
+        lambda: retrofit.save(model.state_dict(), file): r"save\(model, path\).* OrderedDict",
+        lambda: retrofit.save(file, model): r"save\(model, path\).*Path, ?|path: Residual",
+        lambda: retrofit.save(model, 3): "path: int, model: Residual",
+        lambda: retrofit.load(file, nets.Residual): r"load\(path, model\).* the class Residual",
+        lambda: retrofit.load(file, model.state_dict()): "model: OrderedDict",
+        lambda: retrofit.load(file, "vgg16"): "model: str",
+        lambda: retrofit.load(model, file): "path: Residual",
+        lambda: retrofit.load(file, nets.Residual(), weights_key=3): "weights_key must be a str",
+    }.items():
+        with pytest.raises(RetrofitError, match=given):
+            call()
+
+
 def test_the_precision_of_the_file_is_kept(tmp_path):
     model = nets.build(nets.root_sequential).bfloat16()
     ours = retrofit.add_batchnorm(model, [X.bfloat16()], progress=False)

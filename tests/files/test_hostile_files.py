@@ -422,7 +422,7 @@ def test_tensors_that_are_no_weights_are_named(tmp_path, kind):
         retrofit.load(tmp_path / "odd.pth", net())
 
 
-@pytest.mark.parametrize("eps", [10**400, 0, -1, 2])
+@pytest.mark.parametrize("eps", [10**400, 0, -1, "inf", True])
 def test_an_eps_that_is_none_is_damage(tmp_path, eps):
     made = retrofit.insert(net())
     retrofit.save(made, tmp_path / "a.safetensors")
