@@ -28,7 +28,8 @@ HARMLESS = (
     "torch.torch_version.TorchVersion",
     "numpy.dtype",
     "numpy.ndarray",
-    *(f"builtins.{name}" for name in ("frozenset", "range", "slice")),
+    "collections.ChainMap",
+    *(f"builtins.{name}" for name in ("Ellipsis", "frozenset", "range", "slice")),
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *(
@@ -42,7 +43,15 @@ HARMLESS = (
     *(f"{core}.numeric._frombuffer" for core in NUMPY),
 )
 # What torch itself takes; only to know which name made it refuse.
-TORCHS = ("collections.", "_codecs.encode", "builtins.", "torch._utils._rebuild", "torch._tensor.")
+TORCHS = ("torch._utils._rebuild", "torch._tensor.")
+TAKEN = (
+    "_codecs.encode",
+    *(f"collections.{name}" for name in ("OrderedDict", "Counter")),
+    *(f"builtins.{name}" for name in ("bytearray", "complex", "set")),
+)
+PROTOCOLS = (2, 3)  # of pickles, that torch reads without running them
+ARCHIVE = b"PK\x03\x04"  # begins a zip archive
+MAGIC = 0x1950A86A20F9469CFC6C  # with which torch.save began files before torch 1.6
 
 
 class _Ignored:
@@ -82,6 +91,7 @@ def read_pickled(path: Path) -> Any:
     comes back. Raises RetrofitError for everything else, naming it.
     """
     _refuse_other_archives(path)
+    _refuse_plain_pickles(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
             warnings.simplefilter("ignore")  # what torch finds odd ends in an error or is harmless
@@ -92,6 +102,28 @@ def read_pickled(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             reason = _refused(path) or "it is damaged, or no file of torch.save"
         raise RetrofitError(f"{path} cannot be read as a state dict: {reason}") from error
+
+
+def is_pickle(path: Path) -> bool:
+    """Tell whether a file begins with a whole pickle, of any protocol."""
+    with suppress(Exception), path.open("rb") as file:
+        return sum(1 for _ in pickletools.genops(file)) > 1
+    return False
+
+
+def _is_legacy(path: Path) -> bool:
+    """Tell whether a pickle is the first of a file of torch.save before torch 1.6."""
+    with path.open("rb") as file:
+        return any(argument == MAGIC for _, argument, _ in pickletools.genops(file))
+
+
+def _protocol(path: Path) -> int:
+    """Read which protocol a file's pickle says it has; those before 2 say nothing."""
+    with suppress(Exception):
+        for stream in _streams(path):
+            operation, argument, _ = next(pickletools.genops(stream))
+            return int(argument or 0) if operation.name == "PROTO" else 0
+    return PROTOCOLS[0]
 
 
 def _refused(path: Path) -> str:
@@ -111,6 +143,12 @@ def _refused(path: Path) -> str:
             f"file, save the weights alone: torch.save(torch.load('{path}', weights_only=False)"
             "['state_dict'], 'weights.pth') (or under whatever key they are)"
         )
+    if (protocol := _protocol(path)) not in PROTOCOLS:
+        return (
+            f"it is a pickle of protocol {protocol}, which only Python itself reads, running what "
+            f"it names; where you trust the file: import torch; torch.save(torch.load('{path}', "
+            "weights_only=False), 'weights.pth')"
+        )
     return ""
 
 
@@ -122,22 +160,26 @@ def _is_torchs(name: str) -> bool:
     """Tell whether torch takes this name: also its dtypes and storages, straight under `torch`."""
     module, _, last = name.rpartition(".")
     taken = ("torch", "torch.storage", "torch.serialization", "torch.nn.parameter")
-    return name.startswith(TORCHS) or (module in taken and bool(last))
+    return name in TAKEN or name.startswith(TORCHS) or (module in taken and bool(last))
 
 
 def _globals(path: Path) -> list[str]:
     """List the names that a pickle asks for, in their order, up to where it is damaged."""
     names: dict[str, None] = {}
-    texts = ["", ""]
+    texts, memo = ["", ""], list[str]()
     with suppress(Exception):
         for stream in _streams(path):
             for operation, argument, _ in pickletools.genops(stream):
                 if operation.name == "GLOBAL":
                     names[str(argument).replace(" ", ".")] = None
-                elif operation.name == "STACK_GLOBAL":  # of protocol 4
+                elif operation.name == "STACK_GLOBAL":  # of protocol 4, from texts on the stack
                     names[".".join(texts)] = None
+                elif operation.name == "MEMOIZE":
+                    memo.append(texts[1])
                 elif isinstance(argument, str):
                     texts = [texts[1], argument]
+                elif operation.name in ("BINGET", "LONG_BINGET") and memo:
+                    texts = [texts[1], memo[int(argument or 0)]]
     return [name.replace("__builtin__.", "builtins.") for name in names]
 
 
@@ -159,8 +201,22 @@ def _refuse_other_archives(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        return  # no archive, or a damaged one
+    except (OSError, ValueError, NotImplementedError):
+        return
+    except zipfile.BadZipFile:
+        with path.open("rb") as file:
+            if file.read(4) != ARCHIVE:
+                return
+        raise RetrofitError(
+            f"{path} cannot be read as a state dict: it is cut short or damaged; copy or download "
+            "it again"
+        ) from None
+    if names and all(name.endswith(".npy") for name in names):
+        raise RetrofitError(
+            f"{path} cannot be read as a state dict: it is numpy's .npz; save its arrays as "
+            f"tensors: torch.save({{k: torch.from_numpy(v) for k, v in numpy.load('{path}')"
+            ".items()}, 'weights.pth')"
+        )
     exported = any("exported_program" in name or name == "archive_format" for name in names)
     if not exported and names & {"constants.pkl", "model.json"}:  # the latter before torch 1.0
         raise RetrofitError(
@@ -175,4 +231,16 @@ def _refuse_other_archives(path: Path) -> None:
     if "data.pkl" not in names:
         raise RetrofitError(
             f"{path} cannot be read as a state dict: it is a zip archive, but not of torch.save"
+        )
+
+
+def _refuse_plain_pickles(path: Path) -> None:
+    """Raise RetrofitError for a pickle that Python's own module wrote, in place of torch.save."""
+    if not zipfile.is_zipfile(path) and is_pickle(path) and not _is_legacy(path):
+        raise RetrofitError(
+            f"{path} cannot be read as a state dict: it is a pickle of protocol {_protocol(path)}, "
+            "not a file of torch.save, and reading it would run what it names; where you trust it: "
+            f"import pathlib, pickle, torch; state = pickle.loads(pathlib.Path('{path}')"
+            ".read_bytes()); torch.save({k: torch.as_tensor(v) for k, v in state.items()}, "
+            "'weights.pth') (take the state dict out of it first, if it is in something)"
         )

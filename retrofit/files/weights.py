@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from retrofit.errors import RetrofitError
-from retrofit.files.pickled import read_pickled
+from retrofit.files.other_formats import HEAD, other_format
+from retrofit.files.pickled import ARCHIVE, is_pickle, read_pickled
 from retrofit.files.provenance import Provenance
 from retrofit.files.shards import INDEX, located, shards
 from retrofit.files.state_dicts import (
@@ -123,16 +124,16 @@ def _is_safetensors(path: Path) -> bool:
     """Tell by the content, or by the suffix if that says nothing; RetrofitError for no weights."""
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(HEAD)
     except OSError as error:
         raise RetrofitError(f"{path} cannot be read: {error.strerror}") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise RetrofitError(f"{path} is only Git LFS's pointer to the file: run git lfs pull")
     # A header, after its length of 8 bytes; which may begin like a pickle.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return True
-    if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle
+    if head.startswith((ARCHIVE, b"\x80")) or is_pickle(path):
         return False
+    if other := other_format(head):
+        raise RetrofitError(f"{path} is no weights file but {other}")
     if path.suffix == ".safetensors":
         return True
     if path.suffix not in READ:
@@ -154,7 +155,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header.get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RetrofitError(f"{path} cannot be read as safetensors: {error}") from error
+        raise RetrofitError(
+            f"{path} cannot be read as safetensors; it is damaged or cut short ({error})"
+        ) from error
     # safetensors' save_model leaves out a tensor that has two names, and says so here.
     tensors.update(
         {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}

@@ -1,7 +1,10 @@
 """Weights files as training scripts, trainers and hubs write them."""
 
 import argparse
+import collections
+import gzip
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -237,3 +240,76 @@ def test_what_is_beside_the_weights_is_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "dtype", built)
     assert_loaded(retrofit.load(tmp_path / "a.pth", net()))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+ARRAYS = {key: tensor.numpy() for key, tensor in STATE.items()}
+
+
+@pytest.mark.parametrize("protocol", [1, 4, 5])  # what torch writes in 0 it cannot read itself
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_said_of_another_protocol_makes_a_file_that_loads(tmp_path, protocol, legacy):
+    old = {"_use_new_zipfile_serialization": not legacy}
+    torch.save(STATE, tmp_path / "a.pth", pickle_protocol=protocol, **old)
+    shown = protocol if protocol > 1 else 0
+    follow_the_advice(tmp_path, f"it is a pickle of protocol {shown}, which only Python")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("content", [STATE, ARRAYS, collections.OrderedDict(STATE)])
+def test_what_is_said_of_a_plain_pickle_makes_a_file_that_loads(tmp_path, protocol, content):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(content, protocol))
+    follow_the_advice(tmp_path, "not a file of torch.save")
+
+
+def test_what_is_said_of_numpys_archive_makes_a_file_that_loads(tmp_path):
+    np.savez(tmp_path / "a.npz", **ARRAYS)
+    (tmp_path / "a.npz").rename(tmp_path / "a.pth")
+    follow_the_advice(tmp_path, "it is numpy's .npz")
+
+
+def follow_the_advice(folder, message):
+    """Run the Python in the error for `a.pth`, as a user would."""
+    with pytest.raises(RetrofitError, match=message) as refused:
+        retrofit.load(folder / "a.pth", net())
+    advice = str(refused.value)
+    start = min(i for i in map(advice.find, ("import ", "torch.save({")) if i >= 0)
+    code = advice[start:].partition("'weights.pth')")[0] + "'weights.pth')"
+    code = code.replace("weights.pth", str(folder / "weights.pth"))
+    exec(code, {"numpy": np, "torch": torch})  # noqa: S102 - written above, by this test
+    assert_loaded(retrofit.load(folder / "weights.pth", net()))
+
+
+def test_a_foreign_name_in_another_protocol_is_found(tmp_path):
+    content = {"state_dict": STATE, "a": NET, "c": [argparse.ArgumentParser, argparse.Action]}
+    torch.save(content, tmp_path / "a.pth", pickle_protocol=4)
+    with pytest.raises(RetrofitError, match=r"it holds a argparse\.ArgumentParser, which only its"):
+        retrofit.load(tmp_path / "a.pth", net())
+
+
+def test_a_builtin_that_torch_does_not_take_is_named_or_passed_over(tmp_path):
+    beside = {"rest": ..., "args": collections.ChainMap({"lr": 0.1})}
+    torch.save({"model": STATE, **beside}, tmp_path / "a.pth")
+    assert_loaded(retrofit.load(tmp_path / "a.pth", net()))
+    torch.save({"model": STATE, "f": len}, tmp_path / "a.pth")
+    with pytest.raises(RetrofitError, match=r"it holds a builtins\.len, which only"):
+        retrofit.load(tmp_path / "a.pth", net())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "bin", "weird"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty: copy or download it again"),
+        (bytes(2000), "full of zeros"),
+        (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page, '<!DOCTYPE html> <title>404"),
+        ("Zugriff verweigert: für ".encode() * 40, "text, 'Zugriff verweigert: für Zugriff"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS's pointer .* run git lfs pull"),
+        (gzip.compress(b"weights"), "compressed: unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+        (b"GGUF\x03" + bytes(99), "a GGUF file"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, suffix, content, message):
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(RetrofitError, match=f"a.{suffix} is no weights file but .*{message}"):
+        retrofit.load(tmp_path / f"a.{suffix}", net())
