@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -36,7 +38,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, bool]:
 
     Exits with 2 and one line for what cannot be parsed.
     """
-    found = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    for before, word in itertools.pairwise(["retrofit", *words]):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            parser.error(
+                f"an argument is empty, after {word or before} (a variable without value?)"
+            )
+    found = parser.parse_args(words)
     return _made(found.request, found), found.debug
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -59,7 +60,7 @@ def run_plan(request: PlanRequest) -> int:
 
 def run_verify(request: VerifyRequest) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
-    converted, name = _load(open_weights(request.file), request.model)
+    converted, name = _load(_without_key(request.file), request.model)
     original = trained(name, request.weights, request.weights_key)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
@@ -142,7 +143,7 @@ def run_report(request: ReportRequest) -> int:
         raise RetrofitError("--weights-key needs --weights: it is a place in that file")
     if request.weights is not None and request.pictures.data is None:
         raise RetrofitError("--weights needs --data: pictures to compare the networks on")
-    file = open_weights(request.file)
+    file = _without_key(request.file)
     provenance, no_drift = file.provenance, ""
     if request.pictures.data is not None:
         provenance, no_drift = _measured_anew(request, file)
@@ -179,6 +180,12 @@ HANDLERS: dict[type[Any], Callable[[Any], int]] = {
     ReportRequest: run_report,
     DemoRequest: run_demo,
 }
+
+
+def _without_key(path: Path) -> WeightsFile:
+    """Open the FILE of a command whose --weights-key is a place in another one."""
+    option = "load(weights_key=) in Python, and save it in a file of its own"
+    return dataclasses.replace(open_weights(path), option=option)
 
 
 def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple[nn.Module, str]:

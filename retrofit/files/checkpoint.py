@@ -24,9 +24,9 @@ from retrofit.conversion import inserted
 from retrofit.errors import RetrofitError, warn
 from retrofit.files.batchnorm_settings import warn_of_unusual
 from retrofit.files.converted_keys import refuse_changed_sites
-from retrofit.files.fitting import fits, fitted, load_weights
+from retrofit.files.fitting import Fit, fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
-from retrofit.files.plan_by_keys import keys_tell, plan_by_keys
+from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
 from retrofit.files.provenance import Provenance, provenance_of
 from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
@@ -189,8 +189,8 @@ def load_opened(
     for key, own in model.state_dict(keep_vars=True).items():
         if isinstance(own, Tensor) and own.is_meta:
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
-    result = _with_batchnorms(model, file, weights_key)
-    tensors = fitted(file, result, weights_key)
+    result, place = _with_batchnorms(model, file, weights_key)
+    tensors = fitted(file, result, place)
     for key, own in result.state_dict(keep_vars=True).items():
         # A file in bfloat16 gives a model in bfloat16; load_weights judges what is no tensor.
         new = tensors.get(key)
@@ -200,15 +200,31 @@ def load_opened(
     return result.eval()
 
 
-def _with_batchnorms(model: nn.Module, file: WeightsFile, key: str | None) -> nn.Module:
-    """Copy the model, with BatchNorms where the file has them."""
+def _with_batchnorms(
+    model: nn.Module, file: WeightsFile, key: str | None
+) -> tuple[nn.Module, str | None]:
+    """Copy the model, with BatchNorms where the file has them; and say where its tensors are."""
     if (record := file.provenance.record) is not None:
         result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
         attach(result, record)
-        return result
-    if fits(file, model.state_dict(), key)[0].exact:  # folded, or never converted
-        return copy.deepcopy(shared_copy(model))
-    return inserted(model, plan_by_keys(model, file, key))
+        return result, key
+    plain = fits(file, model.state_dict(), key)
+    if not plain[0].exact:
+        return inserted(model, plan_by_keys(model, file, key)), key
+    if _has_other_batchnorms(file, key, plain):
+        made = plan_by_keys(model, file, key)
+        if converted := places(made, file, key):
+            key = file.preferred([*(fit.place for fit in plain), *converted]) or None
+            if key in converted:
+                return inserted(model, made), key
+    return copy.deepcopy(shared_copy(model)), key  # folded, or never converted
+
+
+def _has_other_batchnorms(file: WeightsFile, key: str | None, plain: list[Fit]) -> bool:
+    """Tell whether there are BatchNorms where the plain network is not."""
+    others = {path: list(state) for path, state in file.under(key).items()}
+    others |= {fit.path: fit.others for fit in plain}
+    return any(name.endswith(".running_var") for names in others.values() for name in names)
 
 
 def _rebuild(path: Path, provenance: Provenance) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError, warn
-from retrofit.files.state_dicts import State, preferred
+from retrofit.files.state_dicts import State
 from retrofit.files.weights import WeightsFile
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.tables import few
@@ -87,7 +87,7 @@ def fitted(file: WeightsFile, model: nn.Module, key: str | None = None) -> State
     found = fits(file, model.state_dict(), key)
     chosen = found[0]
     if len(found) > 1:
-        place = preferred([fit.place for fit in found], str(file.path))
+        place = file.preferred([fit.place for fit in found])
         chosen = next(fit for fit in found if fit.place == place)
     theirs = tuple(fit.prefix for fit in found if fit.path == chosen.path)
     others = [name for name in chosen.others if not name.startswith(theirs)]

@@ -32,19 +32,20 @@ OTHER_PLANS: tuple[dict[str, Any], ...] = (
 def plan_by_keys(model: nn.Module, file: WeightsFile, key: str | None) -> Plan:
     """Find the plan whose BatchNorms are those of a file; the default plan where none is."""
     default = _less(plan(model), model, {}, file, key)
-    if fits_exactly(default, file, key):
+    if places(default, file, key):
         return default
     for options in OTHER_PLANS:
         with suppress(RetrofitError):  # of a model without convolutions, say
             other = _less(plan(model, **options), model, options, file, key)
-            if fits_exactly(other, file, key):
+            if places(other, file, key):
                 return other
     return default
 
 
-def fits_exactly(made: Plan, file: WeightsFile, key: str | None) -> bool:
-    """Tell whether a file has the keys that a model has after the plan was carried out."""
-    return fits(file, dict.fromkeys(converted_keys(made)), key)[0].exact
+def places(made: Plan, file: WeightsFile, key: str | None) -> list[str]:
+    """List where a file has the keys that a model has after the plan was carried out."""
+    found = fits(file, dict.fromkeys(converted_keys(made)), key)
+    return [fit.place for fit in found if fit.exact]
 
 
 def keys_tell(made: Plan, model: nn.Module, state: Mapping[str, Any]) -> bool:
@@ -59,10 +60,10 @@ def keys_tell(made: Plan, model: nn.Module, state: Mapping[str, Any]) -> bool:
         found = plan_by_keys(plain, file, None)
     except RetrofitError:  # of a model that cannot be planned without an example, say
         return False
-    return _places(found) == _places(made)
+    return _norms(found) == _norms(made)
 
 
-def _places(made: Plan) -> dict[str, str]:
+def _norms(made: Plan) -> dict[str, str]:
     return {site.path: site.batchnorm for site in made.inserted}
 
 

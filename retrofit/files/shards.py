@@ -28,12 +28,19 @@ def located(path: Path) -> Path:
         raise RetrofitError(f"there is no file {path}")
     usual = [path / name for name in NAMES if (path / name).is_file()]
     # Diffusion models, say, have the same with other names.
-    patterns = (f"*.safetensors{INDEX}", "*.safetensors", f"*.bin{INDEX}", "*.bin")
-    other = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
+    kinds = (
+        [f"safetensors{INDEX}"],
+        ["safetensors"],
+        [f"bin{INDEX}"],
+        ["bin", "ckpt", "pth", "pt"],
+    )
+    files = (sorted(f for kind in same for f in path.glob(f"*.{kind}")) for same in kinds)
+    other = next(filter(None, files), [])
     found = usual[:1] or other
     if not found:
         raise RetrofitError(
-            f"{path} is a folder without weights: it has none of {', '.join(NAMES)}"
+            f"{path} is a folder without weights: it has none of {', '.join(NAMES)}, and no other "
+            ".safetensors, .bin, .ckpt, .pth or .pt file"
         )
     if len(found) > 1:
         raise RetrofitError(

@@ -79,8 +79,10 @@ def under(states: Mapping[str, State], key: str, file: str) -> dict[str, State]:
     return found
 
 
-def preferred(paths: Sequence[str], file: str) -> str:
+def preferred(paths: Sequence[str], file: str, option: str) -> str:
     """Choose between state dicts, with a warning: the network itself before its moving average.
+
+    The warning, and the error, name the `option` that chooses another.
 
     Raises RetrofitError where nothing speaks for one of them.
     """
@@ -90,13 +92,10 @@ def preferred(paths: Sequence[str], file: str) -> str:
         return best
     listed = ", ".join(map(repr, paths[:5])) + ", ..." * (len(paths) > 5)
     if _rank(best) > 0 and _rank(best) == _rank(others[0]):
-        raise RetrofitError(
-            f"{file} holds several state dicts, {listed}: choose one with --weights-key "
-            "(weights_key=)"
-        )
+        raise RetrofitError(f"{file} holds several state dicts, {listed}: choose one with {option}")
     warn(
         f"{file} holds several state dicts, {listed}: {best!r} is used; choose another with "
-        "--weights-key (weights_key=)"
+        f"{option}"
     )
     return best
 

@@ -6,6 +6,7 @@ Nothing that is read here is ever unpickled into code.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +41,21 @@ class WeightsFile:
         path: as it was given; for messages.
         states: its state dicts, by the dotted path of the keys that lead to them.
         provenance: what `save` put there.
+        option: what the user chooses one of several state dicts with; for messages.
     """
 
     path: Path
     states: dict[str, State]
     provenance: Provenance
+    option: str = "--weights-key (weights_key=)"
 
     def under(self, key: str | None) -> dict[str, State]:
         """Select the state dicts under a key; all of them for None."""
         return self.states if key is None else under(self.states, key, str(self.path))
+
+    def preferred(self, places: Sequence[str]) -> str:
+        """Choose between places in the file, as `state_dicts.preferred` does."""
+        return preferred(places, str(self.path), self.option)
 
     def tensors(self, key: str | None = None) -> dict[str, Tensor]:
         """Select the tensors under a key, without a model to fit them to.
@@ -56,7 +63,7 @@ class WeightsFile:
         Raises RetrofitError where nothing is there, or nothing speaks for one of several.
         """
         states = with_weights(self.under(key))
-        state = states[preferred(list(states), str(self.path))]
+        state = states[self.preferred(list(states))]
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         while self.provenance == Provenance() and (prefix := _parallel(tensors)):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,9 @@ def write_odd_weights(kit, model):
     torch.save({"model": model}, kit / "old-whole.pth", _use_new_zipfile_serialization=False)
     torch.save({"state_dict": state, "config": Something()}, kit / "beside.ckpt")
     torch.save({"student": state, "teacher": state.copy(), "epoch": 3}, kit / "pair.pth")
+    (kit / "runs").mkdir()
+    for name in ("last.ckpt", "best.ckpt", "old.pth"):
+        torch.save(state, kit / "runs" / name)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3, 9, 9)).sum().backward()
     optimizer.step()
@@ -239,6 +243,11 @@ CASES = [
      "list.safetensors.index.json cannot be read as an index of weights"),
     (f"{CONVERT} --weights several", 2,
      "several is a folder with several weights files (a.safetensors, b.safetensors)"),
+    (f"{CONVERT} --weights runs", 2,
+     "runs is a folder with several weights files (best.ckpt, last.ckpt, old.pth): name one"),
+    (VERIFY.replace("bn.safetensors", "pair.pth"), 2,
+     "pair.pth holds several state dicts, 'student', 'teacher': choose one with load(weights_key"),
+    ("report pair.pth --output out.html", 2, "choose one with load(weights_key=) in Python, and"),
     (f"{CONVERT} --weights none.pth", 2, "none.pth is no weights file but empty: copy or"),
     (f"{CONVERT} --weights text.pth", 2, "text.pth is no weights file but text, 'precious'"),
     (f"{CONVERT} --weights cut.pth", 2, "cut.pth cannot be read as a state dict: it is cut short"),
@@ -360,6 +369,26 @@ def test_a_bad_request_is_one_line_and_writes_nothing(kit, tmp_path, words, code
     assert found.err[0].startswith("retrofit: ")
     assert message in found.err[0]
     assert "Traceback" not in found.out
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "after"),
+    [
+        (f"{CONVERT} --weights ''", "--weights"),
+        (f"{CONVERT} --data ''", "--data"),
+        (f"{CONVERT} --report=", "--report="),
+        ("convert ''", "convert"),
+        ("inspect ''", "inspect"),
+        ("demo --output ''", "--output"),
+    ],
+)
+def test_an_argument_that_is_empty_does_not_mean_this_folder(kit, tmp_path, words, after):
+    folder = shutil.copytree(kit, tmp_path / "kit")
+    before = contents(folder)
+    found = command(folder, *shlex.split(words))
+    message = f"retrofit: an argument is empty, after {after} (a variable without value?)"
+    assert (found.code, found.err) == (2, [f"{message} (see retrofit --help)"])
     assert contents(folder) == before
 
 

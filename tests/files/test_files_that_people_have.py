@@ -133,6 +133,47 @@ def test_the_command_line_takes_a_key_and_says_what_it_used_without_one(run, tmp
     assert run(*words, "--weights", "a.pth", "--weights-key", "params")[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("converted", "plain", "outcome"),
+    [
+        ("student", "teacher", "choose one with --weights-key"),
+        ("model", "ema", "'model' is used"),
+        ("model_ema", "model", "'model' is used"),
+        ("state_dict", "state_dict_ema", "'state_dict' is used"),
+    ],
+)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.filterwarnings("ignore:.*which are passed over")
+def test_converted_weights_beside_plain_ones_are_chosen_as_others_are(
+    tmp_path, converted, plain, outcome, flat
+):
+    x = torch.randn(8, 3, 9, 9)
+    made = retrofit.add_batchnorm(net(), [x], progress=False)
+    states = {converted: made.state_dict(), plain: STATE}
+    parts = [under(f"{name}.", state) for name, state in states.items()]
+    torch.save(parts[0] | parts[1] if flat else states, tmp_path / "a.pth")
+    if "choose" in outcome:
+        with pytest.raises(RetrofitError, match=outcome):
+            retrofit.load(tmp_path / "a.pth", net())
+    else:
+        with pytest.warns(UserWarning, match=f"holds several state dicts.*{outcome}"):
+            loaded = retrofit.load(tmp_path / "a.pth", net())
+        assert (
+            loaded.state_dict().keys()
+            == states["model" if "model" in states else "state_dict"].keys()
+        )
+    for name, state in states.items():
+        loaded = retrofit.load(tmp_path / "a.pth", net(), weights_key=name)
+        assert_loaded(loaded, state)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "w.pth", "w.pt", "w.bin", "w.safetensors"])
+def test_a_folder_with_one_file_of_any_kind_is_that_file(tmp_path, name):
+    (safetensors.torch.save_file if "safe" in name else torch.save)(STATE, tmp_path / name)
+    (tmp_path / "events.log").write_text("")
+    assert_loaded(retrofit.load(tmp_path, net()))
+
+
 def test_tensors_beside_the_network_are_named(tmp_path):
     state = {**under("model."), "criterion.weight": torch.ones(3), "accuracy.n": torch.tensor(1)}
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
@@ -304,7 +345,7 @@ def test_a_builtin_that_torch_does_not_take_is_named_or_passed_over(tmp_path):
         (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page, '<!DOCTYPE html> <title>404"),
         ("Zugriff verweigert: für ".encode() * 40, "text, 'Zugriff verweigert: für Zugriff"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS's pointer .* run git lfs pull"),
-        (gzip.compress(b"weights"), "compressed: unpack it"),
+        (gzip.compress(b"weights", mtime=0), "compressed: unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
         (b"GGUF\x03" + bytes(99), "a GGUF file"),
     ],
