@@ -47,6 +47,10 @@ class PeerError(RetrofitError):
     """Another process has failed, or is gone: of the group, or one that reads pictures."""
 
 
+class UnfinishedError(RetrofitError):
+    """Something was written as asked, and then the rest could not be done."""
+
+
 def warn(message: str) -> None:
     """Warn at the line outside of this package that led here: Python names it to the user."""
     frame: FrameType | None = sys._getframe(1)

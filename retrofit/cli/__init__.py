@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from retrofit.cli.arguments import parse
 from retrofit.cli.commands import carry_out
 from retrofit.cli.text import fail, show_warning
-from retrofit.errors import PeerError, RetrofitError
+from retrofit.errors import PeerError, RetrofitError, UnfinishedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _warnings_in_one_line(), _terminable():
             code = carry_out(request)
         sys.stdout.flush()
-    except (PeerError, RetrofitError) as error:
+    except RetrofitError as error:
         if debug:
             traceback.print_exc()
-        return fail(str(error), 1 if isinstance(error, PeerError) else 2)
+        return fail(str(error), 1 if isinstance(error, (PeerError, UnfinishedError)) else 2)
     except _Terminated:
         return fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:

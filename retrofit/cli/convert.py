@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.requests import ConvertRequest, PictureOptions, PlanOptions
 from retrofit.cli.sample import Sample, naming_pictures, open_data, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table
+from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
 from retrofit.files.provenance import provenance_of
@@ -87,10 +89,12 @@ def run_convert(request: ConvertRequest) -> int:
         if not checked.verification.exact:
             print(checked.verification, flush=True)
             return fail("the converted model is not equal to the original: nothing was written", 1)
-        _write(request, sample, calibrated, checked)
+        told, no_drift = _saved(request, sample, calibrated, checked)
         print(_summary(checked.converted, calibrated.plan))
         list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
-        print(_facts(request, sample, calibrated.report, checked))
+        print(_facts(request, sample, calibrated.report, checked), flush=True)
+        if request.report:
+            _write_report(request.report, request, checked.converted, told, no_drift)
         return 0
 
 
@@ -205,10 +209,10 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     return Checked(converted, verification, on_others, tests.bad)
 
 
-def _write(
+def _saved(
     request: ConvertRequest, sample: Sample, calibrated: Calibrated, checked: Checked
-) -> None:
-    """Save the model, and where it is asked for a page about it."""
+) -> tuple[dict[str, Any], str]:
+    """Save the model; return what is told of it, and why a drift that a page needs is missing."""
     drift, no_drift = None, ""
     if request.report:
         beyond = calibrated.others[:DRIFT_IMAGES]
@@ -226,15 +230,29 @@ def _write(
     retrofit.save(checked.converted, request.output, **told, overwrite=request.overwrite)
     if request.state is not None:
         request.state.unlink(missing_ok=True)
-    if request.report:
+    return told, no_drift
+
+
+def _write_report(
+    path: Path, request: ConvertRequest, converted: nn.Module, told: dict[str, Any], no_drift: str
+) -> None:
+    """Write a page about the model that is saved; UnfinishedError if that cannot be done."""
+    try:
         write_report(
-            request.report,
+            path,
             request.output.name,
-            checked.converted.state_dict(),
-            provenance_of(checked.converted, **told),
+            converted.state_dict(),
+            provenance_of(converted, **told),
             no_drift=no_drift,
             overwrite=request.overwrite,
         )
+    except Exception as error:
+        kind = "" if isinstance(error, RetrofitError) else f"{type(error).__name__}: "
+        raise UnfinishedError(
+            f"{request.output} is written, but not the report: {kind}{error}; "
+            f"retrofit report {request.output} --output {path} tries again"
+        ) from error
+    print(facts_table([("report", str(path))]))
 
 
 def _summary(converted: nn.Module, plan: Plan) -> str:
@@ -262,6 +280,6 @@ def _facts(
             ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
             ("verified on", f"{checked.verification.images} {which}pictures"),
             ("outputs", "equal bit for bit, at every site and at the end"),
-            ("written", " and ".join(map(str, filter(None, (request.output, request.report))))),
+            ("written", str(request.output)),
         ]
     )

@@ -275,7 +275,7 @@ def test_convert_writes_the_page_that_report_makes_of_its_file(run, convertible,
     files = ("--output", "bn.safetensors", "--report", "page.html")
     code, out, err = run(*convertible, *files)
     assert (code, err) == (0, [])
-    assert out.endswith("written             bn.safetensors and page.html\n")
+    assert out.endswith("written             bn.safetensors\nreport              page.html\n")
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     later = report("bn.safetensors")
     assert page.tables["layers"] == later.tables["layers"]
@@ -492,6 +492,26 @@ def test_bad_requests_are_one_line_and_leave_the_folder_alone(run, file, argumen
     assert (code, out, len(err)) == (2, "", 1)
     assert message in err[0]
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_report_that_fails_leaves_the_converted_file_and_says_so(
+    run, convertible, tmp_path, monkeypatch
+):
+    def failing(*_, **__):
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("retrofit.report.page.render", failing)
+    code, out, err = run(*convertible, "--output", "bn.safetensors", "--report", "page.html")
+    assert code == 1
+    assert out.endswith("written             bn.safetensors\n")
+    assert err[-1] == (
+        "retrofit: bn.safetensors is written, but not the report: ValueError: no font; retrofit "
+        "report bn.safetensors --output page.html tries again"
+    )
+    assert not (tmp_path / "page.html").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run("report", "bn.safetensors", "--output", "page.html")[0] == 0
 
 
 @pytest.mark.parametrize(
