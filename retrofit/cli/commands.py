@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import retrofit
@@ -35,6 +36,7 @@ from retrofit.files.provenance import Provenance
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.json_values import to_plain
 from retrofit.report import check_report, measured_drift, write_report
+from retrofit.running.input_channels import input_dtype
 from retrofit.surgery.folding import folded
 from retrofit.surgery.record import attach, record_of
 from retrofit.tables import one_line
@@ -61,11 +63,13 @@ def run_plan(request: PlanRequest) -> int:
 def run_verify(request: VerifyRequest) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
     converted, name = _load(_without_key(request.file), request.model)
-    original = trained(name, request.weights, request.weights_key)
+    original = _original(name, request, converted)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
     found = retrofit.verify(original, converted, batches)
     print(found, flush=True)
+    if (dtype := input_dtype(converted)) != torch.float32:
+        print(f"compared in {str(dtype).removeprefix('torch.')}, the precision of {request.file}")
     list_bad(sample.pictures, batches.bad)
     passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
     return 0 if passed else fail(_failure(found, request.tolerance), 1)
@@ -197,12 +201,17 @@ def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple
     return load_opened(file, build(name) if model else None, key), name
 
 
+def _original(name: str, request: VerifyRequest | ReportRequest, converted: nn.Module) -> nn.Module:
+    """Build the original, in the precision of what came of it."""
+    return trained(name, request.weights, request.weights_key, input_dtype(converted))
+
+
 def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenance, str]:
     """Measure drift, and with --weights how the outputs compare; and why there is no drift."""
     converted, name = _load(file, request.model)
     original = converted
     if request.weights:
-        original = trained(name, request.weights, request.weights_key)
+        original = _original(name, request, converted)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
     # Without the original: under running statistics the file's own network computes the same.

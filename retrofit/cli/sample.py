@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.transforms import Compose
 
 from retrofit.cli.requests import PictureOptions
 from retrofit.errors import NonFiniteError
@@ -19,7 +21,7 @@ from retrofit.files.model_sources import transforms
 from retrofit.pictures.batches import PictureBatches, shuffled
 from retrofit.pictures.preprocessing import Transform, black, preprocessing
 from retrofit.pictures.sources import Pictures, open_pictures
-from retrofit.running.input_channels import input_channels
+from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
 
 
@@ -59,9 +61,11 @@ class Sample:
 
     @property
     def kind(self) -> str:
-        """What the model sees: "pictures", and of how many channels if not of three."""
+        """What the model sees: "pictures", and how many channels and bits if not 3 and 32."""
         kinds = {1: "grey pictures", 3: "pictures"}
-        return kinds.get(self.channels, f"pictures ({self.channels} channels)")
+        kind = kinds.get(self.channels, f"pictures ({self.channels} channels)")
+        dtype = input_dtype(self.model)
+        return kind if dtype == torch.float32 else f"{kind} as {str(dtype).removeprefix('torch.')}"
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""
@@ -107,6 +111,8 @@ def sample_for(
     channels = input_channels(model, size) or _channels(pictures, options)
     pictures.check_channels(channels)
     transform = make(mean=options.mean, std=options.std, channels=channels)
+    if (dtype := input_dtype(model)) != torch.float32:
+        transform = Compose([transform, operator.methodcaller("to", dtype)])
     order = shuffled(len(pictures), options.seed)
     return Sample(model, pictures, transform, channels, order, options)
 

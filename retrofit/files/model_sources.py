@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
@@ -23,6 +24,7 @@ from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.shards import INDEX
 from retrofit.files.weights import KINDS, READ, WeightsFile, open_weights
 from retrofit.pictures.preprocessing import DETECTION_PRESET, PRESET, Transform, Transforms
+from retrofit.running.input_channels import input_dtype
 from retrofit.running.signatures import takes_lists
 
 NAMES = (
@@ -47,7 +49,12 @@ def build(spec: str) -> nn.Module:
     return _source(spec).build()
 
 
-def trained(spec: str, weights: str | None, weights_key: str | None = None) -> nn.Module:
+def trained(
+    spec: str,
+    weights: str | None,
+    weights_key: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Build the model that `spec` names, with its weights, in eval mode.
 
     Args:
@@ -57,6 +64,7 @@ def trained(spec: str, weights: str | None, weights_key: str | None = None) -> n
             the user's factory brings its own. For a reparameterised model a file may have the keys
             of the model as trained or those after merging.
         weights_key: where they are in the file, if it holds several state dicts.
+        dtype: the precision of the model; by default the one that it is built in.
 
     Raises:
         RetrofitError: as `build`; no such weights, or they do not fit or cannot be downloaded.
@@ -74,10 +82,15 @@ def trained(spec: str, weights: str | None, weights_key: str | None = None) -> n
             )
         model = source.build()
     elif file:
-        model = source.loaded(open_weights(Path(weights)), weights_key)
+        model = source.loaded(open_weights(Path(weights)), weights_key, dtype)
     else:
         model = source.pretrained(weights)
-    return model.eval()
+    return _in(dtype, model).eval()
+
+
+def _in(dtype: torch.dtype | None, model: nn.Module) -> nn.Module:
+    """Cast a model, but for one of that precision: what it has in others is meant like that."""
+    return model if dtype in (None, input_dtype(model)) else model.to(dtype)
 
 
 def _is_path(weights: str) -> bool:
@@ -130,9 +143,11 @@ class _Source(ABC):
     def pretrained(self, weights: str) -> nn.Module:
         """Build the model with the weights of that name."""
 
-    def loaded(self, file: WeightsFile, key: str | None) -> nn.Module:
-        """Build the model with the weights of a file, those under a key of it."""
-        model = self.build()
+    def loaded(
+        self, file: WeightsFile, key: str | None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Build the model with the weights of a file, those under a key of it, in a precision."""
+        model = _in(dtype, self.build())
         load_weights(model, fitted(file, model, key), str(file.path))
         return model
 
@@ -255,8 +270,10 @@ class _Reparameterized(_Timm):
     def build(self) -> nn.Module:
         return self._merged(super().build())
 
-    def loaded(self, file: WeightsFile, key: str | None) -> nn.Module:
-        plain = super().build()
+    def loaded(
+        self, file: WeightsFile, key: str | None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        plain = _in(dtype, super().build())
         merged = self._merged(plain)
         # The file is of the one that shares more keys with it, and is judged by that.
         near = min((plain, merged), key=lambda m: fits(file, m.state_dict(), key)[0].wrong)

@@ -1,4 +1,4 @@
-"""How many channels the pictures have that a network takes."""
+"""How many channels the pictures have that a network takes, and of which precision they are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from retrofit.running.modes import eager, evaluating
 from retrofit.running.shared_copy import shared_copy
 
 COLOURS = 3
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """Find the precision of the network: that of its first parameter, or float32 without one."""
+    parameters = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(parameters, torch.float32)
 
 
 def input_channels(model: nn.Module, size: Sequence[int]) -> int | None:
@@ -68,6 +74,7 @@ def _first_layer(model: nn.Module, channels: int, size: Sequence[int]) -> _Layer
     """Run the model up to the first layer that reads pictures of so many channels."""
     # Of NaN, which marks all that is computed from the pictures, and not from weights alone.
     pictures = torch.full((2, channels, *size), torch.nan, device="cpu")
+    pictures = torch.full((2, channels, *size), torch.nan, dtype=input_dtype(model))
     try:
         with evaluating(model), torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that counts will warn
