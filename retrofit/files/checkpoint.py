@@ -213,7 +213,7 @@ def _with_batchnorms(
         return inserted(model, plan_by_keys(model, file, key)), key
     if _has_other_batchnorms(file, key, plain):
         made = plan_by_keys(model, file, key)
-        if converted := places(made, file, key):
+        if made.inserted and (converted := places(made, file, key)):
             key = file.preferred([*(fit.place for fit in plain), *converted]) or None
             if key in converted:
                 return inserted(model, made), key

@@ -167,6 +167,14 @@ def test_converted_weights_beside_plain_ones_are_chosen_as_others_are(
         assert_loaded(loaded, state)
 
 
+def test_an_average_beside_a_network_with_batchnorms_of_its_own_is_no_converted_one(tmp_path):
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    state = own.state_dict()
+    torch.save(under("backbone.", state) | under("ema.backbone.", state), tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="'backbone', 'ema.backbone': 'backbone' is used"):
+        assert_loaded(retrofit.load(tmp_path / "a.pth", own), state)
+
+
 @pytest.mark.parametrize("name", ["last.ckpt", "w.pth", "w.pt", "w.bin", "w.safetensors"])
 def test_a_folder_with_one_file_of_any_kind_is_that_file(tmp_path, name):
     (safetensors.torch.save_file if "safe" in name else torch.save)(STATE, tmp_path / name)
