@@ -73,8 +73,7 @@ class _FoundError(BaseException):  # no Exception, which forward might catch
 def _first_layer(model: nn.Module, channels: int, size: Sequence[int]) -> _Layer | None:
     """Run the model up to the first layer that reads pictures of so many channels."""
     # Of NaN, which marks all that is computed from the pictures, and not from weights alone.
-    pictures = torch.full((2, channels, *size), torch.nan, device="cpu")
-    pictures = torch.full((2, channels, *size), torch.nan, dtype=input_dtype(model))
+    pictures = torch.full((2, channels, *size), torch.nan, dtype=input_dtype(model), device="cpu")
     try:
         with evaluating(model), torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that counts will warn
