@@ -26,6 +26,8 @@ from retrofit.numerics.comparison import Difference
 from retrofit.numerics.moments import ChannelMoments
 from retrofit.planning.plan import plan
 from retrofit.plans import Plan, Site
+from retrofit.restoring.restoration import Restoration, Seat, restoration_of
+from retrofit.restoring.restore import restore
 from retrofit.surgery.batchnorm import LastAxisBatchNorm
 from retrofit.surgery.folding import fold, unfoldable
 from retrofit.surgery.record import plan_of
@@ -43,7 +45,9 @@ __all__ = [
     "PeerError",
     "Plan",
     "Recalibration",
+    "Restoration",
     "RetrofitError",
+    "Seat",
     "Site",
     "SiteSample",
     "Verification",
@@ -62,6 +66,8 @@ __all__ = [
     "plan_of",
     "prepare",
     "recalibrate",
+    "restoration_of",
+    "restore",
     "save",
     "unfoldable",
     "unfreeze_statistics",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,8 +22,9 @@ from retrofit.option_checks import check_models, check_number
 from retrofit.planning.plan import plan as planned
 from retrofit.planning.plan import without
 from retrofit.plans import ASKED, LayoutName, Patterns, Placement, Plan, Site
-from retrofit.running.batch_checks import check_data, nothing_in
+from retrofit.running.batch_checks import check_data
 from retrofit.running.call_arguments import ForwardFn
+from retrofit.running.first_batch import looked_into
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, uncollected
 from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
 from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
@@ -268,10 +269,7 @@ def add_batchnorm(
     check_models("add_batchnorm", model)
     check_data(data)
     _check_options(eps, momentum)
-    batches = iter(data)
-    first = next(batches, None)
-    if first is None:
-        raise RetrofitError(nothing_in(data))
+    first, data = looked_into(data)
     plan = planned(
         model,
         example=first,
@@ -286,7 +284,7 @@ def add_batchnorm(
     prepared = prepare(model, plan)
     calibrate(
         prepared,
-        _Again(data, first, batches),
+        data,
         device=device,
         max_images=max_images,
         tolerance=tolerance,
@@ -320,19 +318,6 @@ def _check_options(eps: object, momentum: object) -> None:
     if momentum is not None:
         wanted = "lie between 0 and 1, or be None for a cumulative average"
         check_number("momentum", momentum, wanted, lambda m: 0 <= m <= 1)
-
-
-class _Again:
-    """`data` from its beginning, although its first batch was taken from the iterator."""
-
-    def __init__(self, data: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:
-        self.first, self.rest = first, rest
-        self.dataset = getattr(data, "dataset", None)  # for the length of the progress bar
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.first is not None:
-            yield self.first
-            yield from self.rest
 
 
 def _refuse_other_graph(

@@ -138,7 +138,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
             f"{len(rounded)} tensors in {source} are rounded to the model's precision "
             f"({rounded[0]} from {_kind(new)} to {_kind(old)})"
         )
-    model.load_state_dict(dict(tensors))
+    whole = model.state_dict()  # with the versions that some modules ask for (MNASNet)
+    whole.update(tensors)
+    model.load_state_dict(whole)
 
 
 def _fit(path: str, prefix: str, state: State, own: Mapping[str, Any]) -> Fit:

@@ -1,0 +1,1 @@
+"""A folded network brought back into its own class, whose BatchNorms learn again."""

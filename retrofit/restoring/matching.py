@@ -1,0 +1,205 @@
+"""Which tensor of a folded network belongs where: by its name, or by the order of execution."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
+from retrofit.files.state_dicts import State
+from retrofit.numerics.comparison import Comparison, Difference, refuse_other_structure
+from retrofit.restoring.skeleton import skeleton_of
+from retrofit.restoring.sources import Layer, Outputs, Source
+from retrofit.surgery.fold_pairs import Pairs
+from retrofit.tables import few
+
+NEARLY = 1e-5  # of the root mean square: what rounding makes of another order of arithmetic
+
+
+class Match(NamedTuple):
+    """A folded network in the shape of an architecture.
+
+    Attributes:
+        skeleton: the architecture without the BatchNorms that are folded away, with the weights.
+        seats: path of each of these BatchNorms to that of its layer.
+    """
+
+    skeleton: nn.Module
+    seats: dict[str, str]
+
+
+def by_name(architecture: nn.Module, pairs: Pairs, source: Source, key: str | None) -> Match | None:
+    """Match tensors by their names, less a common prefix; None where they are another network's.
+
+    Raises RetrofitError where the names are this architecture's, and do not fit.
+    """
+    own = list(architecture.state_dict())
+    folding = {name for norm in pairs.pairs for name in own if name.startswith(f"{norm}.")}
+    always = dict.fromkeys(name for name in own if name not in folding)
+    state = fits(source.file, always, key)[0].state
+    missing = [name for name in always if name not in state and not name.endswith(COUNTS)]
+    if source.layers is not None and len(missing) > len(always) / 2:
+        return None
+    seats = {
+        norm: pair.layer for norm, pair in pairs.pairs.items() if f"{norm}.running_var" not in state
+    }
+    _refuse_unfolded(seats, missing, source)
+    _refuse_lost(pairs, state, missing, source)
+    skeleton = skeleton_of(architecture, seats, state)
+    tensors = fitted(source.file, skeleton, key)
+    _refuse_other_shapes(skeleton, seats, tensors, source)
+    load_weights(skeleton, tensors, source.name)
+    return Match(skeleton, seats)
+
+
+def _refuse_unfolded(seats: Mapping[str, str], missing: Sequence[str], source: Source) -> None:
+    if not seats and not missing:
+        raise RetrofitError(
+            f"{source.name} loads as it is: all of its BatchNorms are there, and there is nothing "
+            "to restore"
+        )
+
+
+def _refuse_lost(pairs: Pairs, state: State, missing: Sequence[str], source: Source) -> None:
+    """Raise RetrofitError for tensors that cannot come back, with the place and the reason."""
+    for norm, reason in pairs.left.items():
+        if f"{norm}.running_var" in missing:
+            raise RetrofitError(
+                f"{source.name} has no {norm}.running_var, and this BatchNorm is in no layer's "
+                f"weight: {reason}"
+            )
+    if missing:
+        near = difflib.get_close_matches(missing[0], list(state), n=1)
+        hint = f"; the nearest name there is {near[0]}" if near else ""
+        raise RetrofitError(
+            f"{source.name} has no {few(missing)}, of {len(missing)} tensors that are missing: is "
+            f"it of another architecture?{hint} (key_map= says how tensors are called)"
+        )
+
+
+def _refuse_other_shapes(
+    skeleton: nn.Module, seats: Mapping[str, str], tensors: State, source: Source
+) -> None:
+    """Raise RetrofitError for the first tensor of another shape, seats first."""
+    own = skeleton.state_dict()
+    first = [f"{layer}.weight" for layer in seats.values()]
+    for name in [*first, *own]:
+        ours, theirs = own.get(name), tensors.get(name)
+        if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape != theirs.shape:
+            raise RetrofitError(
+                f"{name} has shape {tuple(theirs.shape)} in {source.name}, and "
+                f"{tuple(ours.shape)} in the architecture: it is of another one"
+            )
+
+
+# --- by the order of execution ------------------------------------------------------------------
+
+
+def by_order(
+    architecture: nn.Module,
+    pairs: Pairs,
+    source: Source,
+    layers: Sequence[Layer],
+    own: Sequence[Layer],
+) -> Match:
+    """Match layers one after another; all shapes have to agree.
+
+    Whether they belong together only a run tells.
+
+    Args:
+        architecture, pairs: what is to come.
+        source: the folded network.
+        layers, own: those of the source and of the architecture, in the order of execution.
+
+    Raises RetrofitError for the first place that differs.
+    """
+    seats: dict[str, str] = {}
+    state: State = {}
+    waiting = list(layers)
+    for layer in own:
+        theirs = waiting[0] if waiting else None
+        if layer.path in pairs.pairs and not _is_that_norm(theirs, layer):
+            seats[layer.path] = pairs.pairs[layer.path].layer
+            continue
+        if theirs is None or (reason := _other(layer, theirs)):
+            what = f"{theirs.path} {reason}" if theirs else "no more layers"
+            raise _differs(source, layer, what)
+        waiting.pop(0)
+        state |= {f"{layer.path}.{name}": tensor for name, tensor in theirs.tensors.items()}
+    if waiting:
+        raise RetrofitError(
+            f"{source.name} has {len(waiting)} more layers than the architecture, the first of "
+            f"them {waiting[0].path} {_shapes(waiting[0])}"
+        )
+    if not seats:
+        raise RetrofitError(f"{source.name} has all of its BatchNorms: there is nothing to restore")
+    skeleton = skeleton_of(architecture, seats, state)
+    load_weights(skeleton, dict(_completed(skeleton, state, source)), source.name)
+    return Match(skeleton, seats)
+
+
+def _is_that_norm(theirs: Layer | None, norm: Layer) -> bool:
+    return theirs is not None and "running_var" in theirs.tensors and not _other(norm, theirs)
+
+
+def _other(ours: Layer, theirs: Layer) -> str:
+    """Say in what a layer differs; "" if in nothing but a bias that folding has added."""
+    shapes = [layer.tensors["weight"].shape for layer in (ours, theirs)]
+    norms = ["running_var" in layer.tensors for layer in (ours, theirs)]
+    if shapes[0] != shapes[1] or norms[0] != norms[1]:
+        return _shapes(theirs)
+    lost = [n for n in ours.tensors if n not in theirs.tensors and n != COUNTS.lstrip(".")]
+    return f"without {lost[0]}" if lost else ""
+
+
+def _shapes(layer: Layer) -> str:
+    return f"of shape {tuple(layer.tensors['weight'].shape)}"
+
+
+def _differs(source: Source, layer: Layer, what: str) -> RetrofitError:
+    return RetrofitError(
+        f"{source.name} does not fit, neither by names nor layer by layer: where the architecture "
+        f"has {layer.path} {_shapes(layer)}, it has {what}; pass key_map= if you know what belongs "
+        "where"
+    )
+
+
+def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield a tensor for each name: of the layers, else by its name, else a buffer of its own."""
+    theirs = fits(source.file, skeleton.state_dict())[0].state
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        alias = next((n for n, p in parameters.items() if p is tensor and n in state), name)
+        if alias in state or name in theirs:
+            yield name, state.get(alias, theirs.get(name))
+        elif name not in parameters:
+            yield name, tensor  # a constant, such as a table of positions
+
+
+# --- the proof ----------------------------------------------------------------------------------
+
+
+def refuse_other_outputs(expected: Outputs, actual: Outputs, source: Source) -> None:
+    """Raise RetrofitError unless the architecture computes with these weights what they did."""
+    worst = worst_difference(expected, actual)
+    if worst.relative > NEARLY:
+        raise RetrofitError(
+            f"the architecture with the weights of {source.name} computes something else: "
+            f"{worst.name} differs by {worst.relative:.1e} of its root mean square (another "
+            "activation, stride or padding, or layers in another order)"
+        )
+
+
+def worst_difference(expected: Outputs, actual: Outputs) -> Difference:
+    """Compare outputs, and return the largest difference."""
+    refuse_other_structure(expected, actual)
+    found = []
+    for name, tensor in expected.items():
+        compared = Comparison()
+        compared.add(tensor, actual[name], name)
+        found.append(compared.difference(name))
+    return max(found, key=lambda difference: difference.relative)

@@ -1,0 +1,101 @@
+"""What `restore` did; kept on the model as plain values, so that a pickle loads without us."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from retrofit.errors import RetrofitError
+from retrofit.tables import table
+
+_ATTRIBUTE = "_retrofit_restored"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One BatchNorm that was folded away, and has come back.
+
+    Attributes:
+        layer: path of the layer that had absorbed it.
+        norm: path of the BatchNorm.
+        channels: how many.
+        bias: where the folded bias is now: "layer", or "running_mean" where the architecture's
+            layer has none; empty where the folded layer had none.
+        relative: largest difference of what comes out of the BatchNorm, over the root mean square.
+    """
+
+    layer: str
+    norm: str
+    channels: int
+    bias: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """How a model was restored, and how far it is from the folded network.
+
+    Attributes:
+        seats: the BatchNorms that came back, in the order of the architecture's modules.
+        kept: paths of the BatchNorms that had not been folded, taken over as they are.
+        exact: outputs equal those of the folded network bit for bit.
+        relative: largest difference of an output, over that output's root mean square.
+        compared: images that both were compared on, those of the first batch.
+        images: images behind the statistics.
+        standard_error: of the statistics, in standard deviations, as `Calibration` has it.
+    """
+
+    seats: tuple[Seat, ...]
+    kept: tuple[str, ...]
+    exact: bool
+    relative: float
+    compared: int
+    images: int
+    standard_error: float
+
+    @property
+    def worst(self) -> Seat:
+        """The seat with the largest difference."""
+        return max(self.seats, key=lambda seat: seat.relative)
+
+    def __str__(self) -> str:
+        head = ("BatchNorm", "layer", "channels", "folded bias", "difference")
+        rows = [
+            (s.norm, s.layer, str(s.channels), s.bias or "none", f"{s.relative:.1e}")
+            for s in self.seats
+        ]
+        kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
+        verdict = (
+            "equal bit for bit" if self.exact else f"equal to {self.relative:.1e} of their rms"
+        )
+        return (
+            f"{table(head, rows, right='channels,difference')}\n"
+            f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
+            f"(standard error {self.standard_error:.1%}); on {self.compared} images outputs are "
+            f"{verdict}"
+        )
+
+
+def attach(model: nn.Module, restoration: Restoration) -> None:
+    """Keep on the model how it was restored."""
+    vars(model)[_ATTRIBUTE] = asdict(restoration)
+
+
+def restoration_of(model: nn.Module) -> Restoration | None:
+    """Return how a model was restored; None for one that `restore` did not make.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> print(retrofit.restoration_of(restored))
+    """
+    if not isinstance(model, nn.Module):
+        raise RetrofitError(f"expected an nn.Module, not a {type(model).__name__}")
+    values: dict[str, Any] | None = vars(model).get(_ATTRIBUTE)
+    if values is None:
+        return None
+    seats = tuple(Seat(**seat) for seat in values["seats"])
+    return Restoration(**{**values, "seats": seats})

@@ -1,0 +1,292 @@
+"""restore: from folded weights to their own class, with BatchNorms that have learned the sample."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.calibration.calibrate import calibrate
+from retrofit.calibration.observer import observers_of
+from retrofit.calibration.sample_errors import Calibration
+from retrofit.checking.verify import verify
+from retrofit.errors import RetrofitError, warn
+from retrofit.numerics.moments import Moments
+from retrofit.numerics.shifted_identity import shifted_identity
+from retrofit.option_checks import check_models
+from retrofit.restoring.matching import (
+    NEARLY,
+    Match,
+    by_name,
+    by_order,
+    refuse_other_outputs,
+)
+from retrofit.restoring.restoration import Restoration, Seat
+from retrofit.restoring.restoration import attach as attach_restoration
+from retrofit.restoring.skeleton import observed, plan_for
+from retrofit.restoring.sources import Source, layers_of, outputs_of, source_of
+from retrofit.running.batch_checks import check_data
+from retrofit.running.call_arguments import ForwardFn, call_model
+from retrofit.running.first_batch import looked_into
+from retrofit.running.modes import evaluating
+from retrofit.running.shared_copy import (
+    refuse_inference_mode,
+    refuse_lazy,
+    refuse_wrappers,
+    shared_copy,
+)
+from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.fold_pairs import Pairs, find_pairs
+from retrofit.surgery.record import Record, attach, record_of
+
+M = TypeVar("M", bound=nn.Module)
+UNCERTAIN = 0.1  # standard deviations
+
+
+def restore(
+    architecture: M,
+    folded: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
+    data: Iterable[Any],
+    *,
+    example: Any = None,
+    forward_fn: ForwardFn | None = None,
+    device: torch.device | str | None = None,
+    max_images: int | None = None,
+    tolerance: float | None = None,
+    key_map: Mapping[str, str] | None = None,
+    weights_key: str | None = None,
+    progress: bool = True,
+) -> M:
+    """Bring a network whose BatchNorms were folded away back into its own class.
+
+    The result is a copy of `architecture` that computes in eval mode what the folded network
+    computes, and whose BatchNorms hold the statistics of `data`; its state dict loads strictly into
+    a fresh model of that class. It is equal up to rounding (usually a millionth), and not bit for
+    bit: where the class has convolutions without a bias, the folded bias has to move into the
+    BatchNorm after them, and is added one rounding later. `restoration_of` says how far it is.
+
+    For each BatchNorm that was folded away, running_mean and running_var are the moments of what
+    its layer gives on `data`, weight is sqrt(running_var + eps) and bias is running_mean; where a
+    folded bias b moves, running_mean is that less b. eps, momentum, class and flags are those of
+    the architecture. A BatchNorm that was not folded (DenseNet's first ones) is taken over as it
+    is, and so is everything else.
+
+    Args:
+        architecture: the network as it was before folding; its weights do not matter. Not changed.
+        folded: a module; a state dict; or a file, as `load` reads them. However it was folded: by
+            `fold`, torch.fx, torch.ao, or the tools of an export.
+        data: batches, as for `calibrate`, prepared as the network takes them. A folded network
+            cannot tell whether that is right.
+        example: one batch, for architectures that torch.fx cannot follow; the first of `data` by
+            default. On it both networks are compared.
+        forward_fn, device, max_images, tolerance, progress: as for `calibrate`.
+        key_map: names of tensors in `folded` to their names in the architecture, where they differ
+            by more than a prefix. Without it, the layers of a module under other names are matched
+            in the order of execution, where all shapes agree.
+        weights_key: where the weights are in a file with several, as for `load`.
+
+    Raises:
+        RetrofitError: `folded` is of another architecture (with the first place that differs), is
+            not folded, lacks weights, or computes something else than the architecture with its
+            weights; a BatchNorm cannot come back (it has no weight, or is folded into no layer);
+            torch.fx and a run cannot follow the architecture; or the result differs from the
+            folded network by more than 1e-5 of the root mean square of its outputs.
+        NonFiniteError: as for `calibrate`.
+
+    Example:
+        >>> restored = retrofit.restore(torchvision.models.resnet50(), "folded.onnx", loader)
+        >>> torchvision.models.resnet50().load_state_dict(restored.state_dict())
+        <All keys matched successfully>
+    """
+    refuse_inference_mode()
+    _refuse_unusable(architecture)
+    check_data(data)
+    first, data = looked_into(data)
+    example = first if example is None else example
+    pairs = find_pairs(shared_copy(architecture), example)
+    match = _matched(
+        architecture,
+        pairs,
+        source_of(folded, forward_fn),
+        example,
+        forward_fn,
+        key_map,
+        weights_key,
+    )
+    prepared = observed(match.skeleton, match.seats, _axes(match, example, forward_fn))
+    calibration = calibrate(
+        prepared,
+        data,
+        device=device,
+        max_images=max_images,
+        tolerance=tolerance,
+        forward_fn=forward_fn,
+        progress=progress,
+    )
+    if calibration.standard_error > UNCERTAIN:
+        warn(
+            f"the statistics of {calibration.images} images are uncertain by "
+            f"{calibration.standard_error:.0%} of a standard deviation: pass more"
+        )
+    result = _filled(architecture, match, prepared, calibration)
+    restoration = _compared(match, prepared, result, calibration, example, forward_fn)
+    attach_restoration(result, restoration)
+    return result
+
+
+def _refuse_unusable(architecture: nn.Module) -> None:
+    """Raise RetrofitError for what has no BatchNorm that could come back."""
+    check_models("restore", architecture)
+    refuse_wrappers(architecture)
+    refuse_lazy(architecture)
+    kind = type(architecture).__name__
+    if record_of(architecture) is not None:
+        raise RetrofitError(f"this {kind} was converted: restore takes the class as it was trained")
+    if not batchnorms(architecture):
+        raise RetrofitError(
+            f"this {kind} has no BatchNorm to restore: add_batchnorm puts some into a network that "
+            "never had any"
+        )
+    for name, tensor in architecture.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise RetrofitError(f"{name} is on the meta device: pass a model that has its tensors")
+
+
+def _matched(
+    architecture: nn.Module,
+    pairs: Pairs,
+    source: Source,
+    example: Any,
+    forward_fn: ForwardFn | None,
+    key_map: Mapping[str, str] | None,
+    weights_key: str | None,
+) -> Match:
+    """Find what belongs where, and prove it where the folded network can run."""
+    biases = {f"{pair.layer}.bias" for pair in pairs.pairs.values()}
+    source = source.renamed({*architecture.state_dict(), *biases}, key_map or {})
+    match = by_name(architecture, pairs, source, weights_key)
+    if match is None:
+        assert source.layers is not None
+        own = layers_of(architecture, example, forward_fn)
+        match = by_order(architecture, pairs, source, source.layers(example), own)
+    if source.run is not None:
+        actual = outputs_of(match.skeleton, example, forward_fn)
+        refuse_other_outputs(source.run(example), actual, source)
+    return match
+
+
+def _axes(match: Match, example: Any, forward_fn: ForwardFn | None) -> dict[str, int]:
+    """Count the spatial axes of what reaches each seat, on the example."""
+    found: dict[str, int] = {}
+    tried = shared_copy(match.skeleton)
+    handles = []
+    for norm in match.seats:
+
+        def look(_m: nn.Module, inputs: tuple[Any, ...], path: str = norm) -> None:
+            found[path] = inputs[0].dim() - 2
+
+        handles.append(tried.get_submodule(norm).register_forward_pre_hook(look))
+    with evaluating(tried), torch.no_grad():
+        call_model(tried, example, forward_fn)
+    if idle := [norm for norm in match.seats if norm not in found]:
+        raise RetrofitError(
+            f"no data reaches {idle[0]}, which was folded away: pass an example that does"
+        )
+    return found
+
+
+def _filled(architecture: M, match: Match, prepared: nn.Module, calibration: Calibration) -> M:
+    """Copy the architecture, with the folded network's weights and the BatchNorms' moments."""
+    result = copy.deepcopy(shared_copy(architecture))
+    state = result.state_dict()  # with the versions that some modules ask for (MNASNet)
+    own = set(state)
+    state.update({name: t for name, t in match.skeleton.state_dict().items() if name in own})
+    moments = {observer.site: observer.moments() for observer in observers_of(prepared)}
+    for norm, layer in match.seats.items():
+        bias = match.skeleton.get_submodule(layer)._parameters.get("bias")
+        moved = None if f"{layer}.bias" in own else bias
+        module = result.get_submodule(norm)
+        tensors = _tensors(module, norm, moments[layer], moved)
+        if f"{norm}.num_batches_tracked" in own:
+            tensors["num_batches_tracked"] = torch.tensor(calibration.batches)
+        state.update({f"{norm}.{name}": tensor for name, tensor in tensors.items()})
+    result.load_state_dict(state)
+    return result
+
+
+def _tensors(
+    norm: nn.Module, path: str, moments: Moments, moved: Tensor | None
+) -> dict[str, Tensor]:
+    """Make the tensors of a BatchNorm that adds the moved bias, and nothing else."""
+    weight, var = getattr(norm, "weight", None), norm.running_var
+    if weight is None:
+        raise RetrofitError(
+            f"{path} has no weight (affine=False): it cannot give back what it was folded into"
+        )
+    assert isinstance(var, Tensor)
+    wide = torch.float64 if var.dtype == torch.float64 else torch.float32
+    mean, variance = (t.detach().cpu().to(wide).numpy() for t in (moments.mean, moments.var))
+    shift = None if moved is None else moved.detach().cpu().to(wide).numpy()
+    try:
+        found = shifted_identity(mean, variance, shift, float(norm.eps))  # type: ignore[arg-type]
+    except RetrofitError as error:
+        raise RetrofitError(f"{path}: {error}") from error
+    arrays = {
+        "running_mean": found.mean,
+        "running_var": found.var,
+        "weight": found.weight,
+        "bias": found.bias,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _compared(
+    match: Match,
+    prepared: nn.Module,
+    result: nn.Module,
+    calibration: Calibration,
+    example: Any,
+    forward_fn: ForwardFn | None,
+) -> Restoration:
+    """Compare the result with the folded network; RetrofitError where they are not close."""
+    record = record_of(prepared)
+    assert record is not None
+    plan = plan_for(result, record.plan.sites)
+    tried = shared_copy(result)
+    attach(tried, Record(plan))
+    found = verify(match.skeleton, tried, [example], forward_fn=forward_fn)
+    at = {difference.name: difference.relative for difference in found.sites}
+    own = result.state_dict()
+    seats = tuple(
+        Seat(
+            layer,
+            norm,
+            next(site.channels for site in plan.sites if site.path == layer),
+            _place_of_bias(match.skeleton.get_submodule(layer), f"{layer}.bias" in own),
+            at[layer],
+        )
+        for norm, layer in match.seats.items()
+    )
+    kept = tuple(path for path in batchnorms(result) if path not in match.seats)
+    relative = max(output.relative for output in found.outputs)
+    exact = all(output.exact for output in found.outputs)
+    made = Restoration(
+        seats, kept, exact, relative, found.images, calibration.images, calibration.standard_error
+    )
+    if not relative <= NEARLY:
+        raise RetrofitError(
+            f"the restored {type(result).__name__} differs from the folded network by "
+            f"{relative:.1e} of the root mean square of its outputs, more than {NEARLY:g}; most "
+            f"at {made.worst.norm}, by {made.worst.relative:.1e}"
+        )
+    return made
+
+
+def _place_of_bias(layer: nn.Module, kept: bool) -> str:
+    if layer._parameters.get("bias") is None:
+        return ""
+    return "layer" if kept else "running_mean"

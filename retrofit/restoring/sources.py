@@ -1,0 +1,142 @@
+"""The folded network that is to be restored: a module, a state dict, or a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import RetrofitError
+from retrofit.files.provenance import Provenance
+from retrofit.files.state_dicts import State, state_dicts
+from retrofit.files.weights import WeightsFile, open_weights
+from retrofit.running.call_arguments import ForwardFn, call_model
+from retrofit.running.modes import eager, evaluating
+from retrofit.running.nested import tensors
+from retrofit.running.shared_copy import refuse_lazy, refuse_wrappers, shared_copy
+from retrofit.tracing.read_model import read
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that has a weight.
+
+    Attributes:
+        path: of the module; in messages.
+        tensors: its own, by their names in it.
+    """
+
+    path: str
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folded network.
+
+    Attributes:
+        name: for messages.
+        file: its tensors, under whatever names.
+        layers: lists those with a weight in the order of execution; None where nobody knows it.
+        run: computes the outputs for a batch; None where there are weights alone.
+    """
+
+    name: str
+    file: WeightsFile
+    layers: Callable[[Any], list[Layer]] | None = None
+    run: Callable[[Any], Outputs] | None = None
+
+    def renamed(self, names: set[str], key_map: Mapping[str, str]) -> Source:
+        """Give the tensors the names that a network of these names would have them under.
+
+        By the user's map, and without the index that torch.ao's fused modules bring in.
+        """
+        states = {path: _renamed(s, names, key_map) for path, s in self.file.states.items()}
+        return replace(self, file=replace(self.file, states=states))
+
+
+def source_of(folded: object, forward_fn: ForwardFn | None) -> Source:
+    """Open what the user holds; RetrofitError for what is no network."""
+    if isinstance(folded, nn.Module):
+        return _of_module(folded, forward_fn)
+    if isinstance(folded, Mapping):
+        name = "the state dict"
+        states = state_dicts(folded)
+        if not states:
+            raise RetrofitError(
+                "the folded network is a mapping without tensors: pass a state dict, a module, or "
+                "the path of a file"
+            )
+        return Source(name, WeightsFile(Path(name), states, Provenance()))
+    if isinstance(folded, (str, os.PathLike)):
+        path = Path(folded)
+        return Source(str(path), open_weights(path))
+    raise RetrofitError(
+        f"the folded network is a {type(folded).__name__}: pass a module, a state dict, or the "
+        "path of a file"
+    )
+
+
+def _of_module(folded: nn.Module, forward_fn: ForwardFn | None) -> Source:
+    refuse_wrappers(folded)
+    refuse_lazy(folded)
+    name = f"the folded {type(folded).__name__}"
+
+    def run(batch: Any) -> Outputs:
+        return outputs_of(folded, batch, forward_fn)
+
+    def layers(batch: Any) -> list[Layer]:
+        return layers_of(folded, batch, forward_fn)
+
+    state: State = dict(folded.state_dict())
+    return Source(name, WeightsFile(Path(name), {"": state}, Provenance()), layers, run)
+
+
+def outputs_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Outputs:
+    """Compute what a model returns in eval mode, as tensors by their place."""
+    copied = shared_copy(model)  # forward may count or cache
+    with evaluating(copied), torch.no_grad(), eager():
+        return tensors(call_model(copied, batch, forward_fn), "output")
+
+
+def layers_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> list[Layer]:
+    """List the layers with a weight in the order in which they are first called."""
+    trace = read(shared_copy(model), batch, forward_fn)
+    found: dict[str, Layer] = {}
+    for path in trace.modules_called:
+        module = model.get_submodule(path)
+        own = {**module._parameters, **module._buffers}
+        present = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+        if "weight" in present:
+            found.setdefault(path, Layer(path, present))
+    return list(found.values())
+
+
+def _renamed(state: State, names: set[str], key_map: Mapping[str, str]) -> State:
+    if unknown := [key for key in key_map.values() if key not in names]:
+        raise RetrofitError(
+            f"key_map leads to {unknown[0]!r}, which the architecture does not have"
+        )
+    return {key_map.get(key) or _without_index(key, state, names): v for key, v in state.items()}
+
+
+def _without_index(key: str, state: State, names: set[str]) -> str:
+    """Leave out the 0 of a ConvReLU2d, a Sequential that torch.ao makes: "conv1.0.weight"."""
+    shorter = re.sub(r"\.0\.(weight|bias)$", r".\1", key)
+    if shorter == key or _known(key, names) or not _known(shorter, names) or shorter in state:
+        return key
+    return shorter
+
+
+def _known(key: str, names: set[str]) -> bool:
+    """Tell whether this is one of the names, maybe behind a prefix."""
+    parts = key.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
