@@ -6,18 +6,19 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
 from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
 from retrofit.files.state_dicts import State
-from retrofit.numerics.comparison import Comparison, Difference, refuse_other_structure
+from retrofit.numerics.comparison import Comparison, refuse_other_structure
 from retrofit.restoring.skeleton import skeleton_of
 from retrofit.restoring.sources import Layer, Outputs, Source
 from retrofit.surgery.fold_pairs import Pairs
 from retrofit.tables import few
 
-NEARLY = 1e-5  # of the root mean square: what rounding makes of another order of arithmetic
+NEARLY = 1e-5  # of the largest output: more than other roundings make, less than other arithmetic
 
 
 class Match(NamedTuple):
@@ -42,26 +43,22 @@ def by_name(architecture: nn.Module, pairs: Pairs, source: Source, key: str | No
     always = dict.fromkeys(name for name in own if name not in folding)
     state = fits(source.file, always, key)[0].state
     missing = [name for name in always if name not in state and not name.endswith(COUNTS)]
-    if source.layers is not None and len(missing) > len(always) / 2:
+    if missing and source.layers is not None:
         return None
     seats = {
         norm: pair.layer for norm, pair in pairs.pairs.items() if f"{norm}.running_var" not in state
     }
-    _refuse_unfolded(seats, missing, source)
+    if not seats and not missing:
+        raise RetrofitError(
+            f"{source.name} loads as it is: all of its BatchNorms are there, and there is nothing "
+            "to restore"
+        )
     _refuse_lost(pairs, state, missing, source)
     skeleton = skeleton_of(architecture, seats, state)
     tensors = fitted(source.file, skeleton, key)
     _refuse_other_shapes(skeleton, seats, tensors, source)
     load_weights(skeleton, tensors, source.name)
     return Match(skeleton, seats)
-
-
-def _refuse_unfolded(seats: Mapping[str, str], missing: Sequence[str], source: Source) -> None:
-    if not seats and not missing:
-        raise RetrofitError(
-            f"{source.name} loads as it is: all of its BatchNorms are there, and there is nothing "
-            "to restore"
-        )
 
 
 def _refuse_lost(pairs: Pairs, state: State, missing: Sequence[str], source: Source) -> None:
@@ -121,6 +118,8 @@ def by_order(
     state: State = {}
     waiting = list(layers)
     for layer in own:
+        if waiting and source.exported:
+            waiting[0] = _with_bias(waiting[0], layer)
         theirs = waiting[0] if waiting else None
         if layer.path in pairs.pairs and not _is_that_norm(theirs, layer):
             seats[layer.path] = pairs.pairs[layer.path].layer
@@ -138,8 +137,19 @@ def by_order(
     if not seats:
         raise RetrofitError(f"{source.name} has all of its BatchNorms: there is nothing to restore")
     skeleton = skeleton_of(architecture, seats, state)
-    load_weights(skeleton, dict(_completed(skeleton, state, source)), source.name)
+    whole = dict(_completed(skeleton, state, source))
+    missing = [n for n in skeleton.state_dict() if n not in whole and not n.endswith(COUNTS)]
+    _refuse_lost(pairs, whole, missing, source)
+    load_weights(skeleton, whole, source.name)
     return Match(skeleton, seats)
+
+
+def _with_bias(theirs: Layer, ours: Layer) -> Layer:
+    """Give a layer the bias of zeros that an exporter leaves out."""
+    bias = ours.tensors.get("bias")
+    if bias is None or "bias" in theirs.tensors:
+        return theirs
+    return Layer(theirs.path, {**theirs.tensors, "bias": torch.zeros_like(bias, device="cpu")})
 
 
 def _is_that_norm(theirs: Layer | None, norm: Layer) -> bool:
@@ -185,21 +195,25 @@ def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tu
 
 def refuse_other_outputs(expected: Outputs, actual: Outputs, source: Source) -> None:
     """Raise RetrofitError unless the architecture computes with these weights what they did."""
-    worst = worst_difference(expected, actual)
-    if worst.relative > NEARLY:
+    if source.exported and len(actual) >= len(expected):  # of which an exporter drops some
+        actual = dict(zip(expected, actual.values(), strict=False))
+    name, difference = largest_difference(expected, actual)
+    if not difference <= NEARLY:
         raise RetrofitError(
             f"the architecture with the weights of {source.name} computes something else: "
-            f"{worst.name} differs by {worst.relative:.1e} of its root mean square (another "
-            "activation, stride or padding, or layers in another order)"
+            f"{name} differs by {difference:.1e} of its largest value (another activation, stride "
+            "or padding, or layers in another order)"
         )
 
 
-def worst_difference(expected: Outputs, actual: Outputs) -> Difference:
-    """Compare outputs, and return the largest difference."""
+def largest_difference(expected: Outputs, actual: Outputs) -> tuple[str, float]:
+    """Find the output with the largest difference, over its largest absolute value, and this."""
     refuse_other_structure(expected, actual)
-    found = []
+    found: dict[str, float] = {}
     for name, tensor in expected.items():
         compared = Comparison()
         compared.add(tensor, actual[name], name)
-        found.append(compared.difference(name))
-    return max(found, key=lambda difference: difference.relative)
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        found[name] = compared.max_abs / largest if compared.max_abs else 0.0
+    worst = max(found, key=lambda name: found[name])
+    return worst, found[worst]

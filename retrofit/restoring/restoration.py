@@ -41,7 +41,7 @@ class Restoration:
         seats: the BatchNorms that came back, in the order of the architecture's modules.
         kept: paths of the BatchNorms that had not been folded, taken over as they are.
         exact: outputs equal those of the folded network bit for bit.
-        relative: largest difference of an output, over that output's root mean square.
+        relative: largest difference of an output, over that output's largest absolute value.
         compared: images that both were compared on, those of the first batch.
         images: images behind the statistics.
         standard_error: of the statistics, in standard deviations, as `Calibration` has it.
@@ -68,7 +68,7 @@ class Restoration:
         ]
         kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
         verdict = (
-            "equal bit for bit" if self.exact else f"equal to {self.relative:.1e} of their rms"
+            "equal bit for bit" if self.exact else f"equal to {self.relative:.1e} of the largest"
         )
         return (
             f"{table(head, rows, right='channels,difference')}\n"

@@ -23,6 +23,7 @@ from retrofit.restoring.matching import (
     Match,
     by_name,
     by_order,
+    largest_difference,
     refuse_other_outputs,
 )
 from retrofit.restoring.restoration import Restoration, Seat
@@ -94,7 +95,7 @@ def restore(
             not folded, lacks weights, or computes something else than the architecture with its
             weights; a BatchNorm cannot come back (it has no weight, or is folded into no layer);
             torch.fx and a run cannot follow the architecture; or the result differs from the
-            folded network by more than 1e-5 of the root mean square of its outputs.
+            folded network by more than 1e-5 of its largest output.
         NonFiniteError: as for `calibrate`.
 
     Example:
@@ -272,7 +273,8 @@ def _compared(
         for norm, layer in match.seats.items()
     )
     kept = tuple(path for path in batchnorms(result) if path not in match.seats)
-    relative = max(output.relative for output in found.outputs)
+    expected, actual = (outputs_of(m, example, forward_fn) for m in (match.skeleton, result))
+    _, relative = largest_difference(expected, actual)
     exact = all(output.exact for output in found.outputs)
     made = Restoration(
         seats, kept, exact, relative, found.images, calibration.images, calibration.standard_error
@@ -280,7 +282,7 @@ def _compared(
     if not relative <= NEARLY:
         raise RetrofitError(
             f"the restored {type(result).__name__} differs from the folded network by "
-            f"{relative:.1e} of the root mean square of its outputs, more than {NEARLY:g}; most "
+            f"{relative:.1e} of its largest output, more than {NEARLY:g}; most "
             f"at {made.worst.norm}, by {made.worst.relative:.1e}"
         )
     return made

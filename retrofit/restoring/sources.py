@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import RetrofitError
+from retrofit.files.onnx_weights import onnx_layers, onnx_state_dict, run_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.state_dicts import State, state_dicts
 from retrofit.files.weights import WeightsFile, open_weights
@@ -47,12 +48,15 @@ class Source:
         file: its tensors, under whatever names.
         layers: lists those with a weight in the order of execution; None where nobody knows it.
         run: computes the outputs for a batch; None where there are weights alone.
+        exported: it is of ONNX: among the tensors are constants of the graph, and outputs have no
+            place but their number.
     """
 
     name: str
     file: WeightsFile
     layers: Callable[[Any], list[Layer]] | None = None
     run: Callable[[Any], Outputs] | None = None
+    exported: bool = False
 
     def renamed(self, names: set[str], key_map: Mapping[str, str]) -> Source:
         """Give the tensors the names that a network of these names would have them under.
@@ -60,6 +64,10 @@ class Source:
         By the user's map, and without the index that torch.ao's fused modules bring in.
         """
         states = {path: _renamed(s, names, key_map) for path, s in self.file.states.items()}
+        if self.exported:
+            states = {
+                p: {k: t for k, t in s.items() if _known(k, names)} for p, s in states.items()
+            }
         return replace(self, file=replace(self.file, states=states))
 
 
@@ -78,7 +86,7 @@ def source_of(folded: object, forward_fn: ForwardFn | None) -> Source:
         return Source(name, WeightsFile(Path(name), states, Provenance()))
     if isinstance(folded, (str, os.PathLike)):
         path = Path(folded)
-        return Source(str(path), open_weights(path))
+        return _of_onnx(path) if path.suffix == ".onnx" else Source(str(path), open_weights(path))
     raise RetrofitError(
         f"the folded network is a {type(folded).__name__}: pass a module, a state dict, or the "
         "path of a file"
@@ -98,6 +106,26 @@ def _of_module(folded: nn.Module, forward_fn: ForwardFn | None) -> Source:
 
     state: State = dict(folded.state_dict())
     return Source(name, WeightsFile(Path(name), {"": state}, Provenance()), layers, run)
+
+
+def _of_onnx(path: Path) -> Source:
+    """Read a file of ONNX, whose layers have the names of torch's where the exporter kept them."""
+    listed = onnx_layers(path)
+    state: State = {**onnx_state_dict(path)}
+    for layer in listed:  # whose bias goes by any name, if folding made it or others are equal
+        owner = layer.names["weight"].removesuffix("weight")
+        state |= {f"{owner}{name}": tensor for name, tensor in layer.tensors.items()}
+
+    def run(batch: Any) -> Outputs:
+        arrays = [tensor.cpu().numpy() for tensor in tensors(batch, "input").values()]
+        found = run_onnx(path, arrays)
+        return {f"output[{i}]": torch.from_numpy(array) for i, array in enumerate(found)}
+
+    def layers(_: Any) -> list[Layer]:
+        return [Layer(layer.name, layer.tensors) for layer in listed]
+
+    file = WeightsFile(path, {"": state}, Provenance())
+    return Source(str(path), file, layers, run, exported=True)
 
 
 def outputs_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Outputs:
