@@ -18,7 +18,7 @@ from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.comparison import BRANCH_TOLERANCE
 from retrofit.numerics.moments import ChannelMoments
 from retrofit.numerics.tensor_checks import are_statistics
-from retrofit.option_checks import check_models, check_number
+from retrofit.option_checks import check_flags, check_models, check_number
 from retrofit.planning.plan import plan as planned
 from retrofit.planning.plan import without
 from retrofit.plans import ASKED, LayoutName, Patterns, Placement, Plan, Site
@@ -111,6 +111,7 @@ def convert(
     refuse_inference_mode()
     record = prepared_record(prepared, "convert")
     _check_options(eps, momentum)
+    check_flags(share_storage=share_storage, skip_unused=skip_unused)
     if eps != 1e-5:
         warn(
             f"eps={eps:g} is not stored in a state dict: a model with torch's default of 1e-5 "
@@ -269,6 +270,7 @@ def add_batchnorm(
     check_models("add_batchnorm", model)
     check_data(data)
     _check_options(eps, momentum)
+    check_flags(inplace=inplace, skip_unused=skip_unused)
     first, data = looked_into(data)
     plan = planned(
         model,
@@ -392,10 +394,18 @@ def _saw_nothing(model: nn.Module, site: Site) -> bool:
 
 def _targets(plan: Plan, match: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ChannelMoments]:
     """Check and unpack the argument of `convert`; RetrofitError for another architecture's."""
+    if not isinstance(match, Mapping):
+        raise RetrofitError(
+            f"match must be what channel_moments gives, not a {type(match).__name__}"
+        )
     channels = {site.path: site.channels for site in plan.inserted}
     wrong, targets = [], {}
     for path, pair in match.items():
-        mean, var = (torch.as_tensor(tensor).double() for tensor in pair)
+        try:
+            mean, var = (torch.as_tensor(tensor).double() for tensor in pair)
+        except (TypeError, ValueError, RuntimeError):
+            wrong.append(f"{path} has no pair of a mean and a variance")
+            continue
         expected = channels.get(path)
         if expected is None:
             wrong.append(f"{path} gets no BatchNorm")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from numbers import Integral, Real
 
+import numpy as np
 from torch import nn
 
 from retrofit.errors import RetrofitError
@@ -20,6 +22,33 @@ def check_count(name: str, value: object) -> None:
     """Raise RetrofitError unless `value` is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise RetrofitError(f"{name} must be positive and a whole number, not {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise RetrofitError for a flag that is neither True nor False: "no" counts as true."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise RetrofitError(f"{name} must be True or False, not {value!r}")
+
+
+def check_forward_fn(value: object) -> None:
+    """Raise RetrofitError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise RetrofitError(
+            f"forward_fn must be a function, called as forward_fn(model, batch), not {value!r}"
+        )
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise RetrofitError unless `value` is None or a string."""
+    if value is not None and not isinstance(value, str):
+        raise RetrofitError(f"{name} must be a string, not {value!r}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise RetrofitError unless `value` is a path, as a string or as pathlib has it."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise RetrofitError(f"{name} must be the path of a file, not {value!r}")
 
 
 def check_models(function: str, *models: object) -> None:

@@ -22,7 +22,7 @@ from retrofit.calibration.site_samples import SiteSamples
 from retrofit.calibration.state_file import StateFile, stateful
 from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.channel_statistics import ChannelStatistics
-from retrofit.option_checks import check_number
+from retrofit.option_checks import check_flags, check_forward_fn, check_number, check_path
 from retrofit.plans import Plan
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
@@ -97,9 +97,7 @@ def calibrate(
     samples = SiteSamples({observer.site: observer.channels for observer in observers})
     with processes.failing_together():
         check_data(data)
-        if tolerance is not None:
-            wanted = "lie between 0 and 1 (0.02: 2 %)"
-            check_number("tolerance", tolerance, wanted, lambda t: 0 < t < 1)
+        _check_options(tolerance, state, forward_fn, progress)
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, tolerance)
         learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:
@@ -119,6 +117,17 @@ def calibrate(
     if processes.rank == 0:
         _warn(report, tolerance)
     return report
+
+
+def _check_options(tolerance: object, state: object, forward_fn: object, progress: object) -> None:
+    """Raise RetrofitError for values that they cannot have; `Feed` checks the others."""
+    if tolerance is not None:
+        wanted = "lie between 0 and 1 (0.02: 2 %)"
+        check_number("tolerance", tolerance, wanted, lambda t: 0 < t < 1)
+    if state is not None:
+        check_path("state", state)
+    check_forward_fn(forward_fn)
+    check_flags(progress=progress)
 
 
 def _wrapped(

@@ -172,6 +172,7 @@ def channel_moments(prepared: nn.Module) -> dict[str, ChannelMoments]:
     Raises:
         RetrofitError: a site saw no data.
     """
+    check_models("channel_moments", prepared)
     found = {observer.site: observer.moments() for observer in observers_of(prepared)}
     return {site: ChannelMoments(moments.mean, moments.var) for site, moments in found.items()}
 

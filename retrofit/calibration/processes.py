@@ -35,8 +35,14 @@ class Processes:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
+        try:
+            self.rank = 0 if group is None else dist.get_rank(group)
+            self.size = 1 if group is None else dist.get_world_size(group)
+        except ValueError as error:
+            raise RetrofitError(
+                "process_group must be a group of torch.distributed, such as its group.WORLD after "
+                f"init_process_group, not {group!r}: {error}"
+            ) from error
         if self.rank < 0:
             raise RetrofitError("this process is not in the process_group that it was given")
 

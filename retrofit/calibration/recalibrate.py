@@ -25,7 +25,7 @@ from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.tensor_checks import are_statistics
-from retrofit.option_checks import check_models, check_number
+from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import Arguments, ForwardFn
 from retrofit.running.modes import batch_statistics, evaluating
@@ -157,6 +157,8 @@ def recalibrate(
     processes = Processes(process_group)
     feed = Feed(data, device, max_images, forward_fn, progress and processes.rank == 0)
     with processes.failing_together():
+        check_flags(layerwise=layerwise, progress=progress)
+        check_forward_fn(forward_fn)
         _refuse_bad_request(data, layerwise, prior)
         norms = _tracking(model)
         old = {path: (norm, _buffers(norm)) for path, norm in norms.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import Moments
+from retrofit.option_checks import check_number
 from retrofit.tables import table
 
 PERCENTILE = 0.99
@@ -103,6 +104,7 @@ class Calibration:
         By the law that it falls with the square root of the number of images, which holds for
         images in random order. Infinity where the standard error is not known.
         """
+        check_number("tolerance", tolerance, "be positive", lambda t: t > 0)
         if math.isinf(self.standard_error):
             return math.inf
         return math.ceil(self.images * (self.standard_error / tolerance) ** 2)

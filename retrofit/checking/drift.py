@@ -107,7 +107,7 @@ def drift(
     total = sum(map(len, batches))
     if len({x.shape[1:] for x in batches}) > 1:
         raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
-    if not sizes or total < sizes[0]:
+    if total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
     images = torch.cat(batches)
     fitting = [size for size in sizes if size <= total]
@@ -142,6 +142,8 @@ def _checked_sizes(batch_sizes: object) -> set[int]:
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Iterable):
         raise RetrofitError(f"batch_sizes must be a list such as [8, 32], not {batch_sizes!r}")
     sizes = list(batch_sizes)
+    if not sizes:
+        raise RetrofitError("batch_sizes names no size: give some, such as [8, 32]")
     for size in sizes:
         check_count("a batch size", size)
     return set(sizes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
 from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
-from retrofit.option_checks import check_models
+from retrofit.option_checks import check_forward_fn, check_models, check_number
 from retrofit.plans import Plan, Site
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn, call_model, images_in
@@ -59,6 +59,7 @@ class Verification(NeitherTrueNorFalse):
 
     def passed(self, tolerance: float = 0.0) -> bool:
         """Tell whether nothing differs by more than `tolerance` of its root mean square."""
+        check_number("tolerance", tolerance, "be a number from 0 up", lambda t: t >= 0)
         return all(d.relative <= tolerance for d in (*self.outputs, *self.sites))
 
     def summary(self) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def verify(
     """
     check_models("verify", original, converted)
     check_data(data)
+    check_forward_fn(forward_fn)
     record = record_of(converted)
     points = _points(record.plan if record else None)
     at_sites = {point.site.path: Comparison() for point in points}

@@ -30,6 +30,7 @@ from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
 from retrofit.files.provenance import Provenance, provenance_of
 from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
+from retrofit.option_checks import check_flags, check_text
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
 from retrofit.surgery.record import attach, plan_of
 
@@ -90,6 +91,7 @@ def save(
         OSError: writing failed half-way; an existing file is then as it was.
     """
     _check_call("save(model, path)", path, model)
+    check_flags(overwrite=overwrite)
     path = Path(path).resolve()  # what a link points to is what gets replaced
     check_output(path, overwrite=overwrite)
     state = model.state_dict()
@@ -103,10 +105,8 @@ def save(
     from safetensors.torch import save as serialized  # noqa: PLC0415 - keeps the import fast
 
     tensors, aliases = _unshared(state)
-    told = provenance_of(
-        model, name=name, data=data, calibration=calibration, verification=verification, drift=drift
-    ).to_json()
-    metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
+    origin = provenance_of(model, **told).to_json()
+    metadata = {"format": "pt", "retrofit": json.dumps({**origin, "aliases": aliases})}
     # Not its save_file, whose temporary file a kill would leave.
     try:
         write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
@@ -175,8 +175,7 @@ def load(
     """
     refuse_inference_mode()
     _check_call("load(path, model)", path, nn.Module() if model is None else model)
-    if weights_key is not None and not isinstance(weights_key, str):
-        raise RetrofitError(f"weights_key must be a str such as 'params_ema', not {weights_key!r}")
+    check_text("weights_key", weights_key)
     return load_opened(open_weights(Path(path)), model, weights_key)
 
 

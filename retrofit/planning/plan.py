@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from retrofit.errors import RetrofitError
+from retrofit.option_checks import check_flags, check_forward_fn
 from retrofit.planning.renumbering import renumbered
 from retrofit.planning.rules import decide
 from retrofit.planning.trial import missed_sites
@@ -104,6 +105,8 @@ def plan(
     for name, value, known in (("layout", layout, LAYOUTS), ("placement", placement, PLACEMENTS)):
         if value not in known:
             raise RetrofitError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    check_forward_fn(forward_fn)
+    check_flags(linear=linear)
     options = Options(_patterns(include), _patterns(exclude), layout, placement, linear)
     if include is not None and not options.include:
         raise RetrofitError("include= names nothing: leave it out to convert all")

@@ -92,6 +92,40 @@ REFUSED = [
     (lambda: retrofit.recalibrate(converted(), [X], prior="64"), "from 0 up, not '64'"),
     (lambda: retrofit.drift(net(), net(), [X], 8), "batch_sizes must be a list such as [8, 32]"),
     (lambda: retrofit.drift(net(), net(), [X], ["8"]), "a whole number, not '8'"),
+    (lambda: retrofit.drift(net(), net(), [X], []), "batch_sizes names no size: give some"),
+    (lambda: add(net(), [X], forward_fn="x"), "must be a function, called as forward_fn(model, ba"),
+    (lambda: retrofit.plan(net(), forward_fn=3), "forward_fn must be a function"),
+    (lambda: retrofit.verify(net(), net(), [X], forward_fn="x"), "forward_fn must be a function"),
+    (lambda: calibrated(forward_fn="x"), "forward_fn must be a function"),
+    (lambda: retrofit.recalibrate(converted(), [X], forward_fn=X), "forward_fn must be a function"),
+    (lambda: calibrated(state=3), "state must be the path of a file, not 3"),
+    (lambda: calibrated(state=True), "state must be the path of a file, not True"),
+    (lambda: calibrated(progress="no"), "progress must be True or False, not 'no'"),
+    (lambda: calibrated(process_group="world"), "must be a group of torch.distributed, such as it"),
+    (lambda: retrofit.recalibrate(converted(), [X], layerwise="no"), "layerwise must be True or F"),
+    (lambda: retrofit.plan(net(), linear="no"), "linear must be True or False, not 'no'"),
+    (lambda: add(net(), [X], inplace="no"), "inplace must be True or False, not 'no'"),
+    (lambda: add(net(), [X], skip_unused=None), "skip_unused must be True or False, not None"),
+    (lambda: retrofit.convert(prepared(), share_storage=1), "share_storage must be True or False"),
+    (lambda: retrofit.convert(prepared(), match=[X]), "what channel_moments gives, not a list"),
+    (
+        lambda: retrofit.convert(prepared(), match={"0": 3}),
+        "0 has no pair of a mean and a variance",
+    ),
+    (lambda: retrofit.channel_moments("vgg16"), "channel_moments takes an nn.Module, not a str"),
+    (lambda: same().passed("0.1"), "tolerance must be a number from 0 up, not '0.1'"),
+    (lambda: same().passed(float("nan")), "tolerance must be a number from 0 up, not nan"),
+    (lambda: calibrated().images_needed("2%"), "tolerance must be positive, not '2%'"),
+    (lambda: calibrated().images_needed(0), "tolerance must be positive, not 0"),
+    (lambda: retrofit.save(net(), 3), "path must be the path of a file, not 3"),
+    (lambda: retrofit.save("vgg16", "vgg16.pth"), "save takes an nn.Module, not a str"),
+    (lambda: retrofit.save(net(), "n.pth", overwrite="no"), "overwrite must be True or False"),
+    (lambda: retrofit.save(net(), "n.pth", name=3), "save(name=) takes a str, not 3"),
+    (lambda: retrofit.save(net(), "n.pth", drift=0.1), "save(drift=) takes a Drift, not 0.1"),
+    (lambda: retrofit.save(net(), "n.pth", verification=True), "takes a Verification, not True"),
+    (lambda: retrofit.load(3), "path must be the path of a file, not 3"),
+    (lambda: retrofit.load("n.pth", "vgg16"), "load takes an nn.Module, not a str"),
+    (lambda: retrofit.load("n.pth", weights_key=0), "weights_key must be a string, not 0"),
     # --- what is no iterable of batches ---
     (lambda: add(net(), "pictures"), "not str: a DataLoader over torchvision.datasets.ImageFolder"),
     (lambda: add(net(), Path("pictures")), "must be an iterable of batches, not PosixPath"),
@@ -138,6 +172,18 @@ def add(model, data, **options):
 
 def as_list(model, x):
     return model(x).tolist()
+
+
+def prepared():
+    return retrofit.prepare(net())
+
+
+def calibrated(**options):
+    return retrofit.calibrate(prepared(), [X], **{"progress": False, **options})
+
+
+def same():
+    return retrofit.verify(net(), net(), [X])
 
 
 def used_up():
