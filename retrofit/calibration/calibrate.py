@@ -78,8 +78,8 @@ def calibrate(
     Returns:
         A `Calibration`: the standard errors reached, how many images others would need, and how
         far the two halves of the sample disagree. A warning is given when they do so by more
-        than chance explains (`Calibration.disordered`), when nothing varies at a site, or when the
-        images are all the same.
+        than chance explains (`Calibration.disordered`), when nothing varies at a site, when the
+        images are all the same, or when they reach no site.
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
@@ -205,14 +205,21 @@ def _report(by_site: dict[str, ChannelStatistics], learned: Learned) -> Calibrat
 
 
 def _warn(report: Calibration, tolerance: float | None) -> None:
-    """Warn of images in some order, or all alike, and of a tolerance that was not reached."""
+    """Warn of images in some order, or all alike, of layers that none reached, of a tolerance."""
     if site := report.disordered:
         warn(
             f"the two halves of the {report.images} calibration images differ by "
             f"{max(site.mean, site.std):.2f} sigma at {site.site}, which is no chance: shuffle the "
             "images (the usual cause is a folder sorted by class and cut short)"
         )
-    if report.sites and math.isinf(report.standard_error):
+    if not report.sites:
+        warn(
+            f"none of the observed layers got any of the {report.images} calibration images: does "
+            "the model return before them, or forward_fn run another object than the model that it "
+            "is given?"
+        )
+        return
+    if math.isinf(report.standard_error):
         constant, channels = (
             sum(getattr(site, name) for site in report.sites) for name in ("constant", "channels")
         )

@@ -105,8 +105,10 @@ def save(
     from safetensors.torch import save as serialized  # noqa: PLC0415 - keeps the import fast
 
     tensors, aliases = _unshared(state)
-    origin = provenance_of(model, **told).to_json()
-    metadata = {"format": "pt", "retrofit": json.dumps({**origin, "aliases": aliases})}
+    told = provenance_of(
+        model, name=name, data=data, calibration=calibration, verification=verification, drift=drift
+    ).to_json()
+    metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
     # Not its save_file, whose temporary file a kill would leave.
     try:
         write_whole(path, lambda file: file.write(serialized(tensors, metadata)))

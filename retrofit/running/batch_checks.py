@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from retrofit.errors import RetrofitError
 from retrofit.running.nested import first_tensor, tensors
@@ -17,6 +19,8 @@ from retrofit.running.signatures import first_channels, sample_axes
 
 LOADER = "wrap the data set in torch.utils.data.DataLoader(dataset, batch_size=32)"
 PIXELS = "convert them to float and normalise them as the model was trained"
+AXES = "DHW"
+_CALL = nn.Module._call_impl.__code__  # through which every module is called
 
 
 def check_data(data: Iterable[Any]) -> None:
@@ -93,7 +97,7 @@ def explained(model: nn.Module, batch: Any) -> Iterator[None]:
     except RetrofitError:
         raise
     except Exception as error:
-        if reason := _misfit(model, batch):
+        if reason := _misfit(model, batch) or _misfit_inside(model, batch, error):
             text = " ".join(str(error).split())[:200]
             raise RetrofitError(
                 f"{type(model).__name__} does not run on a batch: {reason} "
@@ -140,6 +144,37 @@ def _misfit(model: nn.Module, batch: Any) -> str:
     return f"a batch of shape {tuple(x.shape)} has its channels last: permute it" if last else ""
 
 
+def _misfit_inside(model: nn.Module, batch: Any, error: Exception) -> str:
+    """Name the layer that raised, where it got other axes than it takes; "" for other errors."""
+    layer, got = _last_called(error)
+    x, takes = first_tensor(batch), _taken_instead(layer, got)
+    if x is None or not takes:
+        return ""
+    path = next((path for path, module in model.named_modules() if module is layer), "")
+    shapes = f"takes {takes}, and gets {tuple(got.shape)} of a batch of {described(x)}"
+    return f"{path or type(layer).__name__} {shapes}: give batches like those it was trained on"
+
+
+def _last_called(error: Exception) -> tuple[nn.Module | None, Any]:
+    """Find the module that an error came out of, and the first tensor that it was called with."""
+    found: tuple[nn.Module | None, Any] = None, None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is _CALL:
+            found = frame.f_locals["self"], first_tensor(frame.f_locals["args"])
+    return found
+
+
+def _taken_instead(layer: nn.Module | None, x: Tensor | None) -> str:
+    """Say in axes what a convolution or Linear layer takes, if that is not a tensor like `x`."""
+    if x is None or not isinstance(layer, (_ConvNd, nn.Linear)):
+        return ""
+    if isinstance(layer, nn.Linear):
+        return "" if x.shape[-1:] == (layer.in_features,) else f"(..., {layer.in_features})"
+    dims = len(layer.kernel_size)
+    fits = x.dim() == dims + 2 and x.shape[1] == layer.in_channels
+    return "" if fits else f"(N, {layer.in_channels}, {', '.join(AXES[-dims:])})"
+
+
 def _embeds(model: nn.Module, x: Tensor) -> bool:
     """Tell whether these may be tokens, for a model that embeds them."""
     tokens = x.dtype in (torch.int32, torch.int64)
@@ -164,12 +199,24 @@ def _kind(item: Any) -> str:
     return "picture" if type(item).__module__.partition(".")[0] == "PIL" else ""
 
 
-def _no_tensor(batch: Any) -> RetrofitError:
-    items = [batch, *(batch if isinstance(batch, (list, tuple)) else ())]
+def _inside(batch: Any) -> list[Any]:
+    """List what is in nested lists, tuples and mappings."""
     if isinstance(batch, Mapping):
-        items += batch.values()
+        batch = list(batch.values())
+    if not isinstance(batch, (list, tuple)):
+        return [batch]
+    return [item for part in batch for item in _inside(part)]
+
+
+def _no_tensor(batch: Any) -> RetrofitError:
+    items = _inside(batch)
     kinds = [_kind(item) for item in items]
     what = f"a batch of type {type(batch).__name__} holds no tensor"
+    if all(item is None for item in items):
+        return RetrofitError(
+            f"a batch is {batch}: there is nothing in it; look at what the data set and its "
+            "collate_fn return"
+        )
     if "picture" in kinds:
         return RetrofitError(
             f"a batch is a picture of PIL, or holds some: give the data set a transform that makes "

@@ -8,6 +8,8 @@ from typing import Any
 from retrofit.errors import RetrofitError
 from retrofit.running.batch_checks import nothing_in
 
+_END = object()  # None is a batch, too, though one that no model takes
+
 
 def looked_into(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """Return the first batch, and the data from its beginning, which may be an iterator.
@@ -15,8 +17,8 @@ def looked_into(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     Raises RetrofitError where there is none.
     """
     batches = iter(data)
-    first = next(batches, None)
-    if first is None:
+    first = next(batches, _END)
+    if first is _END:
         raise RetrofitError(nothing_in(data))
     return first, _Again(data, first, batches)
 

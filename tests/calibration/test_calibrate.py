@@ -284,7 +284,7 @@ def test_the_original_is_untouched_and_shares_its_storage():
 
 def test_hooks_are_removed_and_modes_restored_when_the_model_raises():
     model = prepared().train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RetrofitError, match="takes"):
         retrofit.calibrate(model, [torch.randn(2, 5, 8, 8)], progress=False)
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
@@ -421,6 +421,17 @@ def test_a_device_that_is_none_is_named(device):
 def test_converting_without_data_names_the_site():
     with pytest.raises(RetrofitError, match="0, 2 saw no data"):
         retrofit.convert(prepared())
+
+
+@pytest.mark.parametrize(
+    "forward_fn", [lambda _model, _x: None, lambda _model, x: nets.build(nets.root_sequential)(x)]
+)
+def test_data_that_reaches_no_site_is_warned_of(forward_fn):
+    with pytest.warns(UserWarning, match="none of the observed layers got any of the 40 calib"):
+        model, report = calibrated(X.split(16), forward_fn=forward_fn)
+    assert report.sites == ()
+    with pytest.raises(RetrofitError, match="saw no data"):
+        retrofit.convert(model)
 
 
 def test_what_was_not_prepared_is_refused():

@@ -261,7 +261,7 @@ def test_the_handle_brings_the_old_statistics_back_bit_for_bit(layerwise):
 def test_when_a_batch_fails_the_model_is_as_it_was(layerwise):
     model = nets.build(Net).train()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(RetrofitError, match=r"conv takes \(N, 3, H, W\)"):
         recalibrate(model, [X, torch.zeros(4, 2, 10, 10)], layerwise=layerwise)
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

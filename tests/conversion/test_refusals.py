@@ -12,6 +12,7 @@ import retrofit
 from retrofit import RetrofitError
 
 X, LABELS = nets.images(8, 3, 16, 16), torch.arange(8)
+GREY = X[:, :1]
 PICTURE = Image.new("RGB", (16, 16))
 
 
@@ -26,6 +27,15 @@ class Pairs(nn.Module):
 
     def forward(self, x, y):
         return self.conv(x).relu() + self.conv(y).relu()
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(1024, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().flatten(1))
 
 
 def prepared_elsewhere():
@@ -159,6 +169,39 @@ REFUSED = [
         "the batches are on meta, the model on cpu: move either",
     ),
     (lambda: add(net(), [X.permute(0, 2, 3, 1)]), "has its channels last: permute it"),
+    (lambda: add(net(), [None]), "a batch is None: there is nothing in it; look at what the data"),
+    (lambda: add(net(), [X, None]), "a batch is None: there is nothing in it"),
+    (lambda: retrofit.verify(net(), net(), [[]]), "a batch is []: there is nothing in it"),
+    (
+        lambda: add(net(), [[(PICTURE, 3), (PICTURE, 2)]]),
+        "a batch is a picture of PIL, or holds so",
+    ),
+    (lambda: add(net(), [{"image": [PICTURE]}]), "a batch is a picture of PIL, or holds some"),
+    (lambda: add(net(), [[[X[0].numpy()]]]), "a batch is a numpy array, or holds one"),
+    # --- other axes than the model takes ---
+    (
+        lambda: add(net(), [GREY]),
+        "0 takes (N, 3, H, W), and gets (8, 1, 16, 16) of a batch of floa",
+    ),
+    (lambda: add(net(), [X, GREY]), "0.conv takes (N, 3, H, W), and gets (8, 1, 16, 16)"),
+    (lambda: retrofit.verify(net(), converted(), [GREY]), "0 takes (N, 3, H, W), and gets (8, 1, "),
+    (
+        lambda: retrofit.recalibrate(converted(), [GREY], progress=False),
+        "0.conv takes (N, 3, H, W)",
+    ),
+    (
+        lambda: retrofit.drift(net(), converted(), [GREY]),
+        "0 takes (N, 3, H, W), and gets (8, 1, 16",
+    ),
+    (lambda: retrofit.calibrate(prepared(), [X[None]], progress=False), "gets (1, 8, 3, 16, 16)"),
+    (
+        lambda: retrofit.verify(net(), net(), [X[:, 0, 0]]),
+        "takes (N, 3, H, W), and gets (8, 16) of",
+    ),
+    (
+        lambda: retrofit.verify(Flat(), Flat(), [X[..., 1:]]),
+        "head takes (..., 1024), and gets (8, 960) of a batch of float32 (8, 3, 16, 15): give b",
+    ),
 ]
 
 
