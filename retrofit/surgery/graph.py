@@ -9,9 +9,10 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from retrofit.errors import RetrofitError
+from retrofit.numerics.tensor_checks import is_dense
 from retrofit.plans import Options, Plan, Site
 from retrofit.tracing.calls import activation_after, occurrences
 from retrofit.tracing.operations import is_leaf
@@ -42,6 +43,7 @@ def graph_module(model: nn.Module) -> fx.GraphModule:
     targets = [str(n.target) for n in found.graph.nodes if n.op in ("call_module", "get_attr")]
     _refuse_random_numbers(model, targets, found, training)
     _refuse_written_constants(model, found.graph)
+    _refuse_written_buffers(model, (found.traced, training.traced))
     root = {target: _attribute(model, found.traced, target) for target in targets}
     module = fx.GraphModule(root, found.graph, type(model).__name__)
     for path, made in module.named_modules():  # containers are made anew, and in train mode
@@ -100,6 +102,29 @@ def _refuse_written_constants(model: nn.Module, graph: fx.Graph) -> None:
                 f"{type(model).__name__}.forward makes a tensor and writes to it ({name}): a graph "
                 "would keep what was written: use the native layout"
             )
+
+
+def _refuse_written_buffers(model: nn.Module, traced: Iterable[nn.Module]) -> None:
+    """Raise RetrofitError where forward has written to a buffer while it was traced, in any mode.
+
+    What it writes of its inputs is part of the graph; all else was done once, to the traced copy.
+    """
+    for copied in traced:
+        for path, buffer in model.named_buffers():
+            owner, _, name = path.rpartition(".")
+            now = getattr(copied.get_submodule(owner), name, None)
+            if not isinstance(now, Tensor) or not _is_same(buffer, now):
+                raise RetrofitError(
+                    f"{type(model).__name__}.forward writes to its buffer {path}, which a graph "
+                    "would not do: use the native layout"
+                )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors hold the same, where NaN equals NaN; asked of dense ones alone."""
+    if not is_dense(one):
+        return True
+    return one.shape == other.shape and bool(((one == other) | one.isnan()).all())
 
 
 def _attribute(model: nn.Module, traced: nn.Module, target: str) -> Any:

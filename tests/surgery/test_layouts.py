@@ -1,6 +1,7 @@
 """Other places for a BatchNorm: after functions and single calls, activations, Linear layers."""
 
 import copy
+import math
 import pickle
 
 import nets
@@ -196,6 +197,48 @@ def test_a_model_that_differs_between_train_and_eval_mode_has_no_graph():
     with pytest.raises(RetrofitError, match=r"in eval mode it computes `.*dropout.*use modules"):
         retrofit.plan(Dropping(), layout="graph")
     assert retrofitted(Dropping()).conv.bn.num_features == 4  # native
+
+
+class Counting(nn.Module):
+    """Writes to a buffer: what it counts, or what it sees."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.conv, self.write = nn.Conv2d(3, 4, 3), write
+        self.register_buffer("count", torch.tensor([1.0, math.nan]))
+
+    def forward(self, x):
+        self.write(self, x)
+        return self.conv(x).relu()
+
+
+def assign(net, value):
+    net.count = value
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda net, _x: net.count.add_(1),
+        lambda net, _x: net.count.data.add_(1),
+        lambda net, _x: assign(net, net.count + 1),
+        lambda net, x: assign(net, x.mean()),
+        lambda net, _x: net.count.add_(1) if net.training else None,
+    ],
+)
+def test_a_buffer_that_only_the_models_own_code_would_write_is_named(write):
+    model = nn.Sequential(nets.build(lambda: Counting(write)), nn.Conv2d(4, 4, 3), nn.ReLU())
+    with pytest.raises(RetrofitError, match=r"Sequential.forward writes to its buffer 0\.count"):
+        retrofit.plan(model, layout="graph")
+    assert retrofit.plan(model).inserted
+
+
+def test_a_buffer_that_the_graph_writes_as_the_model_does_stays_one():
+    model = nn.Sequential(Counting(lambda net, x: net.count.copy_(x.mean()))).eval()
+    graph = retrofit.insert(model, retrofit.plan(model, layout="graph"))
+    x = nets.images(2, 3, 8, 8)
+    assert torch.equal(graph(x), model(x))
+    assert torch.equal(graph.state_dict()["0.count"], model[0].count)
 
 
 def test_what_torch_fx_cannot_follow_or_would_freeze_has_no_graph():
