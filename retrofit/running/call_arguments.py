@@ -5,8 +5,8 @@ And which tensors are in it, or come out.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +86,8 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
     - A mapping that has all arguments that `forward` requires is passed by name; what `forward`
       does not take (labels, say) is left out.
     - Of a tuple or list, as many leading items as `forward` requires: (images, labels) gives
-      `model(images)`, and (image1, image2, flow) gives `model(image1, image2)`.
+      `model(images)`, and (image1, image2, flow) gives `model(image1, image2)`. What it takes by
+      name alone, as the program of an export with keywords, it gets by name.
     - Where `forward` requires one argument, that is what it is annotated as: a list or tuple of
       tensors (feature maps, or a detector's pictures), a mapping of them, or else the first tensor
       in the batch. A list of tensors is taken from the batch, or is the batch; a detector also gets
@@ -102,20 +103,30 @@ def arguments_of(model: nn.Module, batch: Any) -> Arguments:
     if isinstance(batch, Mapping) and set(required) <= batch.keys() and named.keys() & batch.keys():
         by_name = {name: batch[name] for name in named if name in batch}
         if kinds != {"mapping"} or isinstance(by_name.get(next(iter(named))), Mapping):
-            return Arguments((), by_name, axes)
+            return _placed(named, by_name, axes, by_place=[Parameter.POSITIONAL_ONLY])
     if len(required) > 1:
         if isinstance(batch, (list, tuple)) and len(batch) >= len(required):
             refuse_single_sample(model, batch)
-            return Arguments(tuple(batch[: len(required)]), {}, axes)
+            return _placed(named, dict(zip(required, batch, strict=False)), axes)
         raise RetrofitError(
             f"{type(forward).__name__} takes {' and '.join(required)}: give batches that are "
             "tuples of these or dicts with these keys, or pass forward_fn= to say how the model is "
             "called"
         )
     value = first_argument(model, batch, kinds, axes)
-    if required and named[required[0]].kind is inspect.Parameter.KEYWORD_ONLY:
-        return Arguments((), {required[0]: value}, axes)
-    return Arguments((value,), {}, axes)
+    return _placed(named, {required[0]: value}, axes) if required else Arguments((value,), {}, axes)
+
+
+def _placed(
+    named: Mapping[str, Parameter],
+    values: Mapping[str, Any],
+    axes: int,
+    by_place: Collection[Any] = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD),
+) -> Arguments:
+    """Pass values by place, where `forward` takes them so, and by name."""
+    args = tuple(value for name, value in values.items() if named[name].kind in by_place)
+    by_name = {n: value for n, value in values.items() if named[n].kind not in by_place}
+    return Arguments(args, by_name, axes)
 
 
 def images_in(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> int:

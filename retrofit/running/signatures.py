@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 Kind = Literal["tensor", "list", "tuple", "mapping"]
 _LISTS = (list, Sequence, Iterable, Collection, MutableSequence, deque)
@@ -32,6 +33,11 @@ def signature_of(model: nn.Module) -> tuple[nn.Module, dict[str, inspect.Paramet
     except ValueError:  # a traced TorchScript module
         return model, {}
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if (example := _exported_with(model)) is not None:
+        named = {
+            name: p.replace(kind=p.KEYWORD_ONLY if name in example[1] else p.POSITIONAL_ONLY)
+            for name, p in named.items()
+        }
     for name in () if named else ("module", "_orig_mod"):
         if isinstance(inside := getattr(model, name, None), nn.Module):
             return signature_of(inside)
@@ -46,6 +52,8 @@ def takes_lists(model: nn.Module) -> bool:
 
 def first_kinds(model: nn.Module) -> set[Kind]:
     """Tell what the first argument is annotated as: several for a union, none for anything else."""
+    if (example := _exported_with(model)) is not None:
+        return _kinds(type(next(iter((*example[0], *example[1].values())), None)))
     model, named = signature_of(model)
     parameter = next(iter(named), "")
     raw = getattr(named.get(parameter), "annotation", None)
@@ -75,6 +83,20 @@ def _first(model: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
     its code reads in the usual way is watched.
     """
     return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def _exported_with(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Find the arguments that torch.export was given, with None for tensors; None without.
+
+    Its program takes by place, and by name, what was given so, and in no other way.
+    """
+    spec = vars(model).get("_in_spec")
+    if not isinstance(spec, TreeSpec):
+        return None
+    found = tree_unflatten([None] * spec.num_leaves, spec)
+    if isinstance(found, tuple) and [type(part) for part in found] == [tuple, dict]:
+        return found
+    return None  # what torch.fx makes of concrete_args
 
 
 def _commented(model: nn.Module) -> str:

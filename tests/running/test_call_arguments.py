@@ -41,6 +41,9 @@ def two(self, x, y): ...
 def keywords(self, *, pixels, mask=None, **others): ...
 
 
+def placed(self, x, y, /, *, scale): ...
+
+
 def detector(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None): ...
 
 
@@ -56,6 +59,8 @@ def all_optional(self, pixel_values=None, labels=None): ...
     ("forward", "batch", "args", "kwargs"),
     [
         (one, X, (X,), {}),
+        (placed, (X, X, Y, LABELS), (X, X), {"scale": Y}),
+        (placed, {"scale": Y, "y": X, "x": X, "label": 1}, (X, X), {"scale": Y}),
         (one, (X, LABELS), (X,), {}),
         (one, {"label": "a", "image": X}, (X,), {}),
         (one, {"x": X, "label": 1}, (), {"x": X}),

@@ -72,6 +72,40 @@ def test_a_trained_exported_program_is_folded(decomposed):
         torch.testing.assert_close(folded.get_parameter(f"body.0.{name}"), tensor)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Linear(4, 2)
+
+    def forward(self, pixels, scale):
+        return self.head((self.convs(pixels) * scale[:, None, None, None]).mean((2, 3)))
+
+
+class OfOneDict(Scaled):
+    def forward(self, batch):
+        return super().forward(batch["pixels"], batch["scale"])
+
+
+PAIR = {"pixels": X, "scale": torch.ones(4)}
+WAYS = {
+    "by place": (Scaled, tuple(PAIR.values()), {}),
+    "by name": (Scaled, (), PAIR),
+    "either way": (Scaled, (X,), {"scale": PAIR["scale"]}),
+    "one dict": (OfOneDict, (PAIR,), {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_exported_program_gets_its_inputs_as_the_export_had_them(way):
+    net, args, kwargs = WAYS[way]
+    model = torch.export.export(nets.build(net), args, kwargs).module()
+    batches = [PAIR] if net is OfOneDict else [PAIR, tuple(PAIR.values())]
+    for batch in batches:
+        converted = retrofit.add_batchnorm(model, [batch], layout="graph", progress=False)
+        assert torch.equal(converted(*args, **kwargs), model(*args, **kwargs))
+        assert any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+
+
 def test_in_the_native_layout_an_exported_program_is_told_the_way_out():
     model = exported(decomposed=False, dynamic=True)
     reasons = {site.reason for site in retrofit.plan(model).sites[1:]}
