@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from retrofit.errors import RetrofitError
+from retrofit.checking.verify import no_outputs, refuse_random
+from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.comparison import (
     Comparison,
     Top1,
@@ -95,8 +97,9 @@ def drift(
         A `Drift`, one row for each batch size, the smallest first.
 
     Raises:
-        RetrofitError: no data; too few images for the smallest batch size; a batch size below 1;
-            images of several sizes; or a model that takes more than one tensor.
+        RetrofitError: no data; too few images for the smallest batch size; no batch size, or one
+            below 1, or too small to train on; images of several sizes; a model that takes more
+            than one tensor, or whose original is random or gives NaN or Inf.
     """
     check_models("drift", original, converted)
     check_data(data)
@@ -110,11 +113,23 @@ def drift(
     if total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
     images = torch.cat(batches)
+    _refuse_unfit(original, images[: sizes[0]])
+    if not any(isinstance(module, _BatchNorm) for module in converted.modules()):
+        warn(f"this {type(converted).__name__} has no BatchNorm: batch statistics change nothing")
     fitting = [size for size in sizes if size <= total]
     rows = [
         _measured(original, converted, images[: total // size * size], size) for size in fitting
     ]
     return Drift(tuple(rows), tuple(size for size in sizes if size > total))
+
+
+def _refuse_unfit(original: nn.Module, images: Tensor) -> None:
+    """Raise RetrofitError for a model that returns no tensors, or others each time."""
+    with torch.no_grad(), evaluating(original):
+        outputs = tensors(call_model(original, images, None), "output")
+        if not any(tensor.numel() for tensor in outputs.values()):
+            raise no_outputs(original)
+        refuse_random(original, images, None, outputs)
 
 
 def _measured(
@@ -127,15 +142,31 @@ def _measured(
     for x in images.split(batch_size):
         with torch.no_grad(), evaluating(original):
             expected = tensors(call_model(original, x, None), "output")
-        with torch.no_grad(), batch_statistics(converted):
-            actual = tensors(call_model(converted, x, None), "output")
+        actual = _under_batch_statistics(converted, x)
         refuse_other_structure(expected, actual)
         for name, tensor in expected.items():
             errors[name].add(tensor, actual[name], name)
             variations[name].add(tensor)
         top1.add(expected, actual, len(x))
+    if not all(one.finite for one in errors.values()):
+        raise RetrofitError(
+            f"the outputs of this {type(original).__name__} hold NaN or Inf: check its weights and "
+            "the images; the drift of such outputs has no size"
+        )
     error = rms_over_std(errors.values(), variations.values())
     return BatchDrift(batch_size, len(images), error, top1.share)
+
+
+def _under_batch_statistics(converted: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    try:
+        with torch.no_grad(), batch_statistics(converted):
+            return tensors(call_model(converted, x, None), "output")
+    except ValueError as error:  # torch's, for a single value of each channel
+        if isinstance(error, RetrofitError):
+            raise
+        raise RetrofitError(
+            f"this {type(converted).__name__} cannot train on a batch of {len(x)}: {error}"
+        ) from error
 
 
 def _checked_sizes(batch_sizes: object) -> set[int]:

@@ -127,23 +127,29 @@ def verify(
                     actual = tensors(call_model(converted, batch, forward_fn), "output")
                 exact = _compare(expected, actual, at_outputs)
             except RetrofitError:  # other shapes, other calls: the original's fault, perhaps
-                _refuse_random(original, batch, forward_fn, expected)
+                refuse_random(original, batch, forward_fn, expected)
                 raise
             if not (exact or repeats):  # once is enough
-                _refuse_random(original, batch, forward_fn, expected)
+                refuse_random(original, batch, forward_fn, expected)
                 repeats = True
             any_values |= any(tensor.numel() for tensor in expected.values())
             count = images_in(original, batch, forward_fn)
             images += count
             top1.add(expected, actual, count)
     if not at_outputs or not any_values:
-        nothing = f"there is no tensor in what this {type(original).__name__} returns"
-        raise RetrofitError(f"{nothing} to compare" if any_data else nothing_in(data))
+        raise no_outputs(original) if any_data else RetrofitError(nothing_in(data))
     return Verification(
         images=images,
         outputs=tuple(c.difference(name) for name, c in at_outputs.items()),
         sites=tuple(c.difference(name) for name, c in at_sites.items()),
         top1=top1.share,
+    )
+
+
+def no_outputs(original: nn.Module) -> RetrofitError:
+    """Say that the model returns nothing that could be compared."""
+    return RetrofitError(
+        f"there is no tensor in what this {type(original).__name__} returns to compare"
     )
 
 
@@ -158,7 +164,7 @@ def _compare(
     return exact
 
 
-def _refuse_random(
+def refuse_random(
     original: nn.Module, batch: Any, forward_fn: ForwardFn | None, first: dict[str, Tensor]
 ) -> None:
     """Raise RetrofitError if the original does not even agree with itself."""

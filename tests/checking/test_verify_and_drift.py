@@ -309,3 +309,44 @@ def test_nobody_takes_a_report_for_a_yes():
     ):
         with pytest.raises(RetrofitError, match=message):
             bool(result)
+
+
+class Ending(nn.Sequential):
+    """Ends in what a test is about."""
+
+    def __init__(self, end):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.end = end
+
+    def forward(self, x):
+        return self.end(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda y: F.dropout(y, 0.5), "this Ending is random in eval mode"),
+        (lambda y: y * math.nan, "the outputs of this Ending hold NaN or Inf: check its weights"),
+        (lambda y: y[:, :1] / (y[:, :1] - y[:1, :1]), "hold NaN or Inf"),
+        (lambda y: y.tolist(), "no tensor in what this Ending returns"),
+        (lambda y: y[:0], "no tensor in what this Ending returns"),
+    ],
+)
+def test_drift_of_what_has_no_size_is_refused(end, words):
+    model = nets.build(lambda: Ending(end))
+    with pytest.raises(RetrofitError, match=words):
+        retrofit.drift(model, retrofit.insert(model, retrofit.plan(model, include="0")), [X], [8])
+
+
+def test_a_batch_too_small_to_train_on_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(RetrofitError, match="cannot train on a batch of 1: Expected more than 1 v"):
+        retrofit.drift(model, model, [X], [1, 8])
+    assert not model.training
+
+
+def test_drift_of_a_model_without_batchnorm_says_so():
+    model = nets.build(nets.Residual)
+    with pytest.warns(UserWarning, match="this Residual has no BatchNorm: batch statistics change"):
+        found = retrofit.drift(model, model, [X], [8])
+    assert found.rows[0].error == 0
