@@ -28,6 +28,7 @@ DATA = (
 )
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+MOST_PIXELS = 16_384  # of a side: such a picture is 3 GB of floats
 DEBUG = "show where an error came from"
 
 R = TypeVar("R")
@@ -264,9 +265,9 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
     text = "shorter side, before the crop; default: as the model was trained, or as --crop"
-    add("--resize", type=_positive, metavar="PIXELS", help=text)
+    add("--resize", type=_pixels, metavar="PIXELS", help=text)
     text = "centre crop; default: as the model was trained"
-    add("--crop", type=_positive, metavar="PIXELS", help=text)
+    add("--crop", type=_pixels, metavar="PIXELS", help=text)
     text = (
         "of each channel, or one for all, of pixels in 0 to 1; default: as the model was trained, "
         "if it takes 3 channels"
@@ -289,6 +290,10 @@ def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
 
 def _positive(text: str) -> int:
     return _whole(text, least=1)
+
+
+def _pixels(text: str) -> int:
+    return _whole(text, least=1, most=MOST_PIXELS)
 
 
 def _number(text: str) -> float:

@@ -54,8 +54,6 @@ def run_plan(request: PlanRequest) -> int:
     if request.pictures.data is not None:
         sample = sample_for(model, request.model, request.pictures)
         example = sample.example(sample.order)
-        if example is None:
-            raise RetrofitError(f"{sample.source} has no picture that can be read to plan with")
     print(planned(model, example, request.plan))
     return 0
 

@@ -83,11 +83,11 @@ class Sample:
         )
 
     def example(self, indices: Sequence[int]) -> Any:
-        """Read two pictures, or one, to plan with; None if none can be read."""
+        """Read two pictures, or one, to plan with."""
         few = dataclasses.replace(
             self.options, batch_size=min(self.options.batch_size, 2), workers=0
         )
-        return next(iter(dataclasses.replace(self, options=few).batches(indices)), None)
+        return next(iter(dataclasses.replace(self, options=few).batches(indices)))
 
 
 def open_data(options: PictureOptions) -> Pictures:

@@ -120,7 +120,7 @@ def _advice(arrays: Sequence[NDArray[Any]]) -> str:
 
 
 def _is_readable(array: NDArray[Any]) -> bool:
-    known = array.dtype.kind in "bf" or array.dtype in (np.uint8, np.uint16)
+    known = array.dtype.kind in "bf" or array.dtype.newbyteorder("=") in (np.uint8, np.uint16)
     return known and 0 not in array.shape[1:]
 
 
@@ -138,7 +138,7 @@ def _is_grey_pictures(array: NDArray[Any]) -> bool:
 
 def _is_of_8_bits(array: NDArray[Any]) -> bool:
     """Tell whether numbers of 16 bits need only 8, by some of the pictures."""
-    if array.dtype != np.uint16 or len(array) == 0:
+    if array.dtype.newbyteorder("=") != np.uint16 or len(array) == 0:
         return False
     some = array[:: max(1, len(array) // LOOKED_AT)][:LOOKED_AT]
     return bool(0 < some.max() < 256)

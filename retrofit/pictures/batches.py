@@ -184,8 +184,8 @@ class PictureBatches:
         names: of the pictures in the batch yielded last.
         bad: names of the unreadable pictures left out so far.
 
-    Raises RetrofitError, while iterating, with the name of an unreadable picture, or when pictures
-    have different sizes and the model takes no lists.
+    Raises RetrofitError, while iterating, with the name of an unreadable picture, when none of all
+    can be read, or when pictures have different sizes and the model takes no lists.
     """
 
     def __init__(
@@ -235,6 +235,7 @@ class PictureBatches:
 
     def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
         done = self._done
+        given, problems = done, list[str]()  # what was before a resumption has given something
         for names, pictures, bad in _loaded(loader):
             for name, problem in bad:
                 if not self.skip_bad:
@@ -242,6 +243,7 @@ class PictureBatches:
                         f"{name} cannot be read: {problem} (--skip-bad-images leaves such pictures "
                         "out)"
                     )
+                problems.append(f"{name}: {problem}")
                 if name not in self.bad:
                     self.bad.append(name)
             if isinstance(pictures, list) and pictures and not self.lists:
@@ -249,8 +251,10 @@ class PictureBatches:
             done += 1
             self._done = done  # before the yield: who has got a batch is to have what follows it
             if len(pictures):
-                self.names = names
+                self.names, given = names, given + 1
                 yield pictures
+        if problems and not given:
+            raise RetrofitError(f"none of {len(problems)} pictures can be read: {problems[0]}")
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the iteration stands, for JSON: how many batches it has given, and of what."""

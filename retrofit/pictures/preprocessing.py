@@ -110,6 +110,10 @@ def _try_out(transform: Transform, channels: int) -> None:
             f"the model takes no single pictures (its transform is {type(transform).__name__}): "
             "convert it in Python, with batches of your own"
         ) from error
+    except MemoryError as error:
+        raise RetrofitError(
+            "pictures of that size do not fit into memory: give smaller --resize and --crop"
+        ) from error
     except Exception as error:
         raise RetrofitError(
             f"pictures cannot be prepared like that: {type(error).__name__}: {error}"

@@ -263,7 +263,8 @@ class _Rules:
             if not matched:
                 raise RetrofitError(
                     f"the pattern {pattern!r} matches none of the {len(calls)} convolutions of "
-                    f"{type(self.model).__name__}: patterns are globs over module paths, such as "
+                    f"{type(self.model).__name__}{self._matched_instead(pattern)}: patterns are "
+                    "globs over module paths, such as "
                     f"{next(iter(calls), 'features.*')!r}"
                 )
             functions = [path for path in matched if calls[path] and calls[path][0].module is None]
@@ -276,6 +277,17 @@ class _Rules:
                     f"{functions[0]} is a function: the native layout has no place after it; pass "
                     "layout='graph'"
                 )
+
+    def _matched_instead(self, pattern: str) -> str:
+        """Say what a pattern matches that gets no BatchNorm; "" if it is nothing."""
+        named = self.original.named_modules(remove_duplicate=False)
+        found = {path: module for path, module in named if path and fnmatchcase(path, pattern)}
+        for path, module in sorted(found.items(), key=lambda one: not is_linear(one[1])):
+            if is_linear(module):
+                return f" ({path} is a Linear layer, which gets one with linear=True, --linear)"
+            inside = f", and '{path}.*' is what is in it" if module._modules else ""
+            return f" ({path} is a {type(module).__name__}{inside})"
+        return ""
 
 
 def is_forwardable(layer: nn.Module, name: str) -> bool:

@@ -242,3 +242,24 @@ def test_the_first_frame_of_several_is_used(tmp_path):
         first.save(tmp_path / name, save_all=True, append_images=[second])
         with Image.open(tmp_path / name) as opened:
             assert (np.asarray(eight_bits(opened)) == 200).all()
+
+
+@pytest.mark.parametrize("kind", [">u2", ">f4", ">f8", ">f2"])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_of_the_other_byte_order_hold_the_same_pictures(tmp_path, kind, suffix):
+    numbers = np.random.default_rng(0).integers(0, 256, (4, 30, 40, 3))
+    scaled = numbers * 257 if kind == ">u2" else numbers / 255
+    np.save(tmp_path / "bytes.npy", numbers.astype(np.uint8))
+    arrays = {"pictures": scaled.astype(kind), "labels": np.arange(4, dtype=">i4")}
+    if suffix == "npy":
+        np.save(tmp_path / "other.npy", arrays["pictures"])
+    else:
+        np.savez(tmp_path / "other.npz", **arrays)
+    same = first_batch(tmp_path / f"other.{suffix}")
+    assert torch.equal(same, first_batch(tmp_path / "bytes.npy"))
+
+
+def test_numbers_of_8_bits_are_noticed_in_either_byte_order(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 30, 40), 200, dtype=">u2"))
+    with pytest.raises(RetrofitError, match="uint16, where 65535 is white, and all below 256"):
+        first_batch(tmp_path / "a.npy")

@@ -395,11 +395,21 @@ def shown(batches):
     return [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
 
 
+def test_pictures_none_of_which_can_be_read_are_refused_with_what_is_wrong():
+    batches = batches_of(Counted(5, range(5)), 2)
+    with pytest.raises(RetrofitError, match=r"none of 5 pictures can be read: \d: broken"):
+        list(batches)
+    one = batches_of(Counted(5, range(1, 5)), 2)
+    assert shown(one) == [[0]]
+    one.load_state_dict({**one.state_dict(), "batches": 1, "bad": []})
+    assert list(one) == []  # those before could be read
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_resumed_iteration_gives_the_rest_and_reads_nothing_twice(data):
     count, batch_size = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
-    unreadable = data.draw(st.sets(st.integers(0, count - 1)))
+    unreadable = data.draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
     whole = batches_of(Counted(count, unreadable), batch_size)
     everything = shown(whole)
 
