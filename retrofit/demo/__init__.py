@@ -62,8 +62,22 @@ def run(folder: Path, *, progress: bool = True) -> str:
         overwrite=True,
     )
     folded = fold(load(file, plain))
-    uncalibrated = insert(plain)
+    exact = "equal bit for bit" if verification.exact else "NOT equal"
+    return (
+        f"{len(test):,} test pictures of CIFAR-10 (whole batches where statistics are theirs)\n\n"
+        f"{_accuracies(plain, retrofitted, folded, test, labels)}\n\n"
+        f"retrofitted and plain: {exact} on {verification.images:,} pictures, at "
+        f"{len(verification.sites)} sites and the output; the same top-1 on "
+        f"{verification.top1:.2%}\n"
+        f"calibrated on {calibration.images:,} pictures in {calibration.seconds:.1f} s; "
+        f"{time.perf_counter() - start:.1f} s in all\nwritten: {file}"
+    )
 
+
+def _accuracies(
+    plain: nn.Module, retrofitted: nn.Module, folded: nn.Module, test: Tensor, labels: Tensor
+) -> str:
+    """Make a table of how often each network is right, and one with BatchNorm uncalibrated."""
     running, batchwise = "running", f"of batches of {BATCH}"
     rows = [
         ("plain VGG", "-", accuracy(plain, test, labels)),
@@ -73,20 +87,11 @@ def run(folder: Path, *, progress: bool = True) -> str:
         (
             "BatchNorm without calibration",
             batchwise,
-            accuracy(uncalibrated, test, labels, batchwise=True),
+            accuracy(insert(plain), test, labels, batchwise=True),
         ),
     ]
     head = ("network", "statistics", "accuracy")
-    exact = "equal bit for bit" if verification.exact else "NOT equal"
-    return (
-        f"{len(test):,} test pictures of CIFAR-10 (whole batches where statistics are theirs)\n\n"
-        f"{table(head, [(*names, f'{right:.2%}') for *names, right in rows], right=head[2])}\n\n"
-        f"retrofitted and plain: {exact} on {verification.images:,} pictures, at "
-        f"{len(verification.sites)} sites and the output; the same top-1 on "
-        f"{verification.top1:.2%}\n"
-        f"calibrated on {calibration.images:,} pictures in {calibration.seconds:.1f} s; "
-        f"{time.perf_counter() - start:.1f} s in all\nwritten: {file}"
-    )
+    return table(head, [(*names, f"{right:.2%}") for *names, right in rows], right=head[2])
 
 
 def unpack(folder: Path) -> None:
