@@ -19,6 +19,7 @@ from retrofit.running.nested import tensors
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.attribute_reads import Reads, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone
+from retrofit.tracing.contractions import SCALINGS, SUMS, drops_weights
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
@@ -107,7 +108,9 @@ class _Watcher(TorchFunctionMode):
         users: for each call, the numbers of those that it feeds (the keys, in order).
         returns: numbers of the calls whose results the model returned (the keys).
         made: the number of the call that each tensor still alive came from.
-        constants: parameters, buffers, and what was made of these alone (the keys).
+        constants: parameters, buffers, and what was made of these alone (the keys); and whether
+            there are parameters among them.
+        scaled: the shape of the parameter that each tensor was last multiplied by.
         stack: paths of the modules whose forward is running, outermost first.
     """
 
@@ -123,7 +126,8 @@ class _Watcher(TorchFunctionMode):
         plain = (value for module in model.modules() for value in vars(module).values())
         for tensor in (*model.parameters(), *model.buffers(), *plain):
             if isinstance(tensor, Tensor):
-                self.constants[tensor] = True
+                self.constants[tensor] = isinstance(tensor, nn.Parameter)
+        self.scaled = WeakIdKeyDictionary()
         self.stack: list[str] = []
 
     def linked(self, modules: Mapping[str, nn.Module]) -> tuple[Call, ...]:
@@ -197,7 +201,9 @@ class _Watcher(TorchFunctionMode):
             self.reads.note_use(tensor)
         feeding = self._feeding(given)
         weighted = name in PRODUCTS and self._has_constant(factors(name, args, kwargs))
+        weighted |= name in SUMS and self._drops_weights(args, kwargs)
         result = func(*args, **kwargs)
+        self._note_scale(name, args, result)
         made = args[0] if name == "setitem" else result  # x[i] = y gives nothing, and changes x
         if isinstance(made, (Tensor, tuple, list)) or name in READ_OUT:
             where = self.stack[-1] if self.stack else ""
@@ -215,9 +221,23 @@ class _Watcher(TorchFunctionMode):
             )
             self._note(call, feeding, made)
             if all(tensor in self.constants for tensor in given):  # of none: torch.ones(3)
+                learned = any(self.constants.get(t) for t in tensors((args, kwargs)).values())
                 for tensor in tensors(made).values():
-                    self.constants[tensor] = True
+                    self.constants[tensor] = learned
         return result
+
+    def _note_scale(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note the shape of the parameter in a product; any other operation ends what was known."""
+        if not isinstance(result, Tensor):
+            return
+        self.scaled.pop(result, None)
+        learned = [t for t in args if isinstance(t, Tensor) and self.constants.get(t)]
+        if name in SCALINGS and learned:
+            self.scaled[result] = learned[0].shape
+
+    def _drops_weights(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        shape = self.scaled.get(args[0]) if args else None
+        return shape is not None and drops_weights(shape, args[0].dim(), args, kwargs)
 
     def _has_constant(self, values: Any) -> bool:
         return any(tensor in self.constants for tensor in tensors(values).values())

@@ -121,6 +121,11 @@ def _with_shapes(traced: Trace, run: Trace, *, flat: bool = False) -> Trace:
     def shaped(call: Call) -> Call:
         if call not in seen:
             return call
-        return replace(call, shape=seen[call].shape, channels=call.channels or seen[call].channels)
+        return replace(
+            call,
+            shape=seen[call].shape,
+            channels=call.channels or seen[call].channels,
+            weighted=call.weighted or seen[call].weighted,
+        )
 
     return replace(traced, calls=rebuilt(traced.calls, shaped))

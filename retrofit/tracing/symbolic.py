@@ -19,6 +19,7 @@ from retrofit.errors import RetrofitError
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.attribute_reads import Reads, united, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone, rebuilt
+from retrofit.tracing.contractions import SCALINGS, SUMS, drops_weights, weight_shape
 from retrofit.tracing.operations import (
     AFFINE_FUNCTIONS,
     PRODUCTS,
@@ -268,6 +269,9 @@ def calls_of(
         name = names[node]
         multiplied = factors(name, node.args, node.kwargs) if name in PRODUCTS else ()
         weighted = not constants.isdisjoint(_nodes_in(multiplied))
+        if name in SUMS and node.args and names.get(node.args[0]) in SCALINGS:
+            weights = (weight_shape(model, n) for n in _nodes_in(node.args[0].args) & constants)
+            weighted = any(w and drops_weights(w, None, node.args, node.kwargs) for w in weights)
         call = _call(model, node, name, opaque)
         if original is not None and call.module is not None:
             call = replace(call, module=original.get_submodule(call.path))

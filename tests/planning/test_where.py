@@ -134,6 +134,65 @@ def test_a_product_of_activations_is_none(example):
     assert body_of(lambda m, y: pooled(y) @ pooled(y).t(), example) == HEAD  # noqa: ARG005
 
 
+# What is written out of a linear layer, of a weight (5, 8): a product, then a sum.
+SUMS = {
+    "as it is": lambda m, y: (y[:, None] * m.w).sum(-1),
+    "from the left": lambda m, y: (m.w * y.unsqueeze(1)).sum(-1),
+    "by functions": lambda m, y: torch.mean(torch.mul(y[:, None], m.w), dim=-1),
+    "of a view": lambda m, y: (y[:, None] * m.w.unsqueeze(0)).sum((-1,), keepdim=True),
+    "of cosines": lambda m, y: (F.normalize(y)[:, None] * F.normalize(m.w)).sum(dim=-1) * 16,
+    "in place": lambda m, y: y[:, None].repeat(1, 5, 1).mul_(m.w).sum(-1),
+    "to one output": lambda m, y: (y * m.gamma).sum(-1),
+}
+# Which axis the sum is over, only the shape of the product tells.
+SUMS_FROM_THE_FRONT = {
+    "by place": lambda m, y: (y[:, None] * m.w).sum(2),
+    "of all axes but one": lambda m, y: (y[:, None] * m.w).mean(dim=(1, 2)),
+}
+SCALES = {
+    "alone": lambda m, y: y * m.gamma,
+    "before a sum of other axes": lambda m, y: (y[:, None] * m.gamma).sum(-2),
+    "before a mean of images": lambda m, y: (y * m.gamma).mean(0),
+    "of a map before it is pooled": lambda m, y: (y[:, :, None, None] * m.scale).mean((-2, -1)),
+    "and a sum of something else": lambda m, y: (y * m.gamma + 1).view(-1, 2, 4).sum(-1),
+    "by a grid of coordinates": lambda m, y: (y.softmax(1) * m.grid).sum(-1),
+    "ended in place": lambda m, y: (y * m.gamma).clamp_(min=-99.0).sum(-1),
+}
+
+
+def decided_of(reads, example, *, branching=False):
+    def between(model, y):
+        if branching and y.sum() > 1e9:
+            return y
+        return reads(model, pooled(y))
+
+    parts = {"w": torch.randn(5, 8), "gamma": torch.randn(8), "scale": torch.randn(8, 1, 1)}
+    model = Custom(between, **{name: nn.Parameter(value) for name, value in parts.items()})
+    model.register_buffer("grid", torch.linspace(-1, 1, 8))
+    return decisions(model.eval(), example=example)["body"]
+
+
+@pytest.mark.parametrize("reads", SUMS.values(), ids=SUMS)
+def test_a_sum_of_products_with_a_parameter_is_a_classifier(reads):
+    assert decided_of(reads, None) == INSERT
+    assert decided_of(reads, X) == INSERT
+    assert decided_of(reads, X, branching=True) == INSERT
+
+
+@pytest.mark.parametrize("reads", SUMS_FROM_THE_FRONT.values(), ids=SUMS_FROM_THE_FRONT)
+def test_over_which_axis_a_sum_is_an_example_may_have_to_tell(reads):
+    assert decided_of(reads, None) == HEAD
+    assert decided_of(reads, X) == INSERT
+    assert decided_of(reads, X, branching=True) == INSERT
+
+
+@pytest.mark.parametrize("reads", SCALES.values(), ids=SCALES)
+def test_a_scale_by_a_parameter_is_no_classifier(reads):
+    assert decided_of(reads, None) == HEAD
+    assert decided_of(reads, X) == HEAD
+    assert decided_of(reads, X, branching=True) == HEAD
+
+
 # --- what include asks for --------------------------------------------------------------------
 
 
