@@ -235,7 +235,8 @@ class PictureBatches:
 
     def _batches(self, loader: DataLoader[_Item]) -> Iterator[Any]:
         done = self._done
-        given, problems = done, list[str]()  # what was before a resumption has given something
+        given = done  # what came before a resumption has given something
+        problems: list[str] = []
         for names, pictures, bad in _loaded(loader):
             for name, problem in bad:
                 if not self.skip_bad:

@@ -206,7 +206,7 @@ def failing(how):
 ERRORS = {
     "NaN": NonFiniteError,
     "the model": ZeroDivisionError,
-    "shape": RuntimeError,
+    "shape": RetrofitError,
     "the data": OSError,
     "interrupted": KeyboardInterrupt,
 }

@@ -408,7 +408,7 @@ REFUSED = [
     (lambda: retrofit.fold(scripted()), "TorchScript module, whose layers are fixed: pass"),
     (lambda: retrofit.fold(Asking()), "cannot trace this Asking (test_what_fold_says.py"),
     (lambda: retrofit.unfoldable(Asking()), "follows: pass example"),
-    (lambda: retrofit.fold(Asking(), example=torch.ones(2, 5, 4, 4)), "not run on the example"),
+    (lambda: retrofit.fold(Asking(), example=torch.ones(2, 5, 4, 4)), "conv takes (N, 3, H, W)"),
     (lambda: retrofit.fold(Asking(), example="picture"), "holds no tensor"),
     (
         lambda: retrofit.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d())),
