@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from retrofit.errors import RetrofitError
 from retrofit.running.nested import first_tensor, tensors
-from retrofit.running.signatures import first_channels, sample_axes
+from retrofit.running.signatures import first_channels, sample_axes, takes_lists
 
 LOADER = "wrap the data set in torch.utils.data.DataLoader(dataset, batch_size=32)"
 PIXELS = "convert them to float and normalise them as the model was trained"
@@ -138,7 +138,11 @@ def _misfit(model: nn.Module, batch: Any) -> str:
         )
     if not channels or axes < 3:
         return ""
-    if x.dim() == axes:
+    if takes_lists(model):  # of pictures without a batch axis
+        fits = x.dim() == axes and len(x) == channels
+        taken = f"({channels}, {', '.join(AXES[1 - axes :])})"
+        return "" if fits else f"it takes pictures {taken}, and gets {tuple(x.shape)}"
+    if x.dim() == axes and len(x) == channels:
         return f"a batch of shape {tuple(x.shape)} has no batch axis: {LOADER}"
     last = x.dim() == axes + 1 and x.shape[-1] == channels != x.shape[1]
     return f"a batch of shape {tuple(x.shape)} has its channels last: permute it" if last else ""

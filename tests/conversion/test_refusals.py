@@ -38,6 +38,19 @@ class Flat(nn.Module):
         return self.head(self.conv(x).relu().flatten(1))
 
 
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: list[torch.Tensor]):
+        return self.conv(torch.stack([image - torch.ones(3, 1, 1) for image in images]))
+
+
+def video():
+    return nn.Sequential(nn.Conv3d(3, 4, 3))
+
+
 def prepared_elsewhere():
     prepared = retrofit.prepare(nets.build(nets.root_sequential))
     retrofit.calibrate(prepared, [X], progress=False)
@@ -197,6 +210,15 @@ REFUSED = [
     (
         lambda: retrofit.verify(net(), net(), [X[:, 0, 0]]),
         "takes (N, 3, H, W), and gets (8, 16) of",
+    ),
+    (lambda: retrofit.verify(video(), video(), [X]), "0 takes (N, 3, D, H, W), and gets (8, 3, 16"),
+    (
+        lambda: retrofit.verify(net(), net(), [X[:, 0]]),
+        "0 takes (N, 3, H, W), and gets (8, 16, 16)",
+    ),
+    (
+        lambda: retrofit.verify(Detector(), Detector(), [[X[0, :2]]]),
+        "pictures (3, H, W), and gets (2, 1",
     ),
     (
         lambda: retrofit.verify(Flat(), Flat(), [X[..., 1:]]),
