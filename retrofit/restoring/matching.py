@@ -118,12 +118,12 @@ def by_order(
     state: State = {}
     waiting = list(layers)
     for layer in own:
-        if waiting and source.exported:
-            waiting[0] = _with_bias(waiting[0], layer)
         theirs = waiting[0] if waiting else None
         if layer.path in pairs.pairs and not _is_that_norm(theirs, layer):
             seats[layer.path] = pairs.pairs[layer.path].layer
             continue
+        if theirs is not None and source.exported:
+            theirs = _with_bias(theirs, layer)
         if theirs is None or (reason := _other(layer, theirs)):
             what = f"{theirs.path} {reason}" if theirs else "no more layers"
             raise _differs(source, layer, what)
