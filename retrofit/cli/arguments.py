@@ -96,7 +96,7 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=NAMES)
-    _add_output(parser, OUTPUT)
+    _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
     add("--device", type=_device, help="for the calibration; default: cpu")
     text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
     add("--tolerance", type=_fraction, metavar="T", help=text)

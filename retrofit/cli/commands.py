@@ -32,6 +32,7 @@ from retrofit.cli.sample import naming_pictures, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_sources import build, trained
+from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.json_values import to_plain
@@ -60,7 +61,12 @@ def run_plan(request: PlanRequest) -> int:
 
 def run_verify(request: VerifyRequest) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
-    converted, name = _load(_without_key(request.file), request.model)
+    if is_onnx(request.file):
+        converted, name = build(str(request.file)), request.model or ""
+    else:
+        converted, name = _load(_without_key(request.file), request.model)
+    if not name:
+        raise _nameless(request.file)
     original = _original(name, request, converted)
     sample = sample_for(original, name, request.pictures, request.weights)
     batches = sample.batches(sample.chosen)
@@ -194,7 +200,7 @@ def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple
     """Load the model of a file, and its name as given or as the file says."""
     name = model or file.provenance.model
     if name is None:
-        raise RetrofitError(f"{file.path} does not say what model it is: give --model")
+        raise _nameless(file.path)
     # Code is imported for what the user typed, never for what a file says.
     return load_opened(file, build(name) if model else None, key), name
 
@@ -202,6 +208,10 @@ def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple
 def _original(name: str, request: VerifyRequest | ReportRequest, converted: nn.Module) -> nn.Module:
     """Build the original, in the precision of what came of it."""
     return trained(name, request.weights, request.weights_key, input_dtype(converted))
+
+
+def _nameless(path: Path) -> RetrofitError:
+    return RetrofitError(f"{path} does not say what model it is: give --model")
 
 
 def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenance, str]:

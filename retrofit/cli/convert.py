@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 import retrofit
 from retrofit import Calibration, Plan, RetrofitError, Verification
+from retrofit.atomic_write import write_whole
 from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.requests import ConvertRequest, PictureOptions, PlanOptions
@@ -21,7 +22,11 @@ from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
+from retrofit.files.onnx_batchnorms import Agreement, agreement, with_batchnorms
+from retrofit.files.onnx_files import SUFFIX as ONNX
+from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
+from retrofit.files.weights import SUFFIXES
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.tables import table
 
@@ -62,12 +67,14 @@ class Checked:
         verification: how it compares.
         on_others: on pictures that it was not calibrated on.
         bad: names of pictures that could not be read.
+        onnx: of an ONNX file, where that was asked for, the content, and how it compares.
     """
 
     converted: nn.Module
     verification: Verification
     on_others: bool
     bad: list[str]
+    onnx: tuple[bytes, Agreement] | None = None
 
 
 def run_convert(request: ConvertRequest) -> int:
@@ -89,6 +96,9 @@ def run_convert(request: ConvertRequest) -> int:
         if not checked.verification.exact:
             print(checked.verification, flush=True)
             return fail("the converted model is not equal to the original: nothing was written", 1)
+        if checked.onnx and not checked.onnx[1].exact:
+            differs = f"{checked.onnx[1].relative:.3g} of its root mean square"
+            return fail(f"in onnxruntime an output differs by {differs}: nothing was written", 1)
         told, no_drift = _saved(request, sample, calibrated, checked)
         print(_summary(checked.converted, calibrated.plan))
         list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
@@ -114,7 +124,8 @@ def planned(model: nn.Module, example: Any, options: PlanOptions) -> Plan:
 def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
     """Raise RetrofitError for files that could not be written, before the work is done."""
     if processes.rank == 0:
-        check_output(request.output, overwrite=request.overwrite)
+        suffixes = (*SUFFIXES, ONNX) if is_onnx(request.model) else SUFFIXES
+        check_output(request.output, overwrite=request.overwrite, suffixes=suffixes)
         if request.report:
             check_report(request.report, overwrite=request.overwrite)
     if request.state and request.state.resolve() == request.output.resolve():
@@ -206,7 +217,11 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     verification = retrofit.verify(calibrated.model, converted, tests)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
-    return Checked(converted, verification, on_others, tests.bad)
+    onnx = None
+    if is_onnx(request.output):
+        content = with_batchnorms(request.model, converted)
+        onnx = content, agreement(request.model, content, tests)
+    return Checked(converted, verification, on_others, tests.bad, onnx)
 
 
 def _saved(
@@ -227,7 +242,11 @@ def _saved(
         "verification": checked.verification,
         "drift": drift,
     }
-    retrofit.save(checked.converted, request.output, **told, overwrite=request.overwrite)
+    if checked.onnx:
+        content, output = checked.onnx[0], request.output.resolve()
+        write_whole(output, lambda file: file.write(content))
+    else:
+        retrofit.save(checked.converted, request.output, **told, overwrite=request.overwrite)
     if request.state is not None:
         request.state.unlink(missing_ok=True)
     return told, no_drift
@@ -280,6 +299,13 @@ def _facts(
             ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
             ("verified on", f"{checked.verification.images} {which}pictures"),
             ("outputs", "equal bit for bit, at every site and at the end"),
+            *_in_onnxruntime(checked),
             ("written", str(request.output)),
         ]
     )
+
+
+def _in_onnxruntime(checked: Checked) -> Iterator[tuple[str, str]]:
+    if checked.onnx:
+        merged = f"{checked.onnx[1].optimised:.1g} of the root mean square"
+        yield "in onnxruntime", f"equal bit for bit; where it merges BatchNorms, to {merged}"

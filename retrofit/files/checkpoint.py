@@ -26,6 +26,7 @@ from retrofit.files.batchnorm_settings import warn_of_unusual
 from retrofit.files.converted_keys import refuse_changed_sites
 from retrofit.files.fitting import Fit, fits, fitted, load_weights
 from retrofit.files.model_sources import torchvision_model
+from retrofit.files.onnx_files import is_onnx
 from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
 from retrofit.files.provenance import Provenance, provenance_of
 from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
@@ -34,12 +35,18 @@ from retrofit.option_checks import check_flags, check_text
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
 from retrofit.surgery.record import attach, plan_of
 
+EXPORT = (
+    "for ONNX, load that in Python and torch.onnx.export(model, images, path, dynamo=True, "
+    "optimize=False), which keeps BatchNorms"
+)
+
 
 def check_output(path: Path, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Raise RetrofitError if a file could not be written there: asked before the work is done."""
     if path.suffix not in suffixes:
         allowed = " or ".join(", ".join(suffixes).rsplit(", ", 1))
-        raise RetrofitError(f"{path} must end in {allowed}")
+        hint = f": {EXPORT}" if is_onnx(path) else ""
+        raise RetrofitError(f"{path} must end in {allowed}{hint}")
     if path.exists() and not overwrite:
         raise RetrofitError(f"{path} exists: choose another name, or --overwrite (overwrite=True)")
     if path.is_dir():
@@ -230,7 +237,7 @@ def _has_other_batchnorms(file: WeightsFile, key: str | None, plain: list[Fit]) 
 
 def _rebuild(path: Path, provenance: Provenance) -> nn.Module:
     name = provenance.model
-    if name is None or ":" in name:
+    if name is None or ":" in name or is_onnx(name):
         raise RetrofitError(
             f"{path} does not name a torchvision model ({name}): pass the plain model, on the "
             "command line with --model"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision
@@ -21,6 +21,8 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.files.fitting import fits, fitted, load_weights
+from retrofit.files.onnx_files import is_onnx, picture_size
+from retrofit.files.onnx_modules import module_from_onnx
 from retrofit.files.shards import INDEX
 from retrofit.files.weights import KINDS, READ, WeightsFile, open_weights
 from retrofit.pictures.preprocessing import DETECTION_PRESET, PRESET, Transform, Transforms
@@ -29,7 +31,7 @@ from retrofit.running.signatures import takes_lists
 
 NAMES = (
     "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "
-    "package.module:factory, or path/to/file.py:factory"
+    "package.module:factory, path/to/file.py:factory, or path/to/file.onnx"
 )
 
 
@@ -40,8 +42,8 @@ def build(spec: str) -> nn.Module:
         spec: a torchvision name (`vgg16`); `timm:NAME`, with or without the tag of weights
             (`timm:vgg11.tv_in1k`); `timm-reparameterized:NAME` for the same after
             `timm.utils.reparameterize_model`; `package.module:factory` or
-            `path/to/file.py:factory`, where the factory is called without arguments. This imports
-            and runs that code.
+            `path/to/file.py:factory`, where the factory is called without arguments, which imports
+            and runs that code; `path/to/file.onnx`, of which onnx2torch makes a module.
 
     Raises:
         RetrofitError: no such model, module, file or factory, or no nn.Module came of it.
@@ -116,6 +118,8 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def _source(spec: str) -> _Source:
+    if is_onnx(spec):
+        return _Onnx(spec)
     prefix, _, name = spec.partition(":")
     if not name:
         return _Torchvision(spec)
@@ -321,6 +325,43 @@ class _Code(_Source):
         raise RetrofitError(
             f"{weights!r} is no {KINDS} file, and {self.spec} is no model that has weights by name"
         )
+
+
+class _Onnx(_Source):
+    """A file that brings its own weights."""
+
+    random = False
+
+    def __init__(self, spec: str) -> None:
+        self.path = Path(spec)
+
+    def build(self) -> nn.Module:
+        return module_from_onnx(self.path)
+
+    def pretrained(self, weights: str) -> nn.Module:
+        raise RetrofitError(f"{self.path} has its own weights: leave out --weights {weights}")
+
+    def transforms(self, model: nn.Module, weights: str | None) -> Transforms:
+        size = picture_size(self.path)
+        if size is None:
+            return super().transforms(model, weights)
+        usual = {"crop_size": max(size), "resize_size": round(max(size) * 8 / 7)}  # as 224 of 256
+
+        def made(
+            *,
+            resize_size: int | None = None,
+            crop_size: int | None = None,
+            mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None,
+        ) -> Transform:
+            given = {"resize_size": resize_size, "crop_size": crop_size, "mean": mean, "std": std}
+            changes = {name: value for name, value in given.items() if value is not None}
+            transform: Any = PRESET(**{**usual, **changes})
+            if crop_size is None:  # which its argument could make a square of, only
+                transform.crop_size = list(size)
+            return cast("Transform", transform)
+
+        return made
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 StrPath = str | os.PathLike[str]
+SUFFIX = ".onnx"
+FLOAT = 1  # TensorProto.FLOAT
+COLOURS = (1, 3, 4)
 
 
 def imported(name: str) -> Any:
@@ -30,9 +33,53 @@ def imported(name: str) -> Any:
         ) from error
 
 
+def is_onnx(path: StrPath) -> bool:
+    """Tell by its name whether this is an ONNX file."""
+    return Path(path).suffix == SUFFIX
+
+
 def open_onnx(path: StrPath) -> ModelProto:
     """Read an ONNX file with its external data; RetrofitError for anything else."""
-    onnx, path = imported("onnx"), Path(path)
+    model, path = _parsed(Path(path)), Path(path)
+    try:
+        imported("onnx").load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        kept = (entry for t in model.graph.initializer for entry in t.external_data)
+        files = sorted({entry.value for entry in kept if entry.key == "location"})
+        raise RetrofitError(
+            f"{path} keeps its weights in {', '.join(files)}, which is not beside it, or damaged: "
+            f"copy both files, or export with external_data=False ({error})"
+        ) from error
+    return model
+
+
+def picture_size(path: StrPath) -> tuple[int, int] | None:
+    """Find the height and width of the pictures that a file takes; None if it leaves them open.
+
+    Raises RetrofitError for a file that takes something else than pictures (N, C, H, W).
+    """
+    graph = _parsed(Path(path)).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    kinds = [value.type.tensor_type for value in inputs]
+    axes = [[axis.dim_value for axis in kind.shape.dim] for kind in kinds]
+    told = ", ".join(
+        f"{value.name} {tuple(size or '?' for size in sizes)}"
+        for value, sizes in zip(inputs, axes, strict=True)
+    )
+    fits = len(inputs) == 1 and len(axes[0]) == 4 and kinds[0].elem_type == FLOAT
+    if not fits or (axes[0][3] in COLOURS and axes[0][1] > max(COLOURS)):
+        raise RetrofitError(
+            f"{path} takes {told}, and the command line gives one input of float32 pictures "
+            "(N, C, H, W): convert it in Python, as onnx2torch's module, with batches of your own"
+        )
+    height, width = axes[0][2:]
+    return (height, width) if height and width else None
+
+
+def _parsed(path: Path) -> ModelProto:
+    """Read an ONNX file without its external data; RetrofitError for anything else."""
+    onnx = imported("onnx")
     try:
         model: ModelProto = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
@@ -42,16 +89,18 @@ def open_onnx(path: StrPath) -> ModelProto:
         raise RetrofitError(f"{path} is no ONNX file, or damaged: {error}") from error
     if not model.graph.node:  # a file of no length is a valid message
         raise RetrofitError(f"{path} is no ONNX file, or damaged: it has no nodes")
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        kept = (entry for t in model.graph.initializer for entry in t.external_data)
-        files = sorted({entry.value for entry in kept if entry.key == "location"})
-        raise RetrofitError(
-            f"{path} keeps its weights in {', '.join(files)}, which is not beside it, or damaged: "
-            f"copy both files, or export with external_data=False ({error})"
-        ) from error
     return model
+
+
+def inlined(model: ModelProto) -> ModelProto:
+    """Put the functions of a file, which torch's exporter makes of modules, where they are called.
+
+    A file without functions is returned as it is.
+    """
+    if not model.functions:
+        return model
+    found: ModelProto = imported("onnx.inliner").inline_local_functions(model)
+    return found
 
 
 def named(node: NodeProto) -> str:

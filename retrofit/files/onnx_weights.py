@@ -1,14 +1,12 @@
 """The layers of an ONNX file, with their weights as torch's layers have them.
 
-Exporters rename weights, transpose them, lead them through Identity nodes and store equal ones
-once. What a layer holds is therefore read off the values that reach its node.
+What a layer holds is read off the values that reach its node, whatever the exporter did to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +14,11 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import RetrofitError
-from retrofit.files.onnx_files import StrPath, imported, named, open_onnx, run_onnx
+from retrofit.files.onnx_constants import Graph, branches
+from retrofit.files.onnx_files import StrPath, named, open_onnx, run_onnx
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import NodeProto
 
 __all__ = ["OnnxLayer", "onnx_layers", "onnx_state_dict", "run_onnx"]
 
@@ -37,9 +36,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "LayerNormalization": NORM,
 }
 ALWAYS = LAYERS.keys() - {"MatMul"}  # have weights; a MatMul may be of two activations
-# A tensor that comes out of these is still the one that went in.
-MOVES = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "CastLike"}
-RANDOM = {"RandomNormal", "RandomUniform"}  # of no inputs, and yet no constants
 QUANTISED = ("QLinear", "Integer", "QuantizeMatMul", "QGemm", "QAttention", "NBits", "Bnb4")
 
 
@@ -71,8 +67,8 @@ def onnx_layers(path: StrPath) -> list[OnnxLayer]:
     Raises RetrofitError for what is no ONNX file, for one without its external data, for quantised
     layers, for those of onnxruntime's optimiser, and for those in branches.
     """
-    graph = _Graph(open_onnx(path), str(path))
-    return [layer for node in graph.nodes if (layer := graph.layer(node)) is not None]
+    graph = Graph(open_onnx(path), str(path))
+    return [layer for node in graph.nodes if (layer := _layer(graph, node)) is not None]
 
 
 def onnx_state_dict(path: StrPath) -> dict[str, Tensor]:
@@ -81,136 +77,62 @@ def onnx_state_dict(path: StrPath) -> dict[str, Tensor]:
     One that an exporter stored once for several names is under all of them. Raises RetrofitError as
     `onnx_layers` does for the file.
     """
-    graph = _Graph(open_onnx(path), str(path))
+    graph = Graph(open_onnx(path), str(path))
     arrays = {name: graph.array(name) for name in (*graph.initializers, *graph.aliases)}
     strings = {name for name, array in arrays.items() if array.dtype == object}
     return {k: _tensor(a, f"{path}: {k}") for k, a in arrays.items() if k not in strings}
 
 
-class _Graph:
-    """The nodes of a graph and its constants: what is computed from initializers alone."""
+def _layer(graph: Graph, node: NodeProto) -> OnnxLayer | None:
+    """Read the layer of a node; None if it has no weights of its own."""
+    where = f"{graph.source}: {named(node)}"
+    refuse_odd(node, where)
+    given = dict(zip(LAYERS.get(node.op_type, ()), node.input[1:], strict=False))
+    if given.get("weight") in graph.inputs and node.op_type in ALWAYS:
+        raise RetrofitError(
+            f"{where} takes its weight as an input: export the network with its parameters"
+        )
+    if not given or given["weight"] not in graph.constants:
+        return None
+    given |= _bias_of_matmul(graph, node)
+    arrays = _arrays(graph, given, where)
+    if _is_made_up(graph, given.get("bias", ""), arrays):
+        del arrays["bias"]
+    if (shaped := SHAPED.get(node.op_type)) is not None:
+        arrays = shaped(node, arrays)
+    tensors = {role: _tensor(array, where) for role, array in arrays.items()}
+    names = {role: graph.origin(given[role]) for role in arrays}
+    name = node.name or node.output[0]
+    return OnnxLayer(name, node.op_type, tensors, names) if tensors else None
 
-    def __init__(self, model: ModelProto, source: str) -> None:
-        if model.functions:
-            inlined = imported("onnx.inliner").inline_local_functions
-            model = inlined(model)
-        self.model, self.source = model, source
-        self.nodes = list(model.graph.node)
-        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.inputs = {value.name for value in model.graph.input} - self.initializers.keys()
-        self.makers = {output: node for node in self.nodes for output in node.output if output}
-        self.arrays: dict[str, np.ndarray] = {}
 
-    @cached_property
-    def constants(self) -> set[str]:
-        """Names of the values that no input has a part in; of what is left out, too: ""."""
-        found = {*self.initializers, ""}
-        for node in self.nodes:
-            inputs = node.input[:1] if node.op_type == "CastLike" else node.input
-            fixed = node.op_type not in RANDOM and not list(_branches(node))
-            if fixed and found.issuperset(inputs):
-                found.update(node.output)
-        return found
+def _arrays(graph: Graph, given: Mapping[str, str], where: str) -> dict[str, np.ndarray]:
+    constant = {role: name for role, name in given.items() if name in graph.constants and name}
+    try:
+        return {role: graph.array(name) for role, name in constant.items()}
+    except RetrofitError as error:
+        raise RetrofitError(f"{where}: {error}") from error
 
-    @cached_property
-    def aliases(self) -> list[str]:
-        """Names that Identity nodes give to initializers."""
-        nodes = (node for node in self.nodes if node.op_type == "Identity")
-        return [node.output[0] for node in nodes if node.input[0] in self.initializers]
 
-    @cached_property
-    def readers(self) -> dict[str, list[NodeProto | None]]:
-        """What reads each value; None where it is an output of the graph."""
-        found: dict[str, list[NodeProto | None]] = {}
-        for output in self.model.graph.output:
-            found[output.name] = [None]
-        for node in self.nodes:
-            for name in node.input:
-                found.setdefault(name, []).append(node)
-        return found
+def _bias_of_matmul(graph: Graph, node: NodeProto) -> dict[str, str]:
+    """Find the bias in the Add after a MatMul, if it is one number for each output channel."""
+    after = graph.readers.get(node.output[0], [])
+    add = after[0] if len(after) == 1 else None
+    if node.op_type != "MatMul" or add is None or add.op_type != "Add":
+        return {}
+    other = add.input[1] if add.input[0] == node.output[0] else add.input[0]
+    if other not in graph.constants:
+        return {}
+    alike = graph.array(other).shape == graph.array(node.input[1]).shape[-1:]
+    return {"bias": other} if alike else {}
 
-    def array(self, name: str) -> np.ndarray:
-        """Compute a constant."""
-        if name not in self.arrays:
-            if name in self.initializers:
-                to_array = imported("onnx.numpy_helper").to_array
-                self.arrays[name] = np.asarray(to_array(self.initializers[name]))
-            else:
-                self._compute(self.makers[name])
-        return self.arrays[name]
 
-    def _compute(self, node: NodeProto) -> None:
-        if node.op_type == "DequantizeLinear":
-            raise RetrofitError("its weights are quantised: take the file from before that")
-        if node.op_type == "CastLike":  # of the type of an activation, which is not known here
-            self.arrays[node.output[0]] = self.array(node.input[0])
-            return
-        feeds = {name: self.array(name) for name in node.input if name}
-        opsets, outputs = self.model.opset_import, list(node.output)
-        make = imported("onnx.helper").make_function
-        alone = make("retrofit", "constant", list(feeds), outputs, [node], opsets)
-        made = imported("onnx.reference").ReferenceEvaluator(alone).run(outputs, feeds, {})
-        self.arrays.update(zip(outputs, map(np.asarray, made), strict=True))
-
-    def origin(self, name: str) -> str:
-        """Follow a constant back to the name that its numbers have in the file."""
-        while name in self.makers and name not in self.aliases:
-            if self.makers[name].op_type not in MOVES:
-                break
-            name = self.makers[name].input[0]
-        return name
-
-    def layer(self, node: NodeProto) -> OnnxLayer | None:
-        """Read the layer of a node; None if it has no weights of its own."""
-        where = f"{self.source}: {named(node)}"
-        _refuse(node, where)
-        given = dict(zip(LAYERS.get(node.op_type, ()), node.input[1:], strict=False))
-        if given.get("weight") in self.inputs and node.op_type in ALWAYS:
-            raise RetrofitError(
-                f"{where} takes its weight as an input: export the network with its parameters"
-            )
-        if not given or given["weight"] not in self.constants:
-            return None
-        given |= self._bias_of_matmul(node)
-        arrays = self._arrays(given, where)
-        if self._is_made_up(given.get("bias", ""), arrays):
-            del arrays["bias"]
-        if (shaped := SHAPED.get(node.op_type)) is not None:
-            arrays = shaped(node, arrays)
-        tensors = {role: _tensor(array, where) for role, array in arrays.items()}
-        names = {role: self.origin(given[role]) for role in arrays}
-        name = node.name or node.output[0]
-        return OnnxLayer(name, node.op_type, tensors, names) if tensors else None
-
-    def _arrays(self, given: Mapping[str, str], where: str) -> dict[str, np.ndarray]:
-        constant = {role: name for role, name in given.items() if name in self.constants and name}
-        try:
-            return {role: self.array(name) for role, name in constant.items()}
-        except RetrofitError as error:
-            raise RetrofitError(f"{where}: {error}") from error
-        except Exception as error:  # of onnx's reference implementation of any operation
-            raise RetrofitError(
-                f"{where}: its weights cannot be computed: {type(error).__name__}: {error}"
-            ) from error
-
-    def _bias_of_matmul(self, node: NodeProto) -> dict[str, str]:
-        """Find the bias in the Add after a MatMul, if it is one number for each output channel."""
-        after = self.readers.get(node.output[0], [])
-        add = after[0] if len(after) == 1 else None
-        if node.op_type != "MatMul" or add is None or add.op_type != "Add":
-            return {}
-        other = add.input[1] if add.input[0] == node.output[0] else add.input[0]
-        if other not in self.constants:
-            return {}
-        alike = self.array(other).shape == self.array(node.input[1]).shape[-1:]
-        return {"bias": other} if alike else {}
-
-    def _is_made_up(self, bias: str, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Tell a bias of zeros that the graph makes: torch's exporter adds one to each Conv."""
-        if "bias" not in arrays or arrays["bias"].any():
-            return False
-        maker = self.makers.get(self.origin(bias))
-        return maker is not None and maker.op_type not in ("Constant", "Identity")
+def _is_made_up(graph: Graph, bias: str, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Tell a bias of zeros that the graph makes: torch's exporter adds one to each Conv."""
+    if "bias" not in arrays or arrays["bias"].any():
+        return False
+    maker = graph.makers.get(graph.origin(bias))
+    return maker is not None and maker.op_type not in ("Constant", "Identity")
 
 
 def _linear(node: NodeProto, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -250,14 +172,7 @@ SHAPED: dict[str, Callable[[NodeProto, dict[str, np.ndarray]], dict[str, np.ndar
 }
 
 
-def _branches(node: NodeProto) -> Iterator[GraphProto]:
-    """List the graphs inside a node (If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-
-
-def _refuse(node: NodeProto, where: str) -> None:
+def refuse_odd(node: NodeProto, where: str) -> None:
     """Raise RetrofitError for a node whose weights are not those of a layer of torch."""
     if any(text in node.op_type for text in QUANTISED):
         raise RetrofitError(f"{where} is quantised: take the file from before that")
@@ -265,7 +180,7 @@ def _refuse(node: NodeProto, where: str) -> None:
         raise RetrofitError(
             f"{where} was made by onnxruntime's optimiser: take the file from before that"
         )
-    inner = [n.op_type for graph in _branches(node) for n in graph.node]
+    inner = [n.op_type for graph in branches(node) for n in graph.node]
     if found := sorted(ALWAYS.intersection(inner)):
         raise RetrofitError(
             f"{where} has layers in its branches ({', '.join(found)}), and which of them run is "

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from retrofit.errors import RetrofitError
+from retrofit.files.onnx_files import is_onnx
 from retrofit.files.other_formats import HEAD, other_format
 from retrofit.files.pickled import ARCHIVE, is_pickle, read_pickled
 from retrofit.files.provenance import Provenance
@@ -143,6 +144,11 @@ def _is_safetensors(path: Path) -> bool:
         raise RetrofitError(f"{path} is no weights file but {other}")
     if path.suffix == ".safetensors":
         return True
+    if is_onnx(path):
+        raise RetrofitError(
+            f"{path} is an ONNX file, and no file of weights: it can be the MODEL of plan and "
+            "convert, or --model of the other commands"
+        )
     if path.suffix not in READ:
         raise RetrofitError(
             f"{path} is no weights file, by its content: it must be a {KINDS} file, or a folder "

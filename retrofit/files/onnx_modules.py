@@ -1,0 +1,197 @@
+"""An ONNX file as a module of torch, which onnx2torch makes.
+
+onnx2torch reads the operations of opset 17, weights that are initializers, and shapes as they are
+written. Files of today are put in that form first, and what comes of it is compared with
+onnxruntime.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from retrofit.errors import RetrofitError
+from retrofit.files.onnx_constants import Graph
+from retrofit.files.onnx_files import Session, StrPath, imported, named, open_onnx
+from retrofit.files.onnx_weights import refuse_odd
+from retrofit.numerics.comparison import BRANCH_TOLERANCE, Comparison
+from retrofit.running.nested import tensors
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+OPSET = 17
+# Their axes are an attribute up to that, and an input since.
+REDUCTIONS = re.compile("Reduce(L1|L2|LogSum|LogSumExp|Max|Mean|Min|Prod|SumSquare)")
+OPEN = (3, 3, 224, 224)  # of axes (N, C, H, W) that a file leaves open, to try it on
+TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def module_from_onnx(path: StrPath) -> fx.GraphModule:
+    """Make a module of an ONNX file, in eval mode, which takes batches of any size.
+
+    Raises RetrofitError where onnx2torch cannot, or where its module computes something else than
+    onnxruntime does with the file.
+    """
+    made = _converted(_readable(path), str(path))
+    session = Session(path)
+    _refuse_other_outputs(made, session, [_example(v, session.batch_size) for v in session.inputs])
+    return made
+
+
+def outputs_by_module(path: StrPath) -> dict[str, str]:
+    """Map the modules of `module_from_onnx(path)` to the first outputs of the nodes they are of."""
+    graph = _readable(path).graph
+    modules = imported("onnx2torch.onnx_graph").OnnxGraph(graph).nodes
+    return {name: node.output[0] for name, node in zip(modules, graph.node, strict=True)}
+
+
+def _readable(path: StrPath) -> ModelProto:
+    """Read a file into the form that onnx2torch takes; its values keep their names."""
+    graph = Graph(open_onnx(path), str(path))
+    for node in graph.nodes:
+        refuse_odd(node, f"{path}: {named(node)}")
+    try:
+        model = _folded(graph)
+    except RetrofitError as error:
+        raise RetrofitError(f"{path}: {error}") from error
+    _lower(model)
+    _free_batch(model)
+    return model
+
+
+def _folded(graph: Graph) -> ModelProto:
+    """Store the constants that nodes read, and leave out what computes them."""
+    outputs = {value.name for value in graph.model.graph.output}
+    fixed = graph.constants - outputs
+    kept = [node for node in graph.nodes if not fixed.issuperset(node.output)]
+    read = dict.fromkeys(name for node in kept for name in node.input)
+    made = [name for name in read if name in graph.makers and name in fixed]
+    model = type(graph.model)()
+    model.CopyFrom(graph.model)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    store = imported("onnx.numpy_helper").from_array
+    model.graph.initializer.extend(store(graph.array(name), name) for name in made)
+    return model
+
+
+def _lower(model: ModelProto) -> None:
+    """Write the operations of newer opsets as in OPSET, where that has them."""
+    helper, constants = imported("onnx.helper"), _initializers(model)
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = min(entry.version, OPSET)
+    for node in model.graph.node:
+        given = [constants.get(name) for name in node.input[1:2]]
+        if not given or given[0] is None:
+            continue
+        numbers = _numbers(given[0])
+        if REDUCTIONS.fullmatch(node.op_type):
+            del node.input[1]
+            node.attribute.append(helper.make_attribute("axes", numbers))
+        if node.op_type == "Reshape" and 0 not in numbers:  # allowzero does nothing then
+            del node.attribute[:]
+
+
+def _free_batch(model: ModelProto) -> None:
+    """Let the first axis of shapes that hold a fixed batch size be that of the batch itself."""
+    size = _batch_size(model)
+    constants = _initializers(model)
+    if size is None:
+        return
+    inferred = imported("onnx.shape_inference").infer_shapes(model).graph
+    first = {value.name: _first_axis(value) for value in (*inferred.value_info, *inferred.input)}
+    store = imported("onnx.numpy_helper").from_array
+    for node in model.graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in constants:
+            continue
+        numbers = _numbers(constants[node.input[1]])
+        if numbers[:1] == [size] and first.get(node.input[0]) in (size, None):
+            # A 0 keeps the axis of the input; onnx2torch prefers to work it out, where it can.
+            shape = np.array([0 if -1 in numbers else -1, *numbers[1:]], np.int64)
+            name = f"{node.output[0]}_any_batch"
+            model.graph.initializer.append(store(shape, name))
+            node.input[1] = name
+
+
+def _initializers(model: ModelProto) -> dict[str, TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _numbers(tensor: TensorProto) -> list[int]:
+    found: list[int] = imported("onnx.numpy_helper").to_array(tensor).reshape(-1).tolist()
+    return found
+
+
+def _batch_size(model: ModelProto) -> int | None:
+    """Find the batch size of the inputs, if it is fixed, and one."""
+    stored = _initializers(model)
+    sizes = {_first_axis(value) for value in model.graph.input if value.name not in stored}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _first_axis(value: Any) -> int | None:
+    axes = value.type.tensor_type.shape.dim
+    return axes[0].dim_value or None if axes else None
+
+
+def _converted(model: ModelProto, source: str) -> fx.GraphModule:
+    convert = imported("onnx2torch").convert
+    try:
+        made: fx.GraphModule = convert(model)
+    except Exception as error:  # of any class, some without words
+        missing = re.search(r"operation_type='(\w+)'", str(error))
+        reason = f"it has no {missing[1]}" if missing else f"{type(error).__name__}: {error}"
+        raise RetrofitError(
+            f"onnx2torch cannot make a module of {source}: {reason}; convert the network that was "
+            f"exported instead, or export it with opset_version={OPSET}"
+        ) from error
+    return made.eval()
+
+
+def _example(value: Any, batch_size: int | None) -> Tensor:
+    """Draw an input of onnxruntime's description, in a batch of another size than a fixed one."""
+    axes = [axis if isinstance(axis, int) else None for axis in value.shape]
+    axes[:1] = [batch_size + 2 if batch_size else None]
+    shape = [axis or usual for axis, usual in zip(axes, (*OPEN, *axes), strict=False)]
+    random = np.random.default_rng(0)
+    drawn = random.standard_normal([axis or 1 for axis in shape])
+    return torch.from_numpy(drawn.astype(TYPES.get(value.type, np.float32)))
+
+
+def _refuse_other_outputs(made: fx.GraphModule, session: Session, x: Sequence[Tensor]) -> None:
+    """Raise RetrofitError where the module computes something else than the file."""
+    expected = session.run([one.numpy() for one in x])
+    try:
+        with torch.no_grad():
+            found = list(tensors(made(*x)).values())
+        reason = _difference([torch.from_numpy(array) for array in expected], found)
+    except Exception as error:  # noqa: BLE001 - of any operation
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        size = session.batch_size
+        way_out = f"; its batch size is fixed at {size}: export it with that axis dynamic"
+        raise RetrofitError(
+            f"onnx2torch's module of {session.source} does not compute what onnxruntime does: "
+            f"{reason}{way_out if size else ''}"
+        )
+
+
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """Say how outputs differ; nothing where they differ by rounding alone."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        shapes = (", ".join(str(tuple(t.shape)) for t in ts) for ts in (found, expected))
+        return "outputs of {} in place of {}".format(*shapes)
+    for one, other in zip(expected, found, strict=True):
+        comparison = Comparison()
+        comparison.add(one, other, "output")
+        relative = comparison.difference("output").relative
+        if relative > BRANCH_TOLERANCE:
+            return f"an output differs by {relative:.2g} of its root mean square"
+    return ""
