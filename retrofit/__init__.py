@@ -21,6 +21,7 @@ from retrofit.checking.verify import Verification, verify
 from retrofit.conversion import add_batchnorm, convert, insert, prepare
 from retrofit.errors import NonFiniteError, PeerError, RetrofitError
 from retrofit.files.checkpoint import load, save
+from retrofit.files.onnx_modules import module_from_onnx
 from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
 from retrofit.numerics.comparison import Difference
 from retrofit.numerics.moments import ChannelMoments
@@ -61,6 +62,7 @@ __all__ = [
     "freeze_statistics",
     "insert",
     "load",
+    "module_from_onnx",
     "param_groups",
     "plan",
     "plan_of",

@@ -71,7 +71,7 @@ def picture_size(path: StrPath) -> tuple[int, int] | None:
     if not fits or (axes[0][3] in COLOURS and axes[0][1] > max(COLOURS)):
         raise RetrofitError(
             f"{path} takes {told}, and the command line gives one input of float32 pictures "
-            "(N, C, H, W): convert it in Python, as onnx2torch's module, with batches of your own"
+            "(N, C, H, W): convert retrofit.module_from_onnx(path) in Python, with your own batches"
         )
     height, width = axes[0][2:]
     return (height, width) if height and width else None

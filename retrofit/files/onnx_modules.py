@@ -33,10 +33,25 @@ TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 def module_from_onnx(path: StrPath) -> fx.GraphModule:
-    """Make a module of an ONNX file, in eval mode, which takes batches of any size.
+    """Make a module of an ONNX file by onnx2torch, in eval mode.
 
-    Raises RetrofitError where onnx2torch cannot, or where its module computes something else than
-    onnxruntime does with the file.
+    It is what the command line converts for a MODEL that is an ONNX file: `load` takes it with the
+    weights that `convert` wrote. Files of torch's newest exporters, which onnx2torch alone refuses,
+    are put in the form that it reads.
+
+    Args:
+        path: of the file; its external data, if there is some, is beside it.
+
+    Returns:
+        A GraphModule whose layers are called as the nodes. It takes batches of any size, also where
+        the file has a fixed one.
+
+    Raises:
+        RetrofitError: it is no ONNX file, or a quantised one; onnx2torch does not have one of its
+            operations; or the module computes something else than onnxruntime does with the file.
+
+    Example:
+        >>> network = retrofit.add_batchnorm(retrofit.module_from_onnx("net.onnx"), images)
     """
     made = _converted(_readable(path), str(path))
     session = Session(path)

@@ -1,7 +1,9 @@
 """ONNX files on the command line: as the model, and with BatchNorms written into them."""
 
+import re
 import shutil
 import sys
+import warnings
 
 import nets
 import numpy as np
@@ -122,6 +124,41 @@ def test_the_file_with_batchnorms_verifies_and_folds_as_well(run, folder):
     assert (code, "equal bit for bit on 16 images" in out) == (0, True)
     code, out, _ = run("convert", "bn.onnx", *DATA, "--output", "again.onnx")
     assert (code, "already normalised" in out) == (1, True)
+
+
+@pytest.mark.parametrize("exporter", [1, 2])
+def test_the_recipe_keeps_batchnorms_in_an_export(folder, monkeypatch, exporter):
+    monkeypatch.chdir(folder)
+    images = [nets.images(4, 3, 16, 16, seed=seed) for seed in (1, 2)]
+    network = retrofit.add_batchnorm(nets.build(nets.Residual), images, progress=False)
+    code = re.findall(r"^```python\n(.*?)^```", nets.recipe("ONNX files"), re.DOTALL | re.MULTILINE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one exporter is the older one
+        exec(code[exporter], {"torch": torch, "network": network, "images": images})  # noqa: S102
+    assert len(ops("net_bn.onnx", "BatchNormalization")) == 3
+    expected = network(images[1]).detach()
+    (found,) = run_onnx("net_bn.onnx", [images[1].numpy()])
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    for how in ("dynamo", "script"):  # without these arguments there are none
+        assert not ops(export(network, images[0], "default.onnx", how), "BatchNormalization")
+
+
+def test_the_recipe_in_python(run, folder):
+    file = exported(folder)
+    assert run("convert", file, *DATA, "--output", "net_bn.safetensors")[0] == 0
+    images = [nets.images(4, 3, 16, 16, seed=seed) for seed in (1, 2)]
+    first, *_ = re.findall(
+        r"^```python\n(.*?)^```", nets.recipe("ONNX files"), re.DOTALL | re.MULTILINE
+    )
+    variables = {"retrofit": retrofit, "images": images}
+    exec(first, variables)  # noqa: S102
+    module, network, x = variables["module"], variables["network"], images[0]
+    with torch.no_grad():
+        assert torch.equal(network(x), module(x))
+    network.train()(x).square().mean().backward()
+    grads = [parameter.grad for parameter in network.parameters()]
+    assert len(grads) == len(list(module.parameters())) + 6
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
 def test_linear_layers_activations_and_the_graph_layout_have_nodes_too(run, folder):

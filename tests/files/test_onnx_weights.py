@@ -202,6 +202,23 @@ def test_weights_that_are_kept_elsewhere_have_to_be_there(tmp_path, fault):
         onnx_layers(file)
 
 
+@pytest.mark.parametrize("place", ["../a.onnx.data", "{}/a.onnx.data"])
+def test_weights_are_read_from_the_files_own_folder_alone(tmp_path, place):
+    (tmp_path / "inner").mkdir()
+    file = export(nets.build(nets.Residual), nets.images(1, 3, 8, 8), tmp_path / "a.onnx", "dynamo")
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = place.format(tmp_path)
+    onnx.save(model, tmp_path / "inner" / "a.onnx")
+    for read in (onnx_layers, onnx_state_dict):
+        with pytest.raises(
+            RetrofitError, match=r"inner/a\.onnx keeps its weights in .*a\.onnx\.data"
+        ):
+            read(tmp_path / "inner" / "a.onnx")
+
+
 def test_inputs_that_do_not_fit_are_refused_by_name(tmp_path):
     file = export(nets.build(nets.Residual), nets.images(2, 3, 8, 8), tmp_path / "net.onnx",
                   input_names=["images"])  # fmt: skip
