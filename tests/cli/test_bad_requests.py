@@ -207,7 +207,7 @@ CASES = [
     (f"{CONVERT} --weights text.txt", 2,
      "text.txt is no weights file but text, 'precious', perhaps a server's message in its place"),
     (f"{CONVERT} --weights odd.onnx", 2,
-     "odd.onnx is no weights file, by its content: it must be a .safetensors, .pth, .pt, .ckpt or"),
+     "odd.onnx is an ONNX file, and no file of weights: it can be the MODEL of plan and convert"),
     (f"{CONVERT} --weights flat.npy", 2, "flat.npy is no weights file but one array of numpy"),
     (f"{CONVERT} --weights texts.tar", 2, "texts.tar is no weights file but a tar archive: unpack"),
     (f"{CONVERT} --weights pictures", 2, "pictures is a folder without weights"),
