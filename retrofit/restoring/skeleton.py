@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ def skeleton_of(architecture: M, seats: Mapping[str, str], biases: Collection[st
         seats: path of each folded BatchNorm to that of its layer.
         biases: names of the folded network's tensors; a layer whose bias is among them gets one.
     """
-    skeleton = shared_copy(architecture)
+    skeleton = copy.deepcopy(shared_copy(architecture))  # whose weights will be others
     for path in dict.fromkeys(seats.values()):
         layer = skeleton.get_submodule(path)
         weight = layer._parameters.get("weight")
