@@ -9,6 +9,8 @@ bn_vgg   = retrofit.convert(prepared)             # observers become exact ident
 report   = retrofit.verify(vgg, bn_vgg, images)   # equal bit for bit?
 vgg_2    = retrofit.fold(bn_vgg)                  # BatchNorm absorbed again
 
+resnet   = retrofit.restore(resnet50(), folded, images)   # folded weights in their own class
+
 Which module may import which stands in pyproject.toml, under [tool.importlinter].
 """
 

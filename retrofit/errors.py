@@ -47,6 +47,10 @@ class PeerError(RetrofitError):
     """Another process has failed, or is gone: of the group, or one that reads pictures."""
 
 
+class UnequalError(RetrofitError):
+    """What was made computes something else than what it was made from."""
+
+
 class UnfinishedError(RetrofitError):
     """Something was written as asked, and then the rest could not be done."""
 

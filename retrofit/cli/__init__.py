@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from retrofit.cli.arguments import parse
 from retrofit.cli.commands import carry_out
 from retrofit.cli.text import fail, show_warning
-from retrofit.errors import PeerError, RetrofitError, UnfinishedError
+from retrofit.errors import PeerError, RetrofitError, UnequalError, UnfinishedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RetrofitError as error:
         if debug:
             traceback.print_exc()
-        return fail(str(error), 1 if isinstance(error, (PeerError, UnfinishedError)) else 2)
+        failed = isinstance(error, (PeerError, UnequalError, UnfinishedError))
+        return fail(str(error), 1 if failed else 2)
     except _Terminated:
         return fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ DATA = (
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
 MOST_PIXELS = 16_384  # of a side: such a picture is 3 GB of floats
+TOLERANCE = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
 DEBUG = "show where an error came from"
 
 R = TypeVar("R")
@@ -98,8 +99,7 @@ def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add("model", help=NAMES)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
     add("--device", type=_device, help="for the calibration; default: cpu")
-    text = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
-    add("--tolerance", type=_fraction, metavar="T", help=text)
+    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
     text = "kept while calibrating; a killed run goes on from it"
     add("--state", type=Path, metavar="FILE", help=text)
     text = "leave out layers that no picture reaches, rather than refuse"
@@ -132,6 +132,17 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
     text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
     parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
     parser.add_argument("--device", type=_device, help="default: cpu")
+    _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+
+
+def _describe_restore(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="ARCHITECTURE", help=f"the network before folding: {NAMES}")
+    add("--weights", required=True, metavar="FILE", help=f"the folded network: {FILE}, or .onnx")
+    _add_weights_key(parser, "FILE")
+    _add_output(parser, OUTPUT)
+    add("--device", type=_device, help="for the calibration; default: cpu")
+    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
     _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
 
 
@@ -188,6 +199,12 @@ COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], No
         "re-estimate the BatchNorm statistics of a file on unlabelled pictures",
         _describe_adapt,
         ADAPTED,
+    ),
+    "restore": (
+        requests.RestoreRequest,
+        "bring a network whose BatchNorm was folded away back into its own class",
+        _describe_restore,
+        "",
     ),
     "inspect": (
         requests.InspectRequest,

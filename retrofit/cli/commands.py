@@ -26,8 +26,10 @@ from retrofit.cli.requests import (
     PlanRequest,
     ReportRequest,
     Request,
+    RestoreRequest,
     VerifyRequest,
 )
+from retrofit.cli.restore import run_restore
 from retrofit.cli.sample import naming_pictures, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
@@ -184,6 +186,7 @@ HANDLERS: dict[type[Any], Callable[[Any], int]] = {
     VerifyRequest: run_verify,
     FoldRequest: run_fold,
     AdaptRequest: run_adapt,
+    RestoreRequest: run_restore,
     InspectRequest: run_inspect,
     ReportRequest: run_report,
     DemoRequest: run_demo,

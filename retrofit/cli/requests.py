@@ -111,6 +111,19 @@ class AdaptRequest:
 
 
 @dataclass(frozen=True)
+class RestoreRequest:
+    """Bring folded weights back into their own class, whose BatchNorms learn again."""
+
+    model: str
+    weights: str
+    weights_key: str | None
+    output: Path
+    overwrite: bool
+    tolerance: float | None
+    pictures: PictureOptions
+
+
+@dataclass(frozen=True)
 class InspectRequest:
     """Show where a file comes from and what its BatchNorms hold."""
 
@@ -144,6 +157,7 @@ Request = (
     | VerifyRequest
     | FoldRequest
     | AdaptRequest
+    | RestoreRequest
     | InspectRequest
     | ReportRequest
     | DemoRequest

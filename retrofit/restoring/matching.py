@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, UnequalError
 from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
 from retrofit.files.state_dicts import State
 from retrofit.numerics.comparison import Comparison, refuse_other_structure
@@ -199,7 +199,7 @@ def refuse_other_outputs(expected: Outputs, actual: Outputs, source: Source) -> 
         actual = dict(zip(expected, actual.values(), strict=False))
     name, difference = largest_difference(expected, actual)
     if not difference <= NEARLY:
-        raise RetrofitError(
+        raise UnequalError(
             f"the architecture with the weights of {source.name} computes something else: "
             f"{name} differs by {difference:.1e} of its largest value (another activation, stride "
             "or padding, or layers in another order)"

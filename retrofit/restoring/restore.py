@@ -14,7 +14,7 @@ from retrofit.calibration.calibrate import calibrate
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.sample_errors import Calibration
 from retrofit.checking.verify import verify
-from retrofit.errors import RetrofitError, warn
+from retrofit.errors import RetrofitError, UnequalError, warn
 from retrofit.numerics.moments import Moments
 from retrofit.numerics.shifted_identity import shifted_identity
 from retrofit.option_checks import check_models
@@ -280,7 +280,7 @@ def _compared(
         seats, kept, exact, relative, found.images, calibration.images, calibration.standard_error
     )
     if not relative <= NEARLY:
-        raise RetrofitError(
+        raise UnequalError(
             f"the restored {type(result).__name__} differs from the folded network by "
             f"{relative:.1e} of its largest output, more than {NEARLY:g}; most "
             f"at {made.worst.norm}, by {made.worst.relative:.1e}"

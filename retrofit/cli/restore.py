@@ -1,0 +1,53 @@
+"""The command `restore`: folded weights back in their own class, compared, written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import retrofit
+from retrofit.cli.requests import RestoreRequest
+from retrofit.cli.sample import naming_pictures, sample_for
+from retrofit.cli.text import list_bad
+from retrofit.files.checkpoint import check_output
+from retrofit.files.model_sources import build
+
+
+def run_restore(request: RestoreRequest) -> int:
+    """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
+    check_output(request.output, overwrite=request.overwrite)
+    architecture = build(request.model).eval()
+    sample = sample_for(architecture, request.model, request.pictures)
+    batches = sample.batches(sample.chosen)
+    with naming_pictures(batches):
+        restored = retrofit.restore(
+            architecture,
+            request.weights,
+            batches,
+            device=request.pictures.device,
+            tolerance=request.tolerance,
+            weights_key=request.weights_key,
+        )
+    found = retrofit.restoration_of(restored)
+    assert found is not None
+    data = f"restored on {found.images} {sample.kind} of {sample.source}"
+    retrofit.save(
+        restored, request.output, name=request.model, data=data, overwrite=request.overwrite
+    )
+    list_bad(sample.pictures, batches.bad)
+    print(found)
+    print(f"written: {request.output}")
+    print(f"to load: {_loading(request.model, request.output)}")
+    return 0
+
+
+def _loading(model: str, output: Path) -> str:
+    """Write the line of Python that loads the file into a fresh model."""
+    source, _, name = model.rpartition(":")
+    fresh = {
+        "": f"torchvision.models.get_model({name!r})",
+        "timm": f"timm.create_model({name!r})",
+    }.get(source, "model")
+    path = repr(str(output))
+    if output.suffix == ".safetensors":
+        return f"{fresh}.load_state_dict(safetensors.torch.load_file({path}))"
+    return f"{fresh}.load_state_dict(torch.load({path}))"
