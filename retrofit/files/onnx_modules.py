@@ -8,7 +8,7 @@ onnxruntime.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,15 @@ def module_from_onnx(path: StrPath) -> fx.GraphModule:
     """
     made = _converted(_readable(path), str(path))
     session = Session(path)
-    _refuse_other_outputs(made, session, [_example(v, session.batch_size) for v in session.inputs])
+    size = session.batch_size
+    reason = _difference(made, session, size + 2 if size else None)
+    if reason:
+        fixed = size is not None and not _difference(made, session, size)
+        way_out = f"; its batch size is fixed at {size}: export it with that axis dynamic"
+        raise RetrofitError(
+            f"onnx2torch's module of {path} does not compute what onnxruntime does: {reason}"
+            f"{way_out if fixed else ''}"
+        )
     return made
 
 
@@ -165,41 +173,21 @@ def _converted(model: ModelProto, source: str) -> fx.GraphModule:
         reason = f"it has no {missing[1]}" if missing else f"{type(error).__name__}: {error}"
         raise RetrofitError(
             f"onnx2torch cannot make a module of {source}: {reason}; convert the network that was "
-            f"exported instead, or export it with opset_version={OPSET}"
+            f"exported instead, or export it with dynamo=False, opset_version={OPSET}"
         ) from error
     return made.eval()
 
 
-def _example(value: Any, batch_size: int | None) -> Tensor:
-    """Draw an input of onnxruntime's description, in a batch of another size than a fixed one."""
-    axes = [axis if isinstance(axis, int) else None for axis in value.shape]
-    axes[:1] = [batch_size + 2 if batch_size else None]
-    shape = [axis or usual for axis, usual in zip(axes, (*OPEN, *axes), strict=False)]
-    random = np.random.default_rng(0)
-    drawn = random.standard_normal([axis or 1 for axis in shape])
-    return torch.from_numpy(drawn.astype(TYPES.get(value.type, np.float32)))
-
-
-def _refuse_other_outputs(made: fx.GraphModule, session: Session, x: Sequence[Tensor]) -> None:
-    """Raise RetrofitError where the module computes something else than the file."""
-    expected = session.run([one.numpy() for one in x])
+def _difference(made: fx.GraphModule, session: Session, size: int | None) -> str:
+    """Say how the outputs of the module and of the file differ; nothing if by rounding alone."""
+    x = [_example(value, size) for value in session.inputs]
+    expected = [torch.from_numpy(array) for array in session.run([one.numpy() for one in x])]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run that counts will warn
             found = list(tensors(made(*x)).values())
-        reason = _difference([torch.from_numpy(array) for array in expected], found)
     except Exception as error:  # noqa: BLE001 - of any operation
-        reason = f"{type(error).__name__}: {error}"
-    if reason:
-        size = session.batch_size
-        way_out = f"; its batch size is fixed at {size}: export it with that axis dynamic"
-        raise RetrofitError(
-            f"onnx2torch's module of {session.source} does not compute what onnxruntime does: "
-            f"{reason}{way_out if size else ''}"
-        )
-
-
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
-    """Say how outputs differ; nothing where they differ by rounding alone."""
+        return f"{type(error).__name__}: {error}"
     if [t.shape for t in expected] != [t.shape for t in found]:
         shapes = (", ".join(str(tuple(t.shape)) for t in ts) for ts in (found, expected))
         return "outputs of {} in place of {}".format(*shapes)
@@ -210,3 +198,13 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
         if relative > BRANCH_TOLERANCE:
             return f"an output differs by {relative:.2g} of its root mean square"
     return ""
+
+
+def _example(value: Any, size: int | None) -> Tensor:
+    """Draw an input of onnxruntime's description, in a batch of that size."""
+    fixed = [axis if isinstance(axis, int) else None for axis in value.shape]
+    fixed[:1] = [size]
+    usual = (*OPEN, *(1 for _ in fixed))
+    shape = [axis or one for axis, one in zip(fixed, usual, strict=False)]
+    drawn = np.random.default_rng(0).standard_normal(shape)
+    return torch.from_numpy(drawn.astype(TYPES.get(value.type, np.float32)))

@@ -110,6 +110,24 @@ def test_a_batch_size_that_cannot_be_another_is_refused(tmp_path, net):
         module_from_onnx(file)
 
 
+class BestOf(nn.Module):
+    """The largest values, of a node that gives their places as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x)).flatten(1).topk(5)[0]
+
+
+def test_other_outputs_than_those_of_the_file_are_refused_whatever_the_batch_size(tmp_path):
+    file = export(nets.build(BestOf), nets.images(1, 3, 8, 8), tmp_path / "net.onnx")
+    message = r"does: outputs of \(3, 5\), \(3, 5\) in place of \(3, 5\)$"
+    with pytest.raises(RetrofitError, match=message):
+        module_from_onnx(file)
+
+
 UNREADABLE = {
     "it has no GridSample": """g (float[N, 1, 4, 4] x, float[N, 4, 4, 2] grid) =>
         (float[N, 1, 4, 4] y) { y = GridSample (x, grid) }""",
