@@ -128,6 +128,11 @@ def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
         check_output(request.output, overwrite=request.overwrite, suffixes=suffixes)
         if request.report:
             check_report(request.report, overwrite=request.overwrite)
+    if is_onnx(request.output) and request.weights is not None:
+        raise RetrofitError(
+            f"{request.output} would have the weights of {request.model}, not those of --weights: "
+            "save as .safetensors"
+        )
     if request.state and request.state.resolve() == request.output.resolve():
         raise RetrofitError(f"--state and --output are both {request.output}")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from retrofit.errors import RetrofitError
 from retrofit.files.onnx_files import Session, StrPath, imported, open_onnx
 from retrofit.files.onnx_modules import outputs_by_module
-from retrofit.numerics.comparison import Comparison
+from retrofit.numerics.comparison import Comparison, Difference
 from retrofit.plans import Site
 from retrofit.surgery.record import required_record
 
@@ -74,22 +74,28 @@ def with_batchnorms(path: StrPath, converted: nn.Module) -> bytes:
 
 
 def agreement(path: StrPath, content: bytes, batches: Iterable[Tensor]) -> Agreement:
-    """Compare a file with another's content on pictures, (N, C, H, W)."""
-    pairs = [(Session(path, optimised=o), Session(content, optimised=o)) for o in (False, True)]
-    found: list[list[Comparison]] = [[], []]
-    for batch in batches:
-        for comparisons, (original, changed) in zip(found, pairs, strict=True):
-            outputs = zip(original.run([batch.numpy()]), changed.run([batch.numpy()]), strict=True)
-            for i, (one, other) in enumerate(outputs):
-                if i == len(comparisons):
-                    comparisons.append(Comparison())
-                comparisons[i].add(torch.from_numpy(one), torch.from_numpy(other), "an output")
-    plain, optimised = ([c.difference("output") for c in comparisons] for comparisons in found)
+    """Compare a file with another's content on pictures, (N, C, H, W), going through them twice."""
+    plain = _differences(path, content, batches, optimised=False)
+    merged = _differences(path, content, batches, optimised=True)
     return Agreement(
         all(d.exact for d in plain),
         max((d.relative for d in plain), default=0.0),
-        max((d.relative for d in optimised), default=0.0),
+        max((d.relative for d in merged), default=0.0),
     )
+
+
+def _differences(
+    path: StrPath, content: bytes, batches: Iterable[Tensor], *, optimised: bool
+) -> list[Difference]:
+    """Compare each output of two files."""
+    sessions = [Session(source, optimised=optimised) for source in (path, content)]
+    found: dict[int, Comparison] = {}
+    for batch in batches:
+        outputs = (session.run([batch.numpy()]) for session in sessions)
+        for i, (one, other) in enumerate(zip(*outputs, strict=True)):
+            pair = torch.from_numpy(one), torch.from_numpy(other)
+            found.setdefault(i, Comparison()).add(*pair, "an output")
+    return [comparison.difference("an output") for comparison in found.values()]
 
 
 def _refuse_unfit(model: ModelProto, after: dict[str, Site], source: str) -> None:

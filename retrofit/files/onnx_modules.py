@@ -111,14 +111,14 @@ def _lower(model: ModelProto) -> None:
         if entry.domain in ("", "ai.onnx"):
             entry.version = min(entry.version, OPSET)
     for node in model.graph.node:
-        given = [constants.get(name) for name in node.input[1:2]]
-        if not given or given[0] is None:
+        reduces, reshapes = REDUCTIONS.fullmatch(node.op_type), node.op_type == "Reshape"
+        if not (reduces or reshapes) or node.input[-1] not in constants or len(node.input) < 2:
             continue
-        numbers = _numbers(given[0])
-        if REDUCTIONS.fullmatch(node.op_type):
+        numbers = _numbers(constants[node.input[1]])
+        if reduces:
             del node.input[1]
             node.attribute.append(helper.make_attribute("axes", numbers))
-        if node.op_type == "Reshape" and 0 not in numbers:  # allowzero does nothing then
+        elif 0 not in numbers:  # allowzero does nothing then
             del node.attribute[:]
 
 

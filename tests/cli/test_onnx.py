@@ -161,6 +161,20 @@ def test_the_recipe_in_python(run, folder):
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
+def test_weights_that_were_trained_come_back_through_the_file(run, folder):
+    file = exported(folder)
+    assert run("convert", file, *DATA, "--output", "bn.safetensors")[0] == 0
+    network = retrofit.load("bn.safetensors", module_from_onnx(file))
+    for parameter in network.parameters():  # stands for the training
+        parameter.data *= 1.1
+    retrofit.save(retrofit.fold(network), "tuned.pth")
+    more = ("--weights", "tuned.pth", "--output", "tuned.safetensors")
+    assert run("convert", file, *DATA, *more)[0] == 0
+    again = retrofit.load("tuned.safetensors", module_from_onnx(file))
+    x = nets.images(2, 3, 16, 16)
+    torch.testing.assert_close(again(x), network(x), rtol=1e-4, atol=1e-4)
+
+
 def test_linear_layers_activations_and_the_graph_layout_have_nodes_too(run, folder):
     file = exported(folder, nets.Concat)
     more = "--placement post_activation --layout graph --output bn.onnx"
@@ -279,8 +293,9 @@ CASES = [
     (f"convert two.onnx {INTO}", "takes x ('?', 3, 16, 16), z ('?', 3, 16, 16), and the command"),
     (f"convert half.onnx {INTO}", "the command line gives one input of float32 pictures (N, C, H"),
     (f"convert last.onnx {INTO}", "last.onnx takes x ('?', 16, 16, 3), and the command line gives"),
-    (f"convert net.onnx {INTO} --weights DEFAULT", "net.onnx has its own weights: leave out --we"),
-    (f"convert net.onnx {INTO} --weights net.onnx", "net.onnx is an ONNX file, and no file of we"),
+    (f"convert net.onnx {INTO} --weights w.pth", "out.onnx would have the weights of net.onnx, no"),
+    (f"convert net.onnx {INTO} --output out.pth --weights DEFAULT", "net.onnx has its own weights"),
+    (f"convert net.onnx {INTO} --output out.pth --weights net.onnx", "is an ONNX file, and no fil"),
     (f"convert net.onnx {INTO} --output there.onnx", "there.onnx exists: choose another name, or"),
     (f"convert net.onnx {INTO} --output out.pb", "must end in .safetensors, .pth, .pt or .onnx"),
     (f"convert net.onnx {INTO} --crop 9", "Got invalid dimensions for input: images"),
