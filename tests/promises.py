@@ -3,12 +3,16 @@
 import copy
 import warnings
 
+import pytest
 import torch
-from networks import Drawn, is_convolution
+from networks import SUBCLASSES, Drawn, is_convolution
+from normed_networks import shuffled, trained
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import retrofit
+from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.record import attach
 
 OPTIONS = [
     {"renumber": None},
@@ -65,6 +69,52 @@ def check(drawn: Drawn, options):
 
     assert converted.training == training
     trains(converted, data[0])
+
+
+def check_round_trip(drawn: Drawn) -> int:
+    """Folded, a network comes back in its own class; tells how many BatchNorms did."""
+    _, shape, as_module = drawn
+    dtype = next(drawn.model.parameters()).dtype
+    x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    model = with_batchnorms(drawn.model, x)
+    there = batchnorms(model)
+    if not there:
+        return 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*BatchNorms stay|nothing was folded")
+        folded = retrofit.fold(copy.deepcopy(model).eval(), example=x)
+    left = batchnorms(folded)
+    if len(left) == len(there):
+        return 0
+    architecture = shuffled(model)
+    if any(isinstance(norm, SUBCLASSES) and path not in left for path, norm in there.items()):
+        with pytest.raises(retrofit.RetrofitError, match="does not compute"):
+            retrofit.restore(architecture, folded, [x], example=x, progress=False)
+        return 0
+    before = everything(architecture)
+    given = folded if as_module else folded.state_dict()
+    result = retrofit.restore(architecture, given, [x], example=x, progress=False)
+    assert everything(architecture) == before
+    fresh = shuffled(model)
+    fresh.load_state_dict(result.state_dict(), strict=True)
+    with torch.no_grad():
+        pairs = zip(tree_leaves(fresh.eval()(x)), tree_leaves(folded(x)), strict=True)
+        for actual, expected in pairs:
+            assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    found = retrofit.restoration_of(result)
+    assert found.kept == tuple(left)
+    assert len(found.seats) == len(there) - len(left)
+    trains(result, x)
+    return len(found.seats)
+
+
+def with_batchnorms(model, x):
+    """A network of trained BatchNorms after all convolutions that can have one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no BatchNorm is added|.*frozen")
+        model = retrofit.insert(model, retrofit.plan(model, example=x))
+    attach(model, None)
+    return trained(model)
 
 
 def planned(model, x, options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retrofit.errors import RetrofitError, UnequalError
 from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
 from retrofit.files.state_dicts import State
-from retrofit.numerics.comparison import Comparison, refuse_other_structure
+from retrofit.numerics.comparison import Comparison
 from retrofit.restoring.skeleton import skeleton_of
 from retrofit.restoring.sources import Layer, Outputs, Source
 from retrofit.surgery.fold_pairs import Pairs
@@ -39,8 +39,11 @@ def by_name(architecture: nn.Module, pairs: Pairs, source: Source, key: str | No
     Raises RetrofitError where the names are this architecture's, and do not fit.
     """
     own = list(architecture.state_dict())
-    folding = {name for norm in pairs.pairs for name in own if name.startswith(f"{norm}.")}
-    always = dict.fromkeys(name for name in own if name not in folding)
+    norms = {architecture.get_submodule(path) for path in pairs.pairs}
+    every = dict(architecture.named_modules(remove_duplicate=False))
+    folding = tuple(f"{path}." for path, module in every.items() if module in norms)
+    always = dict.fromkeys(name for name in own if not name.startswith(folding))
+    source = _less_indices(source, always, key)
     state = fits(source.file, always, key)[0].state
     missing = [name for name in always if name not in state and not name.endswith(COUNTS)]
     if missing and source.layers is not None:
@@ -59,6 +62,13 @@ def by_name(architecture: nn.Module, pairs: Pairs, source: Source, key: str | No
     _refuse_other_shapes(skeleton, seats, tensors, source)
     load_weights(skeleton, tensors, source.name)
     return Match(skeleton, seats)
+
+
+def _less_indices(source: Source, names: Mapping[str, None], key: str | None) -> Source:
+    """Take the indices of fused modules out of the names where these then fit better."""
+    shorter = source.without_indices({*names})
+    wrong = [fits(one.file, names, key)[0].wrong for one in (source, shorter)]
+    return shorter if wrong[1] < wrong[0] else source
 
 
 def _refuse_lost(pairs: Pairs, state: State, missing: Sequence[str], source: Source) -> None:
@@ -126,7 +136,8 @@ def by_order(
             theirs = _with_bias(theirs, layer)
         if theirs is None or (reason := _other(layer, theirs)):
             what = f"{theirs.path} {reason}" if theirs else "no more layers"
-            raise _differs(source, layer, what)
+            why = pairs.left.get(layer.path, "")
+            raise _differs(source, layer, what, f" ({why})" if why else "")
         waiting.pop(0)
         state |= {f"{layer.path}.{name}": tensor for name, tensor in theirs.tensors.items()}
     if waiting:
@@ -170,10 +181,10 @@ def _shapes(layer: Layer) -> str:
     return f"of shape {tuple(layer.tensors['weight'].shape)}"
 
 
-def _differs(source: Source, layer: Layer, what: str) -> RetrofitError:
+def _differs(source: Source, layer: Layer, what: str, why: str) -> RetrofitError:
     return RetrofitError(
         f"{source.name} does not fit, neither by names nor layer by layer: where the architecture "
-        f"has {layer.path} {_shapes(layer)}, it has {what}; pass key_map= if you know what belongs "
+        f"has {layer.path} {_shapes(layer)}{why}, it has {what}; key_map= can say what belongs "
         "where"
     )
 
@@ -193,22 +204,44 @@ def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tu
 # --- the proof ----------------------------------------------------------------------------------
 
 
-def refuse_other_outputs(expected: Outputs, actual: Outputs, source: Source) -> None:
-    """Raise RetrofitError unless the architecture computes with these weights what they did."""
+def refuse_other_outputs(run: Callable[[], Outputs], actual: Outputs, source: Source) -> None:
+    """Raise UnequalError unless the architecture computes with these weights what they did.
+
+    Args:
+        run: gives the outputs of the folded network.
+        actual: those of the architecture.
+        source: for messages.
+    """
+    expected = run()
     if source.exported and len(actual) >= len(expected):  # of which an exporter drops some
         actual = dict(zip(expected, actual.values(), strict=False))
+    found = _said(expected, actual)
+    if not found:
+        return
+    if _said(expected, run()):
+        raise RetrofitError(
+            f"{source.name} computes something else each time that it runs, so that nobody can "
+            "tell whether the architecture computes it, too: seed what is random in it"
+        )
+    raise UnequalError(
+        f"the architecture with the weights of {source.name} computes something else: {found} "
+        "(another activation, stride or padding, or layers in another order)"
+    )
+
+
+def _said(expected: Outputs, actual: Outputs) -> str:
+    """Say in what outputs differ; "" if in nothing but rounding."""
+    shapes = [{name: tuple(t.shape) for name, t in one.items()} for one in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        return f"outputs of shapes {shapes[1]} instead of {shapes[0]}"
     name, difference = largest_difference(expected, actual)
     if not difference <= NEARLY:
-        raise UnequalError(
-            f"the architecture with the weights of {source.name} computes something else: "
-            f"{name} differs by {difference:.1e} of its largest value (another activation, stride "
-            "or padding, or layers in another order)"
-        )
+        return f"{name} differs by {difference:.1e} of its largest value"
+    return ""
 
 
 def largest_difference(expected: Outputs, actual: Outputs) -> tuple[str, float]:
     """Find the output with the largest difference, over its largest absolute value, and this."""
-    refuse_other_structure(expected, actual)
     found: dict[str, float] = {}
     for name, tensor in expected.items():
         compared = Comparison()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +42,7 @@ from retrofit.running.shared_copy import (
     refuse_wrappers,
     shared_copy,
 )
-from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.affine_map import affine_map, batchnorms
 from retrofit.surgery.fold_pairs import Pairs, find_pairs
 from retrofit.surgery.record import Record, attach, record_of
 
@@ -108,7 +110,7 @@ def restore(
     check_data(data)
     first, data = looked_into(data)
     example = first if example is None else example
-    pairs = find_pairs(shared_copy(architecture), example)
+    pairs = find_pairs(shared_copy(architecture), example, forward_fn)
     match = _matched(
         architecture,
         pairs,
@@ -118,6 +120,8 @@ def restore(
         key_map,
         weights_key,
     )
+    for path in match.seats:
+        _refuse_no_identity(path, architecture.get_submodule(path))
     prepared = observed(match.skeleton, match.seats, _axes(match, example, forward_fn))
     calibration = calibrate(
         prepared,
@@ -176,7 +180,7 @@ def _matched(
         match = by_order(architecture, pairs, source, source.layers(example), own)
     if source.run is not None:
         actual = outputs_of(match.skeleton, example, forward_fn)
-        refuse_other_outputs(source.run(example), actual, source)
+        refuse_other_outputs(partial(source.run, example), actual, source)
     return match
 
 
@@ -213,23 +217,61 @@ def _filled(architecture: M, match: Match, prepared: nn.Module, calibration: Cal
         module = result.get_submodule(norm)
         tensors = _tensors(module, norm, moments[layer], moved)
         if f"{norm}.num_batches_tracked" in own:
-            tensors["num_batches_tracked"] = torch.tensor(calibration.batches)
+            tensors["num_batches_tracked"] = torch.tensor(calibration.batches, device="cpu")
         state.update({f"{norm}.{name}": tensor for name, tensor in tensors.items()})
     result.load_state_dict(state)
     return result
+
+
+def _refuse_no_identity(path: str, norm: nn.Module) -> None:
+    """Raise RetrofitError for a BatchNorm that no numbers make the identity."""
+    lacks = [name for name in ("weight", "bias") if getattr(norm, name, None) is None]
+    if lacks:
+        raise RetrofitError(
+            f"{path} has no {lacks[0]} (affine=False, or bias=False): it cannot give back what it "
+            "was folded into"
+        )
+    if not isinstance(getattr(norm, "eps", None), (int, float)):
+        raise RetrofitError(
+            f"{path}, a {type(norm).__name__}, has no eps that could be read: which weight makes "
+            "it the identity is not known"
+        )
+    var = norm.running_var
+    if isinstance(var, Tensor) and var.dtype not in (torch.float32, torch.float64):
+        raise RetrofitError(
+            f"{path} is in {var.dtype}, too coarse for a BatchNorm that changes nothing: pass the "
+            "architecture in float32 (.float())"
+        )
+    _refuse_more_than_affine(path, norm)
+
+
+def _refuse_more_than_affine(path: str, norm: nn.Module) -> None:
+    """Raise RetrofitError for a subclass that computes something else than its numbers say."""
+    tried = copy.deepcopy(norm)
+    numbers = {
+        "running_mean": 0.0,
+        "running_var": 1.0,
+        "weight": math.sqrt(1 + float(tried.eps)),  # type: ignore[arg-type]
+        "bias": 0.0,
+    }
+    for name, number in numbers.items():
+        getattr(tried, name).data.fill_(number)
+    found = affine_map(tried)
+    if not ((found.alpha - 1).abs().max() <= NEARLY and found.shift.abs().max() <= NEARLY):
+        raise RetrofitError(
+            f"{path}, a {type(norm).__name__}, does not compute (x - running_mean) / "
+            "sqrt(running_var + eps) * weight + bias: which numbers make it the identity is not "
+            "known"
+        )
 
 
 def _tensors(
     norm: nn.Module, path: str, moments: Moments, moved: Tensor | None
 ) -> dict[str, Tensor]:
     """Make the tensors of a BatchNorm that adds the moved bias, and nothing else."""
-    weight, var = getattr(norm, "weight", None), norm.running_var
-    if weight is None:
-        raise RetrofitError(
-            f"{path} has no weight (affine=False): it cannot give back what it was folded into"
-        )
+    var = norm.running_var
     assert isinstance(var, Tensor)
-    wide = torch.float64 if var.dtype == torch.float64 else torch.float32
+    wide = var.dtype
     mean, variance = (t.detach().cpu().to(wide).numpy() for t in (moments.mean, moments.var))
     shift = None if moved is None else moved.detach().cpu().to(wide).numpy()
     try:

@@ -32,14 +32,10 @@ def skeleton_of(architecture: M, seats: Mapping[str, str], biases: Collection[st
     skeleton = copy.deepcopy(shared_copy(architecture))  # whose weights will be others
     for path in dict.fromkeys(seats.values()):
         layer = skeleton.get_submodule(path)
-        weight = layer._parameters.get("weight")
-        if (
-            layer._parameters.get("bias") is None
-            and f"{path}.bias" in biases
-            and weight is not None
-        ):
+        if layer._parameters.get("bias") is None and f"{path}.bias" in biases:
+            like = next(layer.parameters())  # a parametrization's, maybe
             layer.bias = nn.Parameter(
-                torch.zeros(channels(layer), dtype=weight.dtype, device=weight.device)
+                torch.zeros(channels(layer), dtype=like.dtype, device=like.device)
             )
     norms = {path: skeleton.get_submodule(path) for path in seats}
     replace(skeleton, {norm: _rest(path, norm) for path, norm in norms.items()})

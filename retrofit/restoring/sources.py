@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,15 +60,48 @@ class Source:
     exported: bool = False
 
     def renamed(self, names: set[str], key_map: Mapping[str, str]) -> Source:
-        """Give the tensors the names that a network of these names would have them under.
+        """Give the tensors the names that the user's map leads to.
 
-        By the user's map, and without the index that torch.ao's fused modules bring in.
+        Raises RetrofitError for a map from other names than the file's, to others than `names`, or
+        to one that another tensor has.
         """
-        states = {path: _renamed(s, names, key_map) for path, s in self.file.states.items()}
-        if self.exported:
-            states = {
-                p: {k: t for k, t in s.items() if _known(k, names)} for p, s in states.items()
-            }
+        theirs = {key for state in self.file.states.values() for key in state}
+        if unknown := [key for key in key_map if key not in theirs]:
+            raise RetrofitError(f"key_map has {unknown[0]!r}, which {self.name} does not have")
+        if unknown := [key for key in key_map.values() if key not in names]:
+            raise RetrofitError(
+                f"key_map leads to {unknown[0]!r}, which the architecture does not have"
+            )
+        for state in self.file.states.values():
+            after = Counter(key_map.get(key, key) for key in state)
+            if twice := [key for key, count in after.items() if count > 1]:
+                raise RetrofitError(f"key_map gives two tensors the name {twice[0]!r}")
+        found = self._under(lambda key, _: key_map.get(key, key))
+        return found._of(names) if self.exported else found
+
+    def _of(self, names: set[str]) -> Source:
+        """Leave out the tensors whose names are none of these, behind whatever prefix."""
+        states = {
+            path: {key: tensor for key, tensor in state.items() if _known(key, names)}
+            for path, state in self.file.states.items()
+        }
+        return replace(self, file=replace(self.file, states=states))
+
+    def without_indices(self, names: set[str]) -> Source:
+        """Leave out the 0 of a ConvReLU2d, a Sequential that torch.ao makes: "conv1.0.weight"."""
+
+        def shorter(key: str, state: State) -> str:
+            less = re.sub(r"\.0\.(weight|bias)$", r".\1", key)
+            weight = re.sub(r"bias$", "weight", less)  # the layer may have had no bias
+            return key if key in names or less in state or not _known(weight, names) else less
+
+        return self._under(shorter)
+
+    def _under(self, rename: Callable[[str, State], str]) -> Source:
+        states = {
+            path: {rename(key, state): tensor for key, tensor in state.items()}
+            for path, state in self.file.states.items()
+        }
         return replace(self, file=replace(self.file, states=states))
 
 
@@ -99,7 +133,14 @@ def _of_module(folded: nn.Module, forward_fn: ForwardFn | None) -> Source:
     name = f"the folded {type(folded).__name__}"
 
     def run(batch: Any) -> Outputs:
-        return outputs_of(folded, batch, forward_fn)
+        try:
+            return outputs_of(folded, batch, forward_fn)
+        except RetrofitError:  # which says what is wrong with the batch
+            raise
+        except Exception as error:
+            raise RetrofitError(
+                f"{name} does not run on the example: {type(error).__name__}: {error}"
+            ) from error
 
     def layers(batch: Any) -> list[Layer]:
         return layers_of(folded, batch, forward_fn)
@@ -146,22 +187,6 @@ def layers_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> lis
         if "weight" in present:
             found.setdefault(path, Layer(path, present))
     return list(found.values())
-
-
-def _renamed(state: State, names: set[str], key_map: Mapping[str, str]) -> State:
-    if unknown := [key for key in key_map.values() if key not in names]:
-        raise RetrofitError(
-            f"key_map leads to {unknown[0]!r}, which the architecture does not have"
-        )
-    return {key_map.get(key) or _without_index(key, state, names): v for key, v in state.items()}
-
-
-def _without_index(key: str, state: State, names: set[str]) -> str:
-    """Leave out the 0 of a ConvReLU2d, a Sequential that torch.ao makes: "conv1.0.weight"."""
-    shorter = re.sub(r"\.0\.(weight|bias)$", r".\1", key)
-    if shorter == key or _known(key, names) or not _known(shorter, names) or shorter in state:
-        return key
-    return shorter
 
 
 def _known(key: str, names: set[str]) -> bool:

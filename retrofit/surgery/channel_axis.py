@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from retrofit.running.call_arguments import arguments_of, home
+from retrofit.running.call_arguments import ForwardFn, call_model
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.operations import (
@@ -56,13 +56,16 @@ def _along(numbers: Tensor, like: Tensor, layer: nn.Module) -> Tensor:
 # --- in a run ----------------------------------------------------------------------------------
 
 
-def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set[str] | None:
+def kept_in_run(
+    model: nn.Module, example: Any, pairs: Mapping[str, str], forward_fn: ForwardFn | None = None
+) -> set[str] | None:
     """Run a copy of `model` on the example, and tell which BatchNorms get their layer's channels.
 
     Args:
         model: not changed.
         example: one batch.
         pairs: paths of BatchNorms to those of their layers.
+        forward_fn: `forward_fn(model, example)`, for any other way of calling it.
 
     Returns:
         Paths of the BatchNorms that do in every call; None if the model does not run like that.
@@ -71,10 +74,9 @@ def kept_in_run(model: nn.Module, example: Any, pairs: Mapping[str, str]) -> set
     seen: dict[str, list[bool]] = {norm: [] for norm in pairs}
     for norm, layer in pairs.items():
         _connect(copied.get_submodule(norm), copied.get_submodule(layer), seen[norm])
-    arguments = arguments_of(model, example).to(home(model), copy=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(copied):
         try:
-            copied(*arguments.args, **arguments.kwargs)
+            call_model(copied, example, forward_fn)
         except Exception:  # noqa: BLE001 - numbers of channels are not what it was made for
             return None
     return {norm for norm, found in seen.items() if found and all(found)}

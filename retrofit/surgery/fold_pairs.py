@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from retrofit.errors import RetrofitError
-from retrofit.running.call_arguments import arguments_of
+from retrofit.running.call_arguments import ForwardFn, arguments_of
 from retrofit.running.shared_copy import shared_copy
 from retrofit.surgery.affine_map import UnfoldableError, batchnorms, refuse_hooks
 from retrofit.surgery.channel_axis import kept_in_graph, kept_in_run, of_two_axes, ranks_in
@@ -87,20 +87,24 @@ class _Reading(NamedTuple):
         trace: its calls.
         special: the example gives another value for an argument that has a default.
         symbolic, nodes: where no example was given.
+        example, forward_fn: what the model was called with, and how.
     """
 
     trace: Trace
     special: bool = False
     symbolic: Symbolic | None = None
     nodes: Mapping[Call, fx.Node] = MappingProxyType({})
+    example: Any = None
+    forward_fn: ForwardFn | None = None
 
 
-def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
+def find_pairs(model: nn.Module, example: Any = None, forward_fn: ForwardFn | None = None) -> Pairs:
     """Find for each BatchNorm of `model` the layer that it alone follows; nothing is changed.
 
     Args:
         model: any module.
         example: one batch; the calls are then read off a run where torch.fx cannot follow.
+        forward_fn: `forward_fn(model, example)`, for any other way of calling it.
 
     Raises:
         RetrofitError: without an example, torch.fx cannot trace the model; with one, it does not
@@ -111,22 +115,24 @@ def find_pairs(model: nn.Module, example: Any = None) -> Pairs:
         return Pairs({})
     if "" in norms:
         return Pairs({}, {"": "there is no layer before it: fold the model that it is a part of"})
-    reading = _read(model, example)
+    reading = _read(model, example, forward_fn)
     found = _followed(reading.trace.calls, norms)
     found = found.without(_hidden(model, found, reading.trace.opaque))
     found = found.without(_read_by_code(found, reading.trace.reads))
     found = found.without(_changed_by_code(found, reading.trace.changed))
     found = found.without(_hooked(model, found))
-    found = found.without(_on_another_axis(model, found, reading, example))
-    found = found.without(_missed(model, found, reading, example))
+    found = found.without(_on_another_axis(model, found, reading))
+    found = found.without(_missed(model, found, reading))
     return _in_every_branch(model, found, reading)
 
 
-def _read(model: nn.Module, example: Any) -> _Reading:
+def _read(model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> _Reading:
     if example is not None:
-        trace = read(model, example)
-        special = bool(arguments_of(model, example).kwargs.keys() & defaults(model).keys())
-        return _Reading(trace, special)
+        trace = read(model, example, forward_fn)
+        usual = forward_fn is not None or not (
+            arguments_of(model, example).kwargs.keys() & defaults(model).keys()
+        )
+        return _Reading(trace, not usual, example=example, forward_fn=forward_fn)
     try:
         found = symbolic(model)
     except UntraceableError as error:
@@ -306,7 +312,7 @@ def _hooked(model: nn.Module, found: Pairs) -> dict[str, str]:
     return reasons
 
 
-def _missed(model: nn.Module, found: Pairs, reading: _Reading, example: Any) -> dict[str, str]:
+def _missed(model: nn.Module, found: Pairs, reading: _Reading) -> dict[str, str]:
     """Give the reasons of pairs whose BatchNorm the model's code would miss: it asks for its type.
 
     Tried on copies in which what is no BatchNorm computes the same.
@@ -315,7 +321,8 @@ def _missed(model: nn.Module, found: Pairs, reading: _Reading, example: Any) -> 
     def is_missed(norms: list[str]) -> bool:
         stand_ins = {m: _stand_in(m) for m in map(model.get_submodule, norms)}
         try:
-            tried = _read(shared_copy(model, instead=stand_ins), example).trace
+            copied = shared_copy(model, instead=stand_ins)
+            tried = _read(copied, reading.example, reading.forward_fn).trace
         except RetrofitError:
             return True
         return not do_the_same(tried.without(norms), reading.trace.without(norms))
@@ -345,9 +352,7 @@ def _stand_in(norm: nn.Module) -> nn.Module:
     return stand_in
 
 
-def _on_another_axis(
-    model: nn.Module, found: Pairs, reading: _Reading, example: Any
-) -> dict[str, str]:
+def _on_another_axis(model: nn.Module, found: Pairs, reading: _Reading) -> dict[str, str]:
     """Give the reasons of pairs in which the BatchNorm may not normalise the layer's channels."""
     unsure = {
         norm: pair
@@ -358,7 +363,10 @@ def _on_another_axis(
         return {}
     if reading.symbolic is None:
         kept: set[str] | None = kept_in_run(
-            model, example, {norm: pair.layer for norm, pair in unsure.items()}
+            model,
+            reading.example,
+            {norm: pair.layer for norm, pair in unsure.items()},
+            reading.forward_fn,
         )
         reason = "it normalises another axis than the one of its layer's channels"
         if kept is None:

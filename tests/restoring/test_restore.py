@@ -1,7 +1,11 @@
-"""restore: however a network was folded, it comes back in its own class, and learns again."""
+"""A folded network back in its own class: by whatever it was folded, in whatever form it came.
+
+References: the folded network, stock models that load strictly, and float64.
+"""
 
 import copy
 import pickle
+from functools import partial
 
 import nets
 import pytest
@@ -9,425 +13,457 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from normed_networks import trained
+from promises import everything
 from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.fx.experimental.optimization import fuse
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import retrofit
-from retrofit import RetrofitError
+from retrofit.surgery.affine_map import batchnorms
 
-X = nets.images(4, 3, 64, 64)
-CLOSE = 5e-6  # of the largest output
-quiet = pytest.mark.filterwarnings("ignore:the statistics of:UserWarning")
-pytestmark = [
-    quiet,
-    pytest.mark.filterwarnings("ignore:.*BatchNorms stay:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:the statistics of")  # few pictures are quick
 
 
-def with_statistics(model):
-    """Draw what training would have left in the BatchNorms."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if hasattr(module, "running_var"):
-            for tensor, low, high in (
-                (module.running_mean, -0.3, 0.3),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.7, 1.3),
-                (module.bias.data, -0.3, 0.3),
-            ):
-                tensor.uniform_(low, high, generator=generator)
-    return model.eval()
+class Small(nn.Module):
+    """Layers with and without a bias, an activation that is no module, a residual sum."""
 
-
-class Net(nn.Module):
-    """Two convolutions with BatchNorm, one of them with a bias, and a head."""
-
-    def __init__(self, norm=nn.BatchNorm2d, activation=nn.ReLU):
+    def __init__(self, names=("stem", "first", "second")):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, bias=False), norm(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), norm(8)
-        self.act, self.head = activation(), nn.Linear(8, 5)
+        self.names = names
+        layers = (
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 1, bias=False),
+        )
+        for name, layer in zip(names, layers, strict=True):
+            setattr(self, name, layer)
+            setattr(self, f"{name}_norm", nn.BatchNorm2d(8))
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, 5)
+
+    def normed(self, name, x):
+        return getattr(self, f"{name}_norm")(getattr(self, name)(x))
 
     def forward(self, x):
-        x = self.act(self.bn1(self.conv1(x)))
-        return self.head(self.act(self.bn2(self.conv2(x))).mean((2, 3)))
-
-
-def trained(**options):
-    torch.manual_seed(0)
-    return with_statistics(Net(**options))
-
-
-def fresh(**options):
-    torch.manual_seed(1)
-    return Net(**options).eval()
-
-
-def restored(architecture, folded, data=(X,), **options):
-    return retrofit.restore(architecture, folded, list(data), progress=False, **options)
-
-
-def difference(one, other, x=X):
-    with torch.no_grad():
-        expected, actual = other(x), one(x)
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
-# --- however it was folded ------------------------------------------------------------------------
+        x = self.relu(self.normed(self.names[0], x))
+        y = F.silu(self.normed(self.names[1], x))
+        return self.head(F.relu(x + self.normed(self.names[2], y)).mean((2, 3)))
 
 
 def by_hand(model):
-    """Fold with torch's own function, layer by layer."""
+    """Folded by torch.nn.utils, pair by pair."""
     folded = copy.deepcopy(model)
-    for i in (1, 2):
-        conv, norm = getattr(folded, f"conv{i}"), getattr(folded, f"bn{i}")
-        setattr(folded, f"conv{i}", fuse_conv_bn_eval(conv, norm))
-        setattr(folded, f"bn{i}", nn.Identity())
+    for name in model.names:
+        pair = getattr(folded, name), getattr(folded, f"{name}_norm")
+        setattr(folded, name, fuse_conv_bn_eval(*pair))
+        setattr(folded, f"{name}_norm", nn.Identity())
     return folded
 
 
-def by_torch_ao(model, *last):
-    pairs = [["conv1", "bn1", *last], ["conv2", "bn2"]]
-    return torch.ao.quantization.fuse_modules(copy.deepcopy(model), pairs)
+def by_ao(*groups):
+    return lambda model: torch.ao.quantization.fuse_modules(
+        model, [list(group) for group in groups]
+    )
 
 
+PAIRS = [("first", "first_norm"), ("second", "second_norm")]
 FOLDS = {
     "retrofit": retrofit.fold,
-    "torch.fx": lambda model: fuse(copy.deepcopy(model)),
-    "torch's function": by_hand,
-    "torch.ao": by_torch_ao,
+    "torch.fx": fuse,
+    "torch.nn.utils": by_hand,
+    "torch.ao": by_ao(("stem", "stem_norm"), *PAIRS),
+    "torch.ao with relu": by_ao(("stem", "stem_norm", "relu"), *PAIRS),
 }
 
 
-@pytest.mark.parametrize("how", FOLDS)
-@pytest.mark.parametrize("form", ["module", "state dict", ".pth", ".safetensors"])
-def test_it_loads_strictly_and_computes_the_same(how, form, tmp_path):
-    folded = FOLDS[how](trained())
-    source = folded
-    if form != "module":
-        source = folded.state_dict()
-    if form.startswith("."):
-        path = tmp_path / f"folded{form}"
-        save = torch.save if form == ".pth" else safetensors_of
-        save(source, path)
-        source = path
-    result = restored(fresh(), source)
-    assert type(result) is Net
-    stock = fresh()
-    stock.load_state_dict(result.state_dict(), strict=True)
-    assert difference(stock, folded) < CLOSE
-    found = retrofit.restoration_of(result)
-    assert [seat.norm for seat in found.seats] == ["bn1", "bn2"]
-    assert [seat.bias for seat in found.seats] == ["running_mean", "layer"]
-    assert found.relative == pytest.approx(difference(result, folded), abs=1e-9)
+def as_pth(folded, folder):
+    torch.save({"state_dict": folded.state_dict()}, folder / "folded.pth")
+    return folder / "folded.pth"
 
 
-def safetensors_of(state, path):
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+def as_safetensors(folded, folder):
+    save_file(folded.state_dict(), folder / "folded.safetensors")
+    return str(folder / "folded.safetensors")
 
 
-def test_a_relu_fused_by_torch_ao_too():
-    class Plain(Net):
-        def __init__(self):
-            super().__init__()
-            self.relu = nn.ReLU()
-
-        def forward(self, x):
-            x = self.relu(self.bn1(self.conv1(x)))
-            return self.head(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
-
-    torch.manual_seed(0)
-    folded = by_torch_ao(with_statistics(Plain()), "relu")
-    assert "conv1.0.weight" in folded.state_dict()
-    for source in (folded, folded.state_dict()):
-        assert difference(restored(Plain().eval(), source), folded) < CLOSE
-
-
-def test_names_behind_prefixes_and_others_by_a_map_or_in_order():
-    folded = retrofit.fold(trained())
-    state = folded.state_dict()
-    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
-    assert difference(restored(fresh(), {"state_dict": wrapped}), folded) < CLOSE
-    other = {name.replace("conv", "stage"): tensor for name, tensor in state.items()}
-    key_map = {name: name.replace("stage", "conv") for name in other if "stage" in name}
-    assert difference(restored(fresh(), other, key_map=key_map), folded) < CLOSE
-    with pytest.raises(RetrofitError, match=r"the state dict has no conv1\.weight"):
-        restored(fresh(), other)
-
-    class Renamed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = (
-                copy.deepcopy(m) for m in (folded.conv1, folded.conv2, folded.head)
-            )
-
-        def forward(self, x):
-            return self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
-
-    assert difference(restored(fresh(), Renamed().eval()), folded) < CLOSE
-
-
-def test_what_was_not_folded_is_taken_over():
-    model = trained()
-    partly = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["conv2", "bn2"]])
-    result = restored(fresh(), partly)
-    found = retrofit.restoration_of(result)
-    assert found.kept == ("bn1",)
-    for name, tensor in model.bn1.state_dict().items():
-        assert torch.equal(result.bn1.state_dict()[name], tensor)
-    assert difference(result, model) < CLOSE
-
-
-# --- what comes back ----------------------------------------------------------------------------
-
-
-def test_the_statistics_are_those_of_two_passes_in_float64():
-    folded = retrofit.fold(trained())
-    data = nets.images(12, 3, 20, 20).split(5)
-    result = restored(fresh(), folded, data)
-    x = folded.conv1(torch.cat(data)).double()
-    expected = x.mean((0, 2, 3)), x.var((0, 2, 3))
-    moved = result.bn1.running_mean + folded.conv1.bias
-    assert ((moved - expected[0]).abs() / expected[1].sqrt() < 1e-5).all()
-    assert torch.allclose(result.bn1.running_var.double(), expected[1], rtol=1e-4)
-    assert torch.allclose(result.bn1.bias.double(), expected[0], atol=1e-5)
-    assert result.bn1.num_batches_tracked == 3
-
-
-def test_in_train_mode_it_is_the_class_that_learns():
-    result = restored(fresh(), retrofit.fold(trained())).train()
-    wide = copy.deepcopy(result).double()
-    outputs = result(X)
-    torch.testing.assert_close(outputs.double(), wide(X.double()), rtol=1e-4, atol=1e-4)
-    outputs.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in result.parameters())
-    assert result.bn1.weight.grad.abs().max() > 0
-
-
-def test_class_eps_momentum_mode_and_flags_are_those_of_the_architecture():
-    def norm(channels):
-        return nn.SyncBatchNorm(channels, eps=1e-3, momentum=0.01)
-
-    architecture = fresh(norm=norm).train()
-    architecture.head.requires_grad_(requires_grad=False)
-    result = restored(architecture, retrofit.fold(trained(norm=norm)))
-    assert type(result.bn1) is nn.SyncBatchNorm
-    assert (result.bn1.eps, result.bn1.momentum) == (1e-3, 0.01)
-    assert result.training
-    assert not result.head.weight.requires_grad
-    assert result.conv1.weight.requires_grad
-
-
-def test_architecture_and_folded_network_stay_as_they_were():
-    architecture, folded = fresh().train(), retrofit.fold(trained())
-    before = [copy.deepcopy(model.state_dict()) for model in (architecture, folded)]
-    restored(architecture, folded)
-    with pytest.raises(RetrofitError):
-        restored(architecture, fresh(activation=nn.Tanh))
-    for model, state in zip((architecture, folded), before, strict=True):
-        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    assert architecture.training
-    assert not folded.training
-    assert isinstance(architecture.bn1, nn.BatchNorm2d)
-
-
-def test_the_result_can_be_folded_saved_and_pickled(tmp_path):
-    folded = retrofit.fold(trained())
-    result = restored(fresh(), folded)
-    assert difference(retrofit.fold(result), folded) < CLOSE
-    loaded = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
-    assert retrofit.restoration_of(loaded) == retrofit.restoration_of(result)
-    retrofit.save(result, tmp_path / "r.safetensors")
-    assert torch.equal(retrofit.load(tmp_path / "r.safetensors", fresh())(X), result(X))
-    text = str(retrofit.restoration_of(result))
-    assert "2 BatchNorms restored; statistics of 4 images" in text
-    assert "running_mean" in text
-    assert retrofit.restoration_of(fresh()) is None
-
-
-LAYERS = {
-    "Conv1d": (nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d, (8, 3, 20)),
-    "Conv3d": (nn.Conv3d(3, 4, 3, bias=False), nn.BatchNorm3d, (4, 3, 6, 6, 6)),
-    "ConvTranspose2d": (nn.ConvTranspose2d(3, 4, 3, bias=False), nn.BatchNorm2d, (4, 3, 9, 9)),
-    "Linear": (nn.Linear(3, 4, bias=False), nn.BatchNorm1d, (64, 3)),
-    "FrozenBatchNorm2d": (nn.Conv2d(3, 4, 3, bias=False), FrozenBatchNorm2d, (4, 3, 9, 9)),
-    "float64": (nn.Conv2d(3, 4, 3, bias=False).double(), nn.BatchNorm2d, (4, 3, 9, 9)),
+FORMS = {
+    "module": lambda folded, _: folded,
+    "state dict": lambda folded, _: folded.state_dict(),
+    "pth": as_pth,
+    "safetensors": as_safetensors,
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_every_kind_of_layer(name):
-    layer, norm, shape = LAYERS[name]
-    x = nets.images(*shape).to(layer.weight.dtype)
-    model = with_statistics(nn.Sequential(copy.deepcopy(layer), norm(4), nn.ReLU()).to(x.dtype))
-    architecture = copy.deepcopy(model)
-    for tensor in architecture.state_dict().values():
-        tensor.fill_(1)
-    folded = retrofit.fold(model, example=x)
-    result = restored(architecture, folded, [x])
-    assert type(result[1]) is norm
-    assert difference(result, model, x) < CLOSE
+def made(make, seed):
+    torch.manual_seed(seed)
+    return make()
 
 
-# --- stock classes ------------------------------------------------------------------------------
+def relative(found, expected):
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def restored(make, folded, x, form=None, **options):
+    """Restore into an untrained model; the state dict loads into another, with equal outputs."""
+    architecture = made(make, 1)
+    kept = everything(architecture), copy.deepcopy(folded.state_dict())
+    given = folded if form is None else form
+    result = retrofit.restore(architecture, given, [x], progress=False, **options)
+    assert everything(architecture) == kept[0]
+    assert all(torch.equal(kept[1][key], value) for key, value in folded.state_dict().items())
+    fresh = made(make, 2)
+    fresh.load_state_dict(result.state_dict())
+    with torch.no_grad():
+        assert relative(fresh.eval()(x), folded.eval()(x)) < 5e-6
+    assert [m.training for m in result.modules()] == [m.training for m in architecture.modules()]
+    return result
+
+
+def assert_learned(result, x):
+    """Statistics are those of two passes in float64, and training gives what float64 gives."""
+    seats = {seat.norm: seat for seat in retrofit.restoration_of(result).seats}
+    wide = copy.deepcopy(result).double().eval()
+    inputs = {}
+    for norm in seats:
+        wide.get_submodule(norm).register_forward_pre_hook(
+            lambda _, args, norm=norm: inputs.setdefault(norm, args[0])
+        )
+    with torch.no_grad():
+        wide(x.double())
+    for norm, given in inputs.items():
+        module = result.get_submodule(norm)
+        axes = [axis for axis in range(given.dim()) if axis != 1]
+        sigma = given.var(axes).sqrt()  # unbiased, as what BatchNorm keeps
+        units = 1e-7 * module.bias.abs()  # of the mean once the bias is added, as it was folded
+        off = (module.running_mean - given.mean(axes)).abs()
+        assert (off <= 1e-5 * sigma + units).all(), norm
+        assert ((module.running_var.sqrt() - sigma).abs() <= 1e-5 * sigma).all(), norm
+    assert inputs.keys() == seats.keys()
+    trained_, reference = copy.deepcopy(result).train(), copy.deepcopy(result).double().train()
+    y = trained_(x)
+    assert relative(y, reference(x.double())) < 1e-4
+    y.square().mean().backward()
+    for name, parameter in trained_.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("fold", FOLDS.values(), ids=FOLDS)
+def test_however_it_was_folded_and_came(fold, form, tmp_path):
+    x = nets.images(64, 3, 9, 9)
+    model = trained(made(Small, 0))
+    folded = fold(model)
+    assert not batchnorms(folded)
+    result = restored(Small, folded, x, form(folded, tmp_path))
+    assert_learned(result, x)
+    seats = retrofit.restoration_of(result).seats
+    assert [seat.norm for seat in seats] == ["stem_norm", "first_norm", "second_norm"]
+    assert [seat.bias for seat in seats] == ["running_mean", "layer", "running_mean"]
+
 
 STOCK = {
     "resnet18": torchvision.models.resnet18,
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
     "mnasnet0_5": torchvision.models.mnasnet0_5,
     "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
-    "timm efficientnet": lambda: timm.create_model("test_efficientnet"),
-    "timm resnet": lambda: timm.create_model("test_resnet"),
+}
+TIMM = ["test_resnet", "test_efficientnet"]
+LARGER = {
+    "densenet121": torchvision.models.densenet121,
+    "googlenet": lambda: torchvision.models.googlenet(aux_logits=False, init_weights=False),
 }
 
 
-@pytest.mark.parametrize("name", STOCK)
-def test_stock_networks(name):
-    torch.manual_seed(0)
-    model = with_statistics(STOCK[name]())
-    folds = [retrofit.fold(model).state_dict()]
-    if not name.startswith("timm"):  # whose BatchNormAct2d torch.fx does not fuse
-        folds.append(fuse(copy.deepcopy(model)))
-    for folded in folds:
-        result = restored(STOCK[name]().eval(), folded)
-        STOCK[name]().load_state_dict(result.state_dict(), strict=True)
-        assert difference(result, model) < CLOSE
-        kinds = [type(module) for module in model.modules()]
-        assert [type(module) for module in result.modules()] == kinds
+def assert_stock(make, fold, form):
+    x = nets.images(8, 3, 48, 48)
+    model = trained(made(make, 0))
+    folded = fold(model)
+    result = restored(make, folded, x, FORMS[form](folded, None))
+    found = retrofit.restoration_of(result)
+    assert len(found.seats) + len(found.kept) == len(batchnorms(model))
+    assert found.kept == tuple(batchnorms(folded))
+    for path in found.kept:
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            assert torch.equal(result.get_submodule(path).state_dict()[name], tensor)
+
+
+@pytest.mark.filterwarnings("ignore:.*BatchNorms stay")
+@pytest.mark.parametrize(("fold", "form"), [(retrofit.fold, "module"), (fuse, "state dict")])
+@pytest.mark.parametrize("make", STOCK.values(), ids=STOCK)
+def test_torchvision_networks(make, fold, form):
+    assert_stock(make, fold, form)
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("form", ["module", "state dict"])
+def test_networks_of_timm(name, form):
+    assert_stock(partial(timm.create_model, name), retrofit.fold, form)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.parametrize("named", [False, True])
-def test_onnx_files_of_both_exporters(dynamo, named, tmp_path):
-    torch.manual_seed(0)
-    model = with_statistics(torchvision.models.mobilenet_v3_small())
-    source = retrofit.fold(model) if named else model  # which the exporter folds and renames
-    path = tmp_path / "folded.onnx"
-    options = {"dynamo": True} if dynamo else {"dynamo": False, "input_names": ["x"]}
-    torch.onnx.export(source, (X,), path, verbose=False, **options)
-    result = restored(torchvision.models.mobilenet_v3_small().eval(), path)
-    torchvision.models.mobilenet_v3_small().load_state_dict(result.state_dict(), strict=True)
-    assert difference(result, model) < CLOSE
-    with pytest.raises(RetrofitError, match="neither by names nor layer by layer"):
-        restored(torchvision.models.resnet18().eval(), path)
+@pytest.mark.filterwarnings("ignore:.*BatchNorms stay")
+@pytest.mark.parametrize(("fold", "form"), [(retrofit.fold, "module"), (fuse, "state dict")])
+@pytest.mark.parametrize("make", LARGER.values(), ids=LARGER)
+def test_larger_torchvision_networks(make, fold, form):
+    assert_stock(make, fold, form)
 
 
-# --- what cannot be -----------------------------------------------------------------------------
+# --- kinds of layers and BatchNorms -------------------------------------------------------------
 
 
-def folded_state(**changes):
-    state = dict(retrofit.fold(trained()).state_dict())
-    return {**state, **changes}
+def of(*layers):
+    return lambda: nn.Sequential(*(layer() for layer in layers))
 
 
-def without(name):
-    return {key: tensor for key, tensor in folded_state().items() if key != name}
+CONV = lambda: nn.Conv2d(3, 6, 3, bias=False)  # noqa: E731
+KINDS = {
+    "timm": of(CONV, lambda: BatchNormAct2d(6, eps=1e-3, momentum=0.03, act_layer=nn.PReLU)),
+    "SyncBatchNorm": of(CONV, lambda: nn.SyncBatchNorm(6)),
+    "frozen": of(CONV, lambda: FrozenBatchNorm2d(6, eps=1e-4)),
+    "no momentum": of(CONV, lambda: nn.BatchNorm2d(6, eps=1e-2, momentum=None)),
+    "transposed": of(
+        lambda: nn.ConvTranspose2d(3, 6, 3, groups=3, bias=False), lambda: nn.BatchNorm2d(6)
+    ),
+    "weight norm": of(lambda: parametrizations.weight_norm(CONV()), lambda: nn.BatchNorm2d(6)),
+    "Linear": of(nn.Flatten, lambda: nn.Linear(243, 6, bias=False), lambda: nn.BatchNorm1d(6)),
+    "Linear of the last axis": of(
+        lambda: nn.Conv2d(3, 6, 3), nn.Flatten, lambda: nn.Linear(294, 4), lambda: nn.BatchNorm1d(4)
+    ),
+}  # fmt: skip
+OTHER_AXES = {
+    "1d": (of(lambda: nn.Conv1d(3, 6, 3, bias=False), lambda: nn.BatchNorm1d(6)), (3, 9)),
+    "3d": (of(lambda: nn.Conv3d(3, 6, 2), lambda: nn.BatchNorm3d(6)), (3, 4, 4, 4)),
+}
+ALL_KINDS = {name: (make, (3, 9, 9)) for name, make in KINDS.items()} | OTHER_AXES
 
 
-class Loop(nn.Module):
-    """What torch.fx cannot follow, and a run on this example does not reach."""
+@pytest.mark.parametrize("form", ["module", "state dict"])
+@pytest.mark.parametrize(("make", "shape"), ALL_KINDS.values(), ids=ALL_KINDS)
+def test_kinds_of_layers_and_batchnorms(make, shape, form):
+    x = nets.images(32, *shape)
+    folded = retrofit.fold(trained(made(make, 0)))
+    result = restored(make, folded, x, FORMS[form](folded, None))
+    (seat,) = retrofit.restoration_of(result).seats
+    before, after = make().get_submodule(seat.norm), result.get_submodule(seat.norm)
+    assert type(before) is type(after)
+    assert str(before) == str(after)  # eps, momentum, activation
+    if not isinstance(after, (nn.SyncBatchNorm, FrozenBatchNorm2d)):  # the one trains on GPUs alone
+        assert_learned(result, x)
+
+
+def test_float64_is_restored_in_float64():
+    def make():
+        return KINDS["no momentum"]().double()
+
+    x = nets.images(32, 3, 9, 9).double()
+    folded = retrofit.fold(trained(made(make, 0)))
+    result = restored(make, folded, x)
+    assert result[1].running_var.dtype == torch.float64
+    with torch.no_grad():
+        assert relative(result.eval()(x), folded(x)) < 1e-14
+
+
+class Twice(nn.Module):
+    """A block under two names, called twice."""
 
     def __init__(self):
         super().__init__()
-        self.net = Net()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3))
+        self.alias = self.block
 
     def forward(self, x):
-        return self.net(x) if float(x.sum()) == 0 else x.flatten(1).mean(1, keepdim=True)
+        return self.alias(F.gelu(self.block(x)))
 
 
-class Noisy(Net):
+class OneNormUnderTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, bias=False)
+        self.norm = self.alias = nn.BatchNorm2d(3)
+
     def forward(self, x):
-        return super().forward(x) + torch.rand(5)
+        return self.alias(self.conv(x))
 
 
-NO_WEIGHT = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).eval()
-BAD = [
-    (fresh, trained, "loads as it is: all of its BatchNorms are there"),
-    (fresh, lambda: without("head.weight"), r"has no head\.weight, of 1 tensors"),
-    (fresh, lambda: without("conv2.weight"), r"has no conv2\.weight"),
-    (
-        fresh,
-        lambda: folded_state(**{"conv2.weight": torch.zeros(9, 8, 3, 3)}),
-        r"conv2\.weight has shape \(9, 8, 3, 3\) in the state dict, and \(8, 8, 3, 3\) in the arch",
-    ),
-    (
-        fresh,
-        lambda: folded_state(**{"conv3.weight": torch.zeros(3)}),
-        r"keys 1 unexpected \(conv3\.weight\)",
-    ),
-    (
-        fresh,
-        lambda: folded_state(**{"conv2.weight": torch.zeros(8, 8, 3, 3, dtype=torch.int8)}),
-        r"of another kind \(conv2\.weight int8\)",
-    ),
-    (fresh, lambda: retrofit.fold(trained(activation=nn.Tanh)), "computes something else: output"),
-    (
-        fresh,
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3)).eval(),
-        "it has no more layers; pass key_map",
-    ),
-    (fresh, dict, "a mapping without tensors"),
-    (fresh, lambda: 3, "the folded network is a int: pass a module, a state dict, or the path"),
-    (fresh, lambda: "nowhere.pth", r"there is no file nowhere\.pth"),
-    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), folded_state, "has no BatchNorm to restore"),
-    (lambda: "resnet18", folded_state, "restore takes an nn.Module, not a str"),
-    (lambda: fresh().to("meta"), folded_state, "is on the meta device"),
-    (
-        lambda: copy.deepcopy(NO_WEIGHT),
-        lambda: retrofit.fold(NO_WEIGHT),
-        r"1 has no weight \(affine=False\)",
-    ),
-    (
-        lambda: retrofit.add_batchnorm(
-            nets.Residual().eval(), [nets.images(4, 3, 8, 8)], progress=False
-        ),
-        folded_state,
-        "was converted: restore takes the class as it was trained",
-    ),
-    (
-        lambda: Loop().eval(),
-        lambda: {f"net.{k}": t for k, t in folded_state().items()},
-        "nothing of this Loop",
-    ),
-    (
-        lambda: Noisy().eval(),
-        lambda: retrofit.fold(with_statistics(Noisy())),
-        "something else|random",
-    ),
-]
+@pytest.mark.parametrize("form", ["module", "state dict"])
+@pytest.mark.parametrize("make", [Twice, OneNormUnderTwoNames])
+def test_shared_layers(make, form):
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(make, 0)))
+    result = restored(make, folded, x, FORMS[form](folded, None))
+    assert len(retrofit.restoration_of(result).seats) == 1
+    assert result.alias is (result.block if make is Twice else result.norm)
 
 
-@pytest.mark.parametrize(("architecture", "folded", "message"), BAD)
-def test_what_cannot_be_restored_is_refused_by_name(architecture, folded, message):
-    with pytest.raises(RetrofitError, match=message):
-        restored(architecture(), folded())
+def test_a_batchnorm_that_was_not_folded_is_taken_over():
+    make = of(CONV, lambda: nn.BatchNorm2d(6), nn.ReLU, lambda: nn.BatchNorm2d(6))
+    x = nets.images(32, 3, 9, 9)
+    model = trained(made(make, 0))
+    with pytest.warns(UserWarning, match="1 of 2 BatchNorms stay"):
+        folded = retrofit.fold(model)
+    result = restored(make, folded, x)
+    assert retrofit.restoration_of(result).kept == ("3",)
+    for name, tensor in model[3].state_dict().items():
+        assert torch.equal(result[3].state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ([], "there is no data"),
-        ([X[:1]], "at least 2 images"),
-        ([X.where(X < 2, torch.nan)], "NaN"),
-        ([X[:, :1]], "channels"),
-    ],
-)
-def test_so_is_data_that_tells_nothing(data, message):
-    with pytest.raises(RetrofitError, match=message):
-        restored(fresh(), retrofit.fold(trained()).state_dict(), data)
+# --- names --------------------------------------------------------------------------------------
 
 
-def test_a_name_in_key_map_that_is_none():
-    with pytest.raises(RetrofitError, match=r"key_map leads to 'conv9\.weight'"):
-        restored(fresh(), folded_state(), key_map={"conv1.weight": "conv9.weight"})
+@pytest.mark.parametrize("fold", FOLDS.values(), ids=FOLDS)
+def test_layers_under_other_names_are_matched_in_the_order_of_execution(fold):
+    other = trained(made(lambda: Small(("a", "b", "c")), 0))
+    groups = [("a", "a_norm"), ("b", "b_norm"), ("c", "c_norm")]
+    folded = by_ao(*groups)(other) if fold in list(FOLDS.values())[3:] else fold(other)
+    x = nets.images(32, 3, 9, 9)
+    with_names = restored(Small, folded, x)
+    same = restored(Small, retrofit.fold(trained(made(Small, 0))), x)
+    for key, tensor in same.state_dict().items():
+        torch.testing.assert_close(with_names.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("default:the statistics of:UserWarning")
-def test_a_sample_that_is_too_small_is_said_to_be():
-    with pytest.warns(UserWarning, match=r"the statistics of 2 images are uncertain by \d+%"):
-        restored(fresh(), retrofit.fold(trained()), [nets.images(2, 3, 7, 7)])
+def test_key_map_gives_a_state_dict_its_names():
+    folded = retrofit.fold(trained(made(lambda: Small(("a", "b", "c")), 0)))
+    x = nets.images(32, 3, 9, 9)
+    names = dict(zip(("a", "b", "c"), Small().names, strict=True))
+    key_map = {f"{a}.{t}": f"{b}.{t}" for a, b in names.items() for t in ("weight", "bias")}
+    result = restored(Small, folded, x, folded.state_dict(), key_map=key_map)
+    torch.testing.assert_close(result.stem.weight, folded.a.weight)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net."])
+@pytest.mark.parametrize("fold", [FOLDS["retrofit"], FOLDS["torch.ao with relu"]])
+def test_prefixes_of_wrappers(fold, prefix):
+    folded = fold(trained(made(Small, 0)))
+    x = nets.images(32, 3, 9, 9)
+    state = {prefix + key: tensor for key, tensor in folded.state_dict().items()}
+    restored(Small, folded, x, state)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "0."])
+def test_fused_modules_in_a_sequential_whose_names_are_numbers(prefix):
+    make = of(CONV, lambda: nn.BatchNorm2d(6), nn.ReLU, lambda: nn.Conv2d(6, 4, 1),
+              lambda: nn.BatchNorm2d(4))  # fmt: skip
+    folded = by_ao(("0", "1", "2"), ("3", "4"))(trained(made(make, 0)))
+    assert "0.0.weight" in folded.state_dict()
+    state = {prefix + key: tensor for key, tensor in folded.state_dict().items()}
+    restored(make, folded, nets.images(32, 3, 9, 9), state)
+
+
+# --- data, and how the network is called --------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    """torch.fx cannot follow it, and it takes two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.a_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.b, self.b_norm = nn.Linear(9, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x, *, y):
+        if y.sum() > 1e9:
+            return y
+        return (
+            self.a_norm(self.a(x)).mean((2, 3))
+            + self.b_norm(self.b(y.mean(2).flatten(0, 1)))[: len(x)]
+        )
+
+
+def call_with_both(model, batch):
+    return model(batch, y=batch * 2)
+
+
+def test_forward_fn_calls_the_network_everywhere():
+    x = nets.images(32, 3, 9, 9)
+    model = trained(made(TwoInputs, 0))
+    folded = retrofit.fold(model, example={"x": x, "y": x})
+    assert not batchnorms(folded)
+    for form in (folded, folded.state_dict()):
+        result = retrofit.restore(
+            made(TwoInputs, 1), form, [x], forward_fn=call_with_both, progress=False
+        )
+        with torch.no_grad():
+            expected = call_with_both(folded, x)
+            assert relative(call_with_both(result.eval(), x), expected) < 5e-6
+
+
+def test_another_default_device_changes_nothing():
+    x = nets.images(32, 3, 9, 9)
+    architecture, folded = made(Small, 1), retrofit.fold(trained(made(Small, 0)))
+    other = retrofit.fold(trained(made(lambda: Small(("a", "b", "c")), 0)))
+    for form in (folded, folded.state_dict(), other):
+        expected = retrofit.restore(architecture, form, [x], progress=False).state_dict()
+        with torch.device("meta"):
+            found = retrofit.restore(architecture, form, [x], progress=False).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+def test_data_may_be_an_iterator_and_max_images_ends_it():
+    x = nets.images(96, 3, 9, 9)
+    folded = retrofit.fold(trained(made(Small, 0)))
+    whole = retrofit.restore(made(Small, 1), folded, [x[:64]], progress=False)
+    parts = retrofit.restore(
+        made(Small, 1), folded, iter(x.split(32)), progress=False, max_images=64
+    )
+    for key, tensor in whole.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(parts.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
+    assert retrofit.restoration_of(parts).images == 64
+    assert parts.stem_norm.num_batches_tracked == 2
+
+
+# --- what is said of it -------------------------------------------------------------------------
+
+
+def test_the_restoration_is_told_and_survives_a_pickle():
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(Small, 0)))
+    result = restored(Small, folded, x)
+    found = retrofit.restoration_of(result)
+    assert found == retrofit.restoration_of(pickle.loads(pickle.dumps(result)))  # noqa: S301
+    assert found == retrofit.restoration_of(copy.deepcopy(result))
+    assert retrofit.restoration_of(folded) is None
+    assert (found.images, found.compared, found.kept) == (32, 32, ())
+    assert found.worst in found.seats
+    assert found.relative < 5e-6
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["BatchNorm", "layer", "channels", "folded", "bias", "difference"]
+    assert any(line.split()[:4] == ["first_norm", "first", "8", "layer"] for line in lines)
+    assert "3 BatchNorms restored; statistics of 32 images (standard error" in lines[-1]
+    with pytest.raises(retrofit.RetrofitError, match=r"expected an nn\.Module, not a OrderedDict"):
+        retrofit.restoration_of(folded.state_dict())
+
+
+# --- what comes back ----------------------------------------------------------------------------
+
+
+def test_class_eps_momentum_mode_and_flags_are_those_of_the_architecture():
+    def make():
+        model = Small().train()
+        model.stem_norm = nn.SyncBatchNorm(8, eps=1e-3, momentum=0.01)
+        model.head.requires_grad_(requires_grad=False)
+        return model
+
+    result = restored(make, retrofit.fold(trained(made(make, 0))), nets.images(32, 3, 9, 9))
+    assert type(result.stem_norm) is nn.SyncBatchNorm
+    assert (result.stem_norm.eps, result.stem_norm.momentum) == (1e-3, 0.01)
+    assert result.training
+    assert not result.head.weight.requires_grad
+    assert result.stem.weight.requires_grad
+
+
+def test_the_result_can_be_folded_again_and_saved(tmp_path):
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(Small, 0)))
+    result = restored(Small, folded, x).eval()
+    assert relative(retrofit.fold(result)(x), folded(x)) < 5e-6
+    retrofit.save(result, tmp_path / "restored.safetensors")
+    loaded = retrofit.load(tmp_path / "restored.safetensors", made(Small, 1).eval())
+    assert torch.equal(loaded(x), result(x))

@@ -4,7 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from test_folding_kinds import trained
+from normed_networks import trained
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 

@@ -8,7 +8,8 @@ import nets
 import numpy as np
 import pytest
 import torch
-from test_folding_kinds import assert_folded, trained
+from normed_networks import trained
+from test_folding_kinds import assert_folded
 from torch import nn
 
 import retrofit

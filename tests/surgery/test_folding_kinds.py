@@ -9,6 +9,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from normed_networks import MyBatchNorm, OfTheBatch, trained
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -16,18 +17,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import retrofit
 from retrofit.surgery.affine_map import batchnorms
-
-
-def trained(model, seed=5):
-    """In eval mode, with numbers as after training in every BatchNorm, whatever its class."""
-    generator = torch.Generator().manual_seed(seed)
-    for norm in batchnorms(model).values():
-        norm.running_mean.copy_(torch.randn(norm.running_mean.shape, generator=generator))
-        norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=generator) * 3 + 0.01)
-        for tensor in (norm.weight, norm.bias):
-            if tensor is not None:
-                tensor.data.copy_(torch.randn(tensor.shape, generator=generator))
-    return model.eval()
 
 
 def assert_folded(model, x, *, left=(), example=None):
@@ -48,24 +37,6 @@ def assert_folded(model, x, *, left=(), example=None):
 
 
 # --- BatchNorms --------------------------------------------------------------------------------
-
-
-class ConstantEps(nn.Module):
-    """As in detection transformers: eps is known to nobody but its own code."""
-
-    def __init__(self, channels):
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.ones(channels))
-
-    def forward(self, x):
-        scale = self.weight * (self.running_var + 1e-2).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
-class MyBatchNorm(ConstantEps):
-    """Its name says that it is one."""
 
 
 class OwnEps(nn.BatchNorm2d):
@@ -126,13 +97,6 @@ def test_the_activation_of_a_batchnorm_keeps_its_name_and_key():
     assert list(folded.state_dict()) == ["0.weight", "0.bias", "1.act.weight"]
     plain = trained(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, apply_act=False)))
     assert type(retrofit.fold(plain)[1]) is nn.Identity
-
-
-class OfTheBatch(nn.BatchNorm2d):
-    """Normalises by the batch in eval mode too."""
-
-    def forward(self, x):
-        return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
 
 class ActivatedFirst(nn.BatchNorm2d):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_folding_kinds import assert_folded, trained
+from normed_networks import trained
+from test_folding_kinds import assert_folded
 from torch import nn
 from torch.nn.utils import prune
 
