@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import RetrofitError, UnequalError
+from retrofit.errors import RetrofitError
 from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
 from retrofit.files.state_dicts import State
-from retrofit.numerics.comparison import Comparison
 from retrofit.restoring.skeleton import skeleton_of
-from retrofit.restoring.sources import Layer, Outputs, Source
+from retrofit.restoring.sources import Layer, Source
 from retrofit.surgery.fold_pairs import Pairs
 from retrofit.tables import few
-
-NEARLY = 1e-5  # of the largest output: more than other roundings make, less than other arithmetic
 
 
 class Match(NamedTuple):
@@ -199,54 +196,3 @@ def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tu
             yield name, state.get(alias, theirs.get(name))
         elif name not in parameters:
             yield name, tensor  # a constant, such as a table of positions
-
-
-# --- the proof ----------------------------------------------------------------------------------
-
-
-def refuse_other_outputs(run: Callable[[], Outputs], actual: Outputs, source: Source) -> None:
-    """Raise UnequalError unless the architecture computes with these weights what they did.
-
-    Args:
-        run: gives the outputs of the folded network.
-        actual: those of the architecture.
-        source: for messages.
-    """
-    expected = run()
-    if source.exported and len(actual) >= len(expected):  # of which an exporter drops some
-        actual = dict(zip(expected, actual.values(), strict=False))
-    found = _said(expected, actual)
-    if not found:
-        return
-    if _said(expected, run()):
-        raise RetrofitError(
-            f"{source.name} computes something else each time that it runs, so that nobody can "
-            "tell whether the architecture computes it, too: seed what is random in it"
-        )
-    raise UnequalError(
-        f"the architecture with the weights of {source.name} computes something else: {found} "
-        "(another activation, stride or padding, or layers in another order)"
-    )
-
-
-def _said(expected: Outputs, actual: Outputs) -> str:
-    """Say in what outputs differ; "" if in nothing but rounding."""
-    shapes = [{name: tuple(t.shape) for name, t in one.items()} for one in (expected, actual)]
-    if shapes[0] != shapes[1]:
-        return f"outputs of shapes {shapes[1]} instead of {shapes[0]}"
-    name, difference = largest_difference(expected, actual)
-    if not difference <= NEARLY:
-        return f"{name} differs by {difference:.1e} of its largest value"
-    return ""
-
-
-def largest_difference(expected: Outputs, actual: Outputs) -> tuple[str, float]:
-    """Find the output with the largest difference, over its largest absolute value, and this."""
-    found: dict[str, float] = {}
-    for name, tensor in expected.items():
-        compared = Comparison()
-        compared.add(tensor, actual[name], name)
-        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-        found[name] = compared.max_abs / largest if compared.max_abs else 0.0
-    worst = max(found, key=lambda name: found[name])
-    return worst, found[worst]

@@ -23,7 +23,8 @@ class Seat:
         channels: how many.
         bias: where the folded bias is now: "layer", or "running_mean" where the architecture's
             layer has none; empty where the folded layer had none.
-        relative: largest difference of what comes out of the BatchNorm, over the root mean square.
+        relative: largest difference of what the BatchNorm gives for the folded network's own input,
+            over the root mean square.
     """
 
     layer: str
@@ -42,6 +43,9 @@ class Restoration:
         kept: paths of the BatchNorms that had not been folded, taken over as they are.
         exact: outputs equal those of the folded network bit for bit.
         relative: largest difference of an output, over that output's largest absolute value.
+        outputs_jump: the outputs are empty, or differ as much once the last bits of the folded
+            network's own layers are others, as where a detector chooses boxes. They tell nothing
+            then; the seats do.
         compared: images that both were compared on, those of the first batch.
         images: images behind the statistics.
         standard_error: of the statistics, in standard deviations, as `Calibration` has it.
@@ -51,6 +55,7 @@ class Restoration:
     kept: tuple[str, ...]
     exact: bool
     relative: float
+    outputs_jump: bool
     compared: int
     images: int
     standard_error: float
@@ -67,15 +72,22 @@ class Restoration:
             for s in self.seats
         ]
         kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
-        verdict = (
-            "equal bit for bit" if self.exact else f"equal to {self.relative:.1e} of the largest"
-        )
         return (
             f"{table(head, rows, right='channels,difference')}\n"
             f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
-            f"(standard error {self.standard_error:.1%}); on {self.compared} images outputs are "
-            f"{verdict}"
+            f"(standard error {self.standard_error:.1%}); on {self.compared} images "
+            f"{self._verdict()}"
         )
+
+    def _verdict(self) -> str:
+        if self.outputs_jump:
+            return (
+                f"BatchNorms are equal to {self.worst.relative:.1e} (outputs are empty, or jump "
+                "with the last bit of a layer, and tell nothing)"
+            )
+        if self.exact:
+            return "outputs are equal bit for bit"
+        return f"outputs are equal to {self.relative:.1e} of the largest"
 
 
 def attach(model: nn.Module, restoration: Restoration) -> None:

@@ -467,3 +467,61 @@ def test_the_result_can_be_folded_again_and_saved(tmp_path):
     retrofit.save(result, tmp_path / "restored.safetensors")
     loaded = retrofit.load(tmp_path / "restored.safetensors", made(Small, 1).eval())
     assert torch.equal(loaded(x), result(x))
+
+
+# --- outputs that tell nothing ------------------------------------------------------------------
+
+
+class Chosen(Small):
+    """As a detector: what comes first hangs on the last bit."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.flatten()[torch.frac(y * 1e6).abs().flatten().argsort()]
+
+
+class Found(Small):
+    """As a detector that finds nothing."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return {"boxes": y[y > 1e9], "scores": y.abs()[y > 1e9]}
+
+
+@pytest.mark.parametrize("make", [Chosen, Found])
+@pytest.mark.parametrize("form", ["module", "state dict"])
+def test_where_outputs_tell_nothing_the_batchnorms_do(make, form):
+    x = nets.images(32, 3, 9, 9)
+    model = trained(made(make, 0))
+    folded = retrofit.fold(model, example=x)
+    given = FORMS[form](folded, None)
+    result = retrofit.restore(made(make, 1), given, [x], progress=False)
+    found = retrofit.restoration_of(result)
+    assert found.outputs_jump
+    assert found.worst.relative < 5e-6
+    assert "BatchNorms are equal to" in str(found)
+    with torch.no_grad():  # the class without the choice computes the same
+        assert relative(Small.forward(result.eval(), x), Small.forward(folded, x)) < 5e-6
+
+
+def test_an_architecture_is_not_proved_by_outputs_that_jump():
+    class OtherActivation(Chosen):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.Tanh()
+
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(OtherActivation, 0)), example=x)
+    with pytest.warns(UserWarning, match="whether the architecture computes .* cannot be told"):
+        retrofit.restore(made(Chosen, 1), folded, [x], progress=False)
+
+
+def test_code_that_looks_at_its_batchnorms_is_refused():
+    class Looks(Small):
+        def forward(self, x):
+            return super().forward(x) + (1 if isinstance(self.stem_norm, nn.BatchNorm2d) else 0)
+
+    x = nets.images(32, 3, 9, 9)
+    folded = by_hand(trained(made(Looks, 0)))
+    with pytest.raises(retrofit.RetrofitError):
+        retrofit.restore(made(Looks, 1), folded.state_dict(), [x], progress=False)
