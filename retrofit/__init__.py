@@ -14,27 +14,31 @@ resnet   = retrofit.restore(resnet50(), folded, images)   # folded weights in th
 Which module may import which stands in pyproject.toml, under [tool.importlinter].
 """
 
-from retrofit.calibration.calibrate import calibrate
-from retrofit.calibration.observer import MomentObserver, channel_moments
-from retrofit.calibration.recalibrate import Recalibration, recalibrate
-from retrofit.calibration.sample_errors import Calibration, SiteSample
-from retrofit.checking.drift import BatchDrift, Drift, drift
-from retrofit.checking.verify import Verification, verify
-from retrofit.conversion import add_batchnorm, convert, insert, prepare
-from retrofit.errors import NonFiniteError, PeerError, RetrofitError
-from retrofit.files.checkpoint import load, save
-from retrofit.files.onnx_modules import module_from_onnx
-from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
-from retrofit.numerics.comparison import Difference
-from retrofit.numerics.moments import ChannelMoments
-from retrofit.planning.plan import plan
-from retrofit.plans import Plan, Site
-from retrofit.restoring.restoration import Restoration, Seat, restoration_of
-from retrofit.restoring.restore import restore
-from retrofit.surgery.batchnorm import LastAxisBatchNorm
-from retrofit.surgery.folding import fold, unfoldable
-from retrofit.surgery.record import plan_of
-from retrofit.version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrofit.calibration.calibrate import calibrate
+    from retrofit.calibration.observer import MomentObserver, channel_moments
+    from retrofit.calibration.recalibrate import Recalibration, recalibrate
+    from retrofit.calibration.sample_errors import Calibration, SiteSample
+    from retrofit.checking.drift import BatchDrift, Drift, drift
+    from retrofit.checking.verify import Verification, verify
+    from retrofit.conversion import add_batchnorm, convert, insert, prepare
+    from retrofit.errors import NonFiniteError, PeerError, RetrofitError
+    from retrofit.files.checkpoint import load, save
+    from retrofit.files.onnx_modules import module_from_onnx
+    from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
+    from retrofit.numerics.comparison import Difference
+    from retrofit.numerics.moments import ChannelMoments
+    from retrofit.planning.plan import plan
+    from retrofit.plans import Plan, Site
+    from retrofit.restoring.restoration import Restoration, Seat, restoration_of
+    from retrofit.restoring.restore import restore
+    from retrofit.surgery.batchnorm import LastAxisBatchNorm
+    from retrofit.surgery.folding import fold, unfoldable
+    from retrofit.surgery.record import plan_of
+    from retrofit.version import __version__
 
 __all__ = [
     "BatchDrift",
@@ -77,6 +81,43 @@ __all__ = [
     "unfreeze_statistics",
     "verify",
 ]
+
+# The same modules again: each is imported when one of its names is first asked for, so that
+# `import retrofit`, the help of the command and its errors about arguments wait for no torch.
+_NAMES = {
+    "calibration.calibrate": ("calibrate",),
+    "calibration.observer": ("MomentObserver", "channel_moments"),
+    "calibration.recalibrate": ("Recalibration", "recalibrate"),
+    "calibration.sample_errors": ("Calibration", "SiteSample"),
+    "checking.drift": ("BatchDrift", "Drift", "drift"),
+    "checking.verify": ("Verification", "verify"),
+    "conversion": ("add_batchnorm", "convert", "insert", "prepare"),
+    "errors": ("NonFiniteError", "PeerError", "RetrofitError"),
+    "files.checkpoint": ("load", "save"),
+    "files.onnx_modules": ("module_from_onnx",),
+    "finetuning": ("freeze_statistics", "param_groups", "unfreeze_statistics"),
+    "numerics.comparison": ("Difference",),
+    "numerics.moments": ("ChannelMoments",),
+    "planning.plan": ("plan",),
+    "plans": ("Plan", "Site"),
+    "restoring.restoration": ("Restoration", "Seat", "restoration_of"),
+    "restoring.restore": ("restore",),
+    "surgery.batchnorm": ("LastAxisBatchNorm",),
+    "surgery.folding": ("fold", "unfoldable"),
+    "surgery.record": ("plan_of",),
+    "version": ("__version__",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+if not TYPE_CHECKING:  # to a type checker it would say that there is every name
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, the first time that it is used."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        value = globals()[name] = getattr(module, name)
+        return value
 
 
 def __dir__() -> list[str]:

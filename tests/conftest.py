@@ -12,7 +12,13 @@ from retrofit.cli import main
 
 # Of the server whose forks are the processes of the tests: they need not import it each.
 multiprocessing.set_forkserver_preload(
-    ["retrofit.cli", "torchvision.transforms.v2", "safetensors.torch", "hypothesis", "pytest"]
+    [
+        "retrofit.cli.commands",
+        "torchvision.transforms.v2",
+        "safetensors.torch",
+        "hypothesis",
+        "pytest",
+    ]
 )
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores would wait for each other

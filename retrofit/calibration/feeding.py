@@ -179,7 +179,7 @@ def _on_device(
     if device is None or origin is None or str(device) == str(origin):
         yield origin
         return
-    target = _usable(device)
+    target = usable(device)
     parameters = [(p, p.data, p.grad) for p in model.parameters()]
     buffers = [
         (module, name, buffer)
@@ -202,7 +202,7 @@ def _on_device(
             observer.to(origin)
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable(device: torch.device | str) -> torch.device:
     """Return the device that this names; RetrofitError if nothing can be computed on it."""
     try:
         target = torch.device(device)

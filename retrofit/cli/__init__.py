@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from retrofit.cli.arguments import parse
-from retrofit.cli.commands import carry_out
 from retrofit.cli.text import fail, show_warning
 from retrofit.errors import PeerError, RetrofitError, UnequalError, UnfinishedError
 
@@ -29,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     request, debug = parse(argv)
     try:
         with _warnings_in_one_line(), _terminable():
+            # Not before: it imports torch, which takes seconds, and what was asked for is right.
+            from retrofit.cli.commands import carry_out  # noqa: PLC0415
+
             code = carry_out(request)
         sys.stdout.flush()
     except RetrofitError as error:

@@ -12,16 +12,17 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import torch
-
 from retrofit.cli import requests
-from retrofit.cli.convert import DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
-from retrofit.files.model_sources import NAMES
-from retrofit.files.weights import KINDS, SUFFIXES
+from retrofit.cli.requests import DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
+from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.tables import one_line
 from retrofit.version import __version__
 
+MODEL = (
+    "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "
+    "package.module:factory, path/to/file.py:factory, or path/to/file.onnx"
+)
 DATA = (
     "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz, NHWC or NHW, of "
     "uint8, uint16, or floats from 0 to 1"
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=NAMES)
+    parser.add_argument("model", help=MODEL)
     _add_plan(parser)
     text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
     parser.add_argument("--data", type=Path, help=text)
@@ -96,9 +97,9 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
 
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help=NAMES)
+    add("model", help=MODEL)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
-    add("--device", type=_device, help="for the calibration; default: cpu")
+    add("--device", help="for the calibration; default: cpu")
     add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
     text = "kept while calibrating; a killed run goes on from it"
     add("--state", type=Path, metavar="FILE", help=text)
@@ -131,17 +132,17 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
     _describe_fold(parser)
     text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
     parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
-    parser.add_argument("--device", type=_device, help="default: cpu")
+    parser.add_argument("--device", help="default: cpu")
     _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
 
 
 def _describe_restore(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="ARCHITECTURE", help=f"the network before folding: {NAMES}")
+    add("model", metavar="ARCHITECTURE", help=f"the network before folding: {MODEL}")
     add("--weights", required=True, metavar="FILE", help=f"the folded network: {FILE}, or .onnx")
     _add_weights_key(parser, "FILE")
     _add_output(parser, OUTPUT)
-    add("--device", type=_device, help="for the calibration; default: cpu")
+    add("--device", help="for the calibration; default: cpu")
     add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
     _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
 
@@ -233,7 +234,7 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    text = f"{NAMES}; default: what the file says, if torchvision has it"
+    text = f"{MODEL}; default: what the file says, if torchvision has it"
     parser.add_argument("--model", help=text)
 
 
@@ -340,10 +341,3 @@ def _fraction(text: str) -> float:
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
     return number
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no device such as cpu or cuda") from error

@@ -17,6 +17,7 @@ from torch import nn
 import retrofit
 from retrofit import RetrofitError, Verification, demo
 from retrofit.cli.convert import planned, run_convert
+from retrofit.cli.norm_table import norm_table
 from retrofit.cli.requests import (
     AdaptRequest,
     ConvertRequest,
@@ -30,8 +31,8 @@ from retrofit.cli.requests import (
     VerifyRequest,
 )
 from retrofit.cli.restore import run_restore
-from retrofit.cli.sample import naming_pictures, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table, show_warning
+from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.text import error_in_words, facts_table, fail, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_sources import build, trained
 from retrofit.files.onnx_files import is_onnx
@@ -101,6 +102,7 @@ def run_fold(request: FoldRequest) -> int:
 def run_adapt(request: AdaptRequest) -> int:
     """Recalibrate the model of a file layer by layer, and save it."""
     check_output(request.output, overwrite=request.overwrite)
+    check_device(request.pictures)
     file = open_weights(request.file)
     model, name = _load(file, request.model, request.weights_key)
     if not _batchnorms(model):

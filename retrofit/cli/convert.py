@@ -16,9 +16,24 @@ from retrofit import Calibration, Plan, RetrofitError, Verification
 from retrofit.atomic_write import write_whole
 from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
-from retrofit.cli.requests import ConvertRequest, PictureOptions, PlanOptions
-from retrofit.cli.sample import Sample, naming_pictures, open_data, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, list_bad, norm_table
+from retrofit.cli.norm_table import norm_table
+from retrofit.cli.requests import (
+    DEFAULT_IMAGES,
+    DRIFT_IMAGES,
+    TEST_IMAGES,
+    ConvertRequest,
+    PictureOptions,
+    PlanOptions,
+)
+from retrofit.cli.sample import (
+    Sample,
+    check_device,
+    list_bad,
+    naming_pictures,
+    open_data,
+    sample_for,
+)
+from retrofit.cli.text import error_in_words, facts_table, fail
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
@@ -26,13 +41,10 @@ from retrofit.files.onnx_batchnorms import Agreement, agreement, with_batchnorms
 from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
-from retrofit.files.weights import SUFFIXES
+from retrofit.files.suffixes import SUFFIXES
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.tables import table
 
-DEFAULT_IMAGES = 1024
-DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
-TEST_IMAGES = 16
 # Options that the processes of one conversion may have different values of.
 OF_A_PROCESS = {"data", "output", "overwrite", "report", "state", "weights", "weights_key"}
 OF_A_PROCESS |= {"workers", "device"}
@@ -146,8 +158,9 @@ def _sample(request: ConvertRequest, processes: Processes) -> Sample:
         raise RetrofitError(
             f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
         )
-    model = trained(request.model, request.weights, request.weights_key)
     options = replace(options, device=_own_device(options.device))
+    check_device(options)
+    model = trained(request.model, request.weights, request.weights_key)
     return sample_for(model, request.model, options, request.weights, pictures)
 
 
@@ -163,14 +176,13 @@ def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, 
     return found
 
 
-def _own_device(device: torch.device | None) -> torch.device | None:
+def _own_device(device: str | None) -> str | None:
     """Choose the GPU of this process: of those of a machine, each has one."""
     local = os.environ.get("LOCAL_RANK")
-    shared = device is not None and device.type == "cuda" and device.index is None
-    if not (shared and local and torch.cuda.is_available()):
+    if not (device == "cuda" and local and torch.cuda.is_available()):
         return device
     torch.cuda.set_device(int(local))  # where memory is pinned, and what nccl uses
-    return torch.device("cuda", int(local))
+    return f"cuda:{local}"
 
 
 def _chosen(request: ConvertRequest, sample: Sample, processes: Processes) -> Sequence[int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from retrofit.plans import LayoutName, Placement
+
+DEFAULT_IMAGES = 1024
+DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
+TEST_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class PictureOptions:
         batch_size, workers: pictures in a batch, and processes that read them.
         resize, crop, mean, std: what differs from how the model was trained.
         skip_bad_images: leave out what cannot be read.
-        device: where the model runs.
+        device: where the model runs, as torch names it.
     """
 
     data: Path | None
@@ -34,7 +36,7 @@ class PictureOptions:
     batch_size: int
     images: int | None = None
     workers: int = 0
-    device: torch.device | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import retrofit
 from retrofit.cli.requests import RestoreRequest
-from retrofit.cli.sample import naming_pictures, sample_for
-from retrofit.cli.text import list_bad
+from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build
 
@@ -15,6 +14,7 @@ from retrofit.files.model_sources import build
 def run_restore(request: RestoreRequest) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
+    check_device(request.pictures)
     architecture = build(request.model).eval()
     sample = sample_for(architecture, request.model, request.pictures)
     batches = sample.batches(sample.chosen)

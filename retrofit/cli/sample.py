@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.transforms import Compose
 
+from retrofit.calibration.feeding import usable
 from retrofit.cli.requests import PictureOptions
 from retrofit.errors import NonFiniteError
 from retrofit.files.model_sources import transforms
@@ -23,6 +25,7 @@ from retrofit.pictures.preprocessing import Transform, black, preprocessing
 from retrofit.pictures.sources import Pictures, open_pictures
 from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
+from retrofit.tables import one_line
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,6 @@ class Sample:
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""
-        device = self.options.device
         return PictureBatches(
             self.pictures,
             indices,
@@ -79,7 +81,7 @@ class Sample:
             channels=self.channels,
             lists=takes_lists(self.model),
             skip_bad=self.options.skip_bad_images,
-            pin=device is not None and device.type == "cuda" and torch.cuda.is_available(),
+            pin=(self.options.device or "").startswith("cuda") and torch.cuda.is_available(),
         )
 
     def example(self, indices: Sequence[int]) -> Any:
@@ -88,6 +90,12 @@ class Sample:
             self.options, batch_size=min(self.options.batch_size, 2), workers=0
         )
         return next(iter(dataclasses.replace(self, options=few).batches(indices)))
+
+
+def check_device(options: PictureOptions) -> None:
+    """Raise RetrofitError for a device that nothing can be computed on, before the work is done."""
+    if options.device is not None:
+        usable(options.device)
 
 
 def open_data(options: PictureOptions) -> Pictures:
@@ -133,3 +141,12 @@ def naming_pictures(batches: PictureBatches) -> Iterator[None]:
     except NonFiniteError as error:
         name = None if error.image is None else batches.names[error.item]
         raise NonFiniteError(error.site, error.item, error.image, name) from None
+
+
+def list_bad(pictures: Pictures, names: Sequence[str]) -> None:
+    """Print what was left out: damaged shards, and pictures that could not be read."""
+    for shard in pictures.bad:
+        print(one_line(f"used in part or not at all: {shard}"), file=sys.stderr)
+    if bad := list(dict.fromkeys(names)):
+        text = f"left out {len(bad)} unreadable pictures: {', '.join(bad)}"
+        print(one_line(text), file=sys.stderr)

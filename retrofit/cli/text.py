@@ -1,18 +1,12 @@
-"""What the commands print: errors in one line, facts in two columns, tables of BatchNorms."""
+"""What the commands print: errors and warnings in one line, facts in two columns."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-import numpy as np
-from torch import Tensor
-
-from retrofit.errors import RetrofitError
-from retrofit.numerics.batchnorm_summary import batchnorm_paths, summarised
-from retrofit.pictures.sources import Pictures
-from retrofit.tables import one_line, table
+from retrofit.tables import one_line
 
 
 def fail(message: str, code: int) -> int:
@@ -36,33 +30,3 @@ def error_in_words(value: float) -> str:
     if math.isinf(value):
         return "not known, from one picture or from equal ones"
     return f"{value:.2%} of sigma (99 % of all channels)"
-
-
-def list_bad(pictures: Pictures, names: Sequence[str]) -> None:
-    """Print what was left out: damaged shards, and pictures that could not be read."""
-    for shard in pictures.bad:
-        print(one_line(f"used in part or not at all: {shard}"), file=sys.stderr)
-    if bad := list(dict.fromkeys(names)):
-        text = f"left out {len(bad)} unreadable pictures: {', '.join(bad)}"
-        print(one_line(text), file=sys.stderr)
-
-
-def norm_table(tensors: Mapping[str, Tensor], eps: float, first: Sequence[str] = ()) -> str:
-    """Make a table with one row for each BatchNorm in a state dict, those at `first` first."""
-    found = batchnorm_paths(tensors)
-    paths = [path for path in first if path in found]
-    paths += [path for path in found if path not in paths]
-    head = ("BatchNorm", "channels", "mean", "std", "constant", "exact identity")
-    if not paths:
-        return "no BatchNorm"
-    return table(head, [_row(tensors, path, eps) for path in paths], right=",".join(head[1:]))
-
-
-def _row(tensors: Mapping[str, Tensor], path: str, eps: float) -> tuple[str, ...]:
-    try:
-        norm = summarised(tensors, path, eps)
-    except RetrofitError:
-        return (path, "-", "not those of a BatchNorm", "-", "-", "-")
-    spans = (f"{np.min(x):.3g} to {np.max(x):.3g}" for x in (norm.mean, norm.std))
-    constant = str(int(norm.constant.sum()))
-    return (path, str(len(norm)), *spans, constant, f"{norm.identity}/{len(norm)}")

@@ -29,7 +29,8 @@ from retrofit.files.model_sources import torchvision_model
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
 from retrofit.files.provenance import Provenance, provenance_of
-from retrofit.files.weights import PICKLED, SUFFIXES, WeightsFile, open_weights
+from retrofit.files.suffixes import PICKLED, SUFFIXES
+from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.option_checks import check_flags, check_text
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy

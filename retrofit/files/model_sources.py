@@ -24,15 +24,11 @@ from retrofit.files.fitting import fits, fitted, load_weights
 from retrofit.files.onnx_files import is_onnx, picture_size
 from retrofit.files.onnx_modules import module_from_onnx
 from retrofit.files.shards import INDEX
-from retrofit.files.weights import KINDS, READ, WeightsFile, open_weights
+from retrofit.files.suffixes import KINDS, READ
+from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.pictures.preprocessing import DETECTION_PRESET, PRESET, Transform, Transforms
 from retrofit.running.input_channels import input_dtype
 from retrofit.running.signatures import takes_lists
-
-NAMES = (
-    "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "
-    "package.module:factory, path/to/file.py:factory, or path/to/file.onnx"
-)
 
 
 def build(spec: str) -> nn.Module:

@@ -26,11 +26,8 @@ from retrofit.files.state_dicts import (
     under,
     with_weights,
 )
+from retrofit.files.suffixes import KINDS, READ
 
-PICKLED = (".pth", ".pt")
-SUFFIXES = (".safetensors", *PICKLED)  # of what is written
-READ = (*SUFFIXES, ".ckpt", ".bin")  # of what is read, by its content
-KINDS = " or ".join((", ".join(READ[:-1]), READ[-1]))
 PARALLEL = ("module.", "_orig_mod.")  # prefixes that no network gives its own keys
 
 

@@ -330,7 +330,7 @@ CASES = [
     (f"{CONVERT} --std 0 1 1", 2, "the std must be positive, not 0.0 1.0 1.0"),
     (f"{CONVERT} --tolerance 2", 2, "argument --tolerance: 2 is not between 0 and 1"),
     (f"{CONVERT} --tolerance nan", 2, "argument --tolerance: nan is not a number"),
-    (f"{CONVERT} --device gpu", 2, "argument --device: gpu is no device such as cpu or cuda"),
+    (f"{CONVERT} --device gpu", 2, "device gpu cannot be used here: torch calls its devices"),
     (f"{CONVERT} --device meta", 2, "device meta cannot be used here"),
     (f"{CONVERT} --include nope", 2, "'nope' matches none of the 2 convolutions"),
     (f"{CONVERT} --crop 4", 2, "Kernel size can't be greater than actual input size"),

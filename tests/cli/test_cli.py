@@ -296,7 +296,7 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"--weights": "nan.pth"}, "squeezenet1_1 gives NaN or Inf"),
         ({"model": "torch:ones"}, "torch:ones() failed: TypeError"),
         ({"--device": "meta"}, "device meta cannot be used here"),
-        ({"--device": "gpu"}, "gpu is no device"),
+        ({"--device": "gpu"}, "device gpu cannot be used here"),
         ({"--device": "cuda"}, "device cuda cannot be used here"),
         ({"--frobnicate": "1"}, "unrecognized arguments"),
     ],
