@@ -21,6 +21,7 @@ from retrofit.version import __version__
 
 MODEL = (
     "torchvision name (vgg16), timm:NAME, timm-reparameterized:NAME (BatchNorm merged), "
+    "ultralytics:NAME (ultralytics:yolo11n), "
     "package.module:factory, path/to/file.py:factory, or path/to/file.onnx"
 )
 DATA = (

@@ -8,7 +8,7 @@ import retrofit
 from retrofit.cli.requests import RestoreRequest
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
 from retrofit.files.checkpoint import check_output
-from retrofit.files.model_sources import build
+from retrofit.files.model_sources import build, code_of
 
 
 def run_restore(request: RestoreRequest) -> int:
@@ -42,12 +42,7 @@ def run_restore(request: RestoreRequest) -> int:
 
 def _loading(model: str, output: Path) -> str:
     """Write the line of Python that loads the file into a fresh model."""
-    source, _, name = model.rpartition(":")
-    fresh = {
-        "": f"torchvision.models.get_model({name!r})",
-        "timm": f"timm.create_model({name!r})",
-    }.get(source, "model")
     path = repr(str(output))
-    if output.suffix == ".safetensors":
-        return f"{fresh}.load_state_dict(safetensors.torch.load_file({path}))"
-    return f"{fresh}.load_state_dict(torch.load({path}))"
+    safe = output.suffix == ".safetensors"
+    read = f"safetensors.torch.load_file({path})" if safe else f"torch.load({path})"
+    return f"{code_of(model)}.load_state_dict({read})"

@@ -180,3 +180,54 @@ def test_torchvisions_pretrained_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(RetrofitError, match="cannot be downloaded: no route to the host"):
         model_sources.trained("squeezenet1_1", "DEFAULT")
+
+
+# --- ultralytics --------------------------------------------------------------------------------
+
+
+def test_without_ultralytics_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    with pytest.raises(RetrofitError, match=r"for its model yolo11n: pip install ultralytics"):
+        model_sources.build("ultralytics:yolo11n")
+
+
+def test_a_name_of_ultralytics_builds_its_class(tmp_path):
+    ultralytics = pytest.importorskip("ultralytics")
+    model = model_sources.build("ultralytics:yolov8n")
+    assert type(model) is ultralytics.nn.tasks.DetectionModel
+    expected = ultralytics.YOLO("yolov8n.yaml").model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert model_sources.code_of("ultralytics:yolov8n") == "ultralytics.YOLO('yolov8n.yaml').model"
+    with pytest.raises(RetrofitError, match=r"no model 'yolov8q'; nearest: .*yolov8"):
+        model_sources.build("ultralytics:yolov8q")
+    (tmp_path / "yolov8n.yaml").write_text("nc: 2\nbackbone: 3\n")
+    with pytest.raises(RetrofitError, match=r"ultralytics builds no model of .*yolov8n\.yaml: "):
+        model_sources.build(f"ultralytics:{tmp_path / 'yolov8n.yaml'}")
+    with pytest.raises(RetrofitError, match="'DEFAULT' is no .* file: give weights of ultralytics"):
+        model_sources.trained("ultralytics:yolov8n", "DEFAULT")
+
+
+def test_pictures_are_prepared_as_ultralytics_prepares_them():
+    augment = pytest.importorskip("ultralytics.data.augment")
+    boxed = augment.LetterBox((320, 320), auto=False)(image=np.asarray(PICTURE))
+    expected = torch.from_numpy(np.ascontiguousarray(boxed)).permute(2, 0, 1) / 255
+    assert torch.equal(transform_of("ultralytics:yolov8n", crop=320)(PICTURE), expected)
+    classified = transform_of("ultralytics:yolov8n-cls")(PICTURE)
+    assert torch.equal(classified, augment.classify_transforms(224)(PICTURE))
+
+
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        ("resnet18", "torchvision.models.get_model('resnet18')"),
+        ("timm:test_resnet", "timm.create_model('test_resnet')"),
+        (
+            "timm-reparameterized:repvgg_a0",
+            "timm.utils.reparameterize_model(timm.create_model('repvgg_a0'))",
+        ),
+    ],
+)
+def test_the_code_that_builds_a_model_builds_it(spec, code):
+    assert model_sources.code_of(spec) == code
+    built = eval(code)  # noqa: S307 - what is printed for users to type
+    assert built.state_dict().keys() == model_sources.build(spec).state_dict().keys()
