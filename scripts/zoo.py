@@ -10,91 +10,14 @@ was interrupted goes on where it was; docs/zoo.md is written from them. Needs ti
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
+from model_processes import Sweep
 from recorded_runs import RecordedRuns
 from zoo_checks import check, versions
 from zoo_models import family, names, outlook
 from zoo_tables import Result, document
-
-
-@dataclass
-class Worker:
-    """A process that checks one model."""
-
-    name: str
-    process: BaseProcess
-    deadline: float
-
-
-def work(name: str, threads: int, results: Connection) -> None:
-    torch.set_num_threads(threads)
-    results.send(check(name))
-
-
-def sweep(
-    needs: dict[str, float], jobs: int, threads: int, memory: float, limit: float
-) -> Iterator[Result]:
-    """Check models, each in a process of its own, `jobs` at a time and the largest first.
-
-    Args:
-        needs: name of the model to the memory that its check takes; none starts beside others
-            while all of these together take more than `memory`.
-        limit: seconds after which a check is given up.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torchvision", "retrofit"])
-    waiting = sorted(needs, key=lambda name: needs[name], reverse=True)
-    running: dict[Connection, Worker] = {}
-    try:
-        while waiting or running:
-            free = memory - sum(needs[worker.name] for worker in running.values())
-            name = next((n for n in waiting if needs[n] <= free or not running), None)
-            if name is not None and len(running) < jobs:
-                waiting.remove(name)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=work, args=(name, threads, sender), daemon=True)
-                process.start()
-                sender.close()
-                running[receiver] = Worker(name, process, time.monotonic() + limit)
-                continue
-            ready = wait(list(running), timeout=1)
-            for receiver, worker in list(running.items()):
-                late = time.monotonic() > worker.deadline
-                if receiver in ready or late:
-                    yield finished(worker, receiver, late=late and receiver not in ready)
-                    del running[receiver]
-    finally:
-        for worker in running.values():
-            worker.process.kill()
-
-
-def finished(worker: Worker, results: Connection, *, late: bool) -> Result:
-    """Return what a process found, or how it ended."""
-    result = Result(worker.name, family(worker.name), versions())
-    if late:
-        worker.process.kill()
-        result.error = "not done within the time limit"
-    else:
-        try:
-            result = results.recv()
-        except EOFError:
-            worker.process.join()
-            result.error = f"the process ended with exit code {worker.process.exitcode}"
-    worker.process.join()
-    results.close()
-    return result
-
-
-# --- the command -------------------------------------------------------------------------------
 
 
 def parsed() -> argparse.Namespace:
@@ -111,6 +34,10 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def blank(name: str) -> Result:
+    return Result(name, family(name), versions())
+
+
 def study(arguments: argparse.Namespace) -> list[Result]:
     """Check all models that are asked for, except those that have a result already."""
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +50,14 @@ def study(arguments: argparse.Namespace) -> list[Result]:
             continue
         skipped, memory = outlook(name)
         if skipped:
-            record.append(Result(name, family(name), versions(), skipped))
+            result = blank(name)
+            result.skipped = skipped
+            record.append(result)
         else:
             needs[name] = memory
     limits = (arguments.jobs, arguments.threads, arguments.memory, arguments.limit_seconds)
-    for result in sweep(needs, *limits):
+    largest_first = dict(sorted(needs.items(), key=lambda need: need[1], reverse=True))
+    for result in Sweep(check, blank, *limits).over(largest_first):
         record.append(result)
         print(result, flush=True)
     last = {result.name: result for result in record.runs}  # retried models have several
