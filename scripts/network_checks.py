@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +50,22 @@ def same(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
         and bool(((a == b) | (a.isnan() & b.isnan())).all())
         for a, b in zip(expected, actual, strict=True)
     )
+
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Find the largest difference of an output, over the largest absolute value of that output.
+
+    Infinite where they are of other shapes, or one is not finite.
+    """
+    shapes = [[tensor.shape for tensor in outputs] for outputs in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        return math.inf
+    found = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(expected, actual, strict=True):
+        if not torch.equal(a, b):
+            off = (a.double() - b.double()).abs().amax() / a.double().abs().amax()
+            found = torch.maximum(found, off)  # NaN, if one is
+    return found.item() if found.isfinite() else math.inf
 
 
 def informative(outputs: Sequence[Tensor]) -> bool:

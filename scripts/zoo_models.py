@@ -94,17 +94,17 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def batch(name: str, size: int, seed: int) -> Any:
-    """Draw two pictures, clips or pairs of pictures of this size."""
+def batch(name: str, size: int, seed: int, count: int = 2) -> Any:
+    """Draw pictures, clips or pairs of pictures of this size."""
     generator = torch.Generator().manual_seed(seed)
     match family(name):
         case "torchvision, detection":
-            return list(torch.rand(2, 3, size, size, generator=generator))
+            return list(torch.rand(count, 3, size, size, generator=generator))
         case "torchvision, optical flow":
-            return tuple(torch.randn(2, 2, 3, size, size, generator=generator))
+            return tuple(torch.randn(2, count, 3, size, size, generator=generator))
         case "torchvision, video":
-            return torch.randn(2, 3, FRAMES, size, size, generator=generator)
-    return torch.randn(2, 3, size, size, generator=generator)
+            return torch.randn(count, 3, FRAMES, size, size, generator=generator)
+    return torch.randn(count, 3, size, size, generator=generator)
 
 
 def size_for(model: nn.Module, name: str) -> int:
