@@ -29,7 +29,7 @@ def test_every_test_that_holds_a_guarantee_exists():
 
 
 def test_every_option_of_the_command_in_the_documentation_exists(run):
-    commands = ("plan", "convert", "verify", "fold", "adapt", "inspect", "report")
+    commands = ("plan", "convert", "verify", "fold", "adapt", "restore", "inspect", "report")
     known = set(re.findall(r"--[a-z][a-z-]+", "".join(run(one, "--help")[1] for one in commands)))
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     used = {
