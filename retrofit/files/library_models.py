@@ -233,9 +233,15 @@ class Ultralytics(Source):
             transform: Transform = augment.classify_transforms(crop_size)
             return transform
 
-        def detected(*, crop_size: int = 640) -> Transform:
-            """Fit a picture into a grey square, as its predictor does; `crop_size` is the side."""
-            boxed = augment.LetterBox((crop_size, crop_size), auto=False)
+        def detected(*, resize_size: int = 640, crop_size: int | None = None) -> Transform:
+            """Fit a picture into a grey square, as its predictor does, which needs one size."""
+            side = crop_size or resize_size
+            if resize_size not in (640, side):
+                raise RetrofitError(
+                    f"ultralytics fits a picture into one square, of {side} pixels: leave out "
+                    f"--resize {resize_size}"
+                )
+            boxed = augment.LetterBox((side, side), auto=False)
             transform: Transform = Compose(
                 [np.asarray, lambda array: boxed(image=array), to_tensor]
             )

@@ -203,7 +203,9 @@ def test_a_name_of_ultralytics_builds_its_class(tmp_path):
     (tmp_path / "yolov8n.yaml").write_text("nc: 2\nbackbone: 3\n")
     with pytest.raises(RetrofitError, match=r"ultralytics builds no model of .*yolov8n\.yaml: "):
         model_sources.build(f"ultralytics:{tmp_path / 'yolov8n.yaml'}")
-    with pytest.raises(RetrofitError, match="'DEFAULT' is no .* file: give weights of ultralytics"):
+    with pytest.raises(
+        RetrofitError, match=r"'DEFAULT' is no .*: give weights of ultralytics"
+    ):
         model_sources.trained("ultralytics:yolov8n", "DEFAULT")
 
 
@@ -211,7 +213,11 @@ def test_pictures_are_prepared_as_ultralytics_prepares_them():
     augment = pytest.importorskip("ultralytics.data.augment")
     boxed = augment.LetterBox((320, 320), auto=False)(image=np.asarray(PICTURE))
     expected = torch.from_numpy(np.ascontiguousarray(boxed)).permute(2, 0, 1) / 255
-    assert torch.equal(transform_of("ultralytics:yolov8n", crop=320)(PICTURE), expected)
+    for steps in ({"crop": 320}, {"resize": 320}, {"crop": 320, "resize": 320}):
+        assert torch.equal(transform_of("ultralytics:yolov8n", **steps)(PICTURE), expected)
+    assert transform_of("ultralytics:yolov8n")(PICTURE).shape == (3, 640, 640)
+    with pytest.raises(RetrofitError, match=r"into one square, of 320 pixels: leave out --resize"):
+        transform_of("ultralytics:yolov8n", crop=320, resize=350)
     classified = transform_of("ultralytics:yolov8n-cls")(PICTURE)
     assert torch.equal(classified, augment.classify_transforms(224)(PICTURE))
 
