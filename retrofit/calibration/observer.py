@@ -124,6 +124,9 @@ class MomentObserver(nn.Module):
                 f"{self.site} returns {channels} channels, not the {self.channels} that it says it "
                 "has: exclude this layer"
             )
+        self._refuse_inexact(x)
+
+    def _refuse_inexact(self, x: Tensor) -> None:
         if not (x.is_contiguous() if self.last_axis else _has_exact_kernel(x)):
             raise RetrofitError(
                 f"{self.site} returns a tensor that is neither contiguous nor channels_last (a "

@@ -240,8 +240,8 @@ def _rebuild(path: Path, provenance: Provenance) -> nn.Module:
     name = provenance.model
     if name is None or ":" in name or is_onnx(name):
         raise RetrofitError(
-            f"{path} does not name a torchvision model ({name}): pass the plain model, on the "
-            "command line with --model"
+            f"{path} does not name a torchvision model ({name}): pass the model that it was "
+            "made from, on the command line with --model"
         )
     return torchvision_model(name)
 

@@ -80,8 +80,9 @@ def _refuse_lost(pairs: Pairs, state: State, missing: Sequence[str], source: Sou
         near = difflib.get_close_matches(missing[0], list(state), n=1)
         hint = f"; the nearest name there is {near[0]}" if near else ""
         raise RetrofitError(
-            f"{source.name} has no {few(missing)}, of {len(missing)} tensors that are missing: is "
-            f"it of another architecture?{hint} (key_map= says how tensors are called)"
+            f"{source.name} has no {few(missing)}, of {len(missing)} tensors that are missing"
+            f"{hint}: is it of another architecture? (key_map= of retrofit.restore says how "
+            "tensors are called)"
         )
 
 
@@ -181,8 +182,8 @@ def _shapes(layer: Layer) -> str:
 def _differs(source: Source, layer: Layer, what: str, why: str) -> RetrofitError:
     return RetrofitError(
         f"{source.name} does not fit, neither by names nor layer by layer: where the architecture "
-        f"has {layer.path} {_shapes(layer)}{why}, it has {what}; key_map= can say what belongs "
-        "where"
+        f"has {layer.path} {_shapes(layer)}{why}, it has {what}; key_map= of "
+        "retrofit.restore says what belongs where"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retrofit.calibration.observer import MomentObserver
 from retrofit.errors import RetrofitError
@@ -50,6 +50,13 @@ def _rest(path: str, norm: nn.Module) -> nn.Module:
         raise RetrofitError(f"{path} cannot be restored: {error.after('its layer')}") from error
 
 
+class SeatObserver(MomentObserver):
+    """Takes any layout: a BatchNorm that was trained there need not be exact."""
+
+    def _refuse_inexact(self, x: Tensor) -> None:
+        pass
+
+
 def observed(skeleton: M, seats: Mapping[str, str], axes: Mapping[str, int]) -> M:
     """Copy the skeleton, with an observer at each seat, for `calibrate`.
 
@@ -65,7 +72,7 @@ def observed(skeleton: M, seats: Mapping[str, str], axes: Mapping[str, int]) -> 
         rest = prepared.get_submodule(site.seat)
         weight = prepared.get_submodule(site.path).weight
         assert isinstance(weight, torch.Tensor)
-        observer = MomentObserver(site.path, site.channels, site.dims, weight.device)
+        observer = SeatObserver(site.path, site.channels, site.dims, weight.device)
         observers[rest] = (
             observer if isinstance(rest, nn.Identity) else nn.Sequential(observer, rest)
         )

@@ -143,7 +143,7 @@ def test_a_timm_model_is_named_and_never_built_from_what_a_file_says(run, folder
     assert (code, err) == (0, [])
     code, out, err = run("verify", "bn.safetensors", *weights, *SMALL)
     assert code == 2
-    assert "(timm:test_nfnet): pass the plain model, on the command line with --model" in err[0]
+    assert "(timm:test_nfnet): pass the model that it was made from, on the command" in err[0]
     model = ("--model", "timm:test_nfnet")
     code, out, err = run("verify", "bn.safetensors", *model, *weights, *SMALL)
     assert (code, err) == (0, [])

@@ -50,6 +50,20 @@ def test_the_file_loads_into_the_stock_class(folder, suffix, capsys):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("folder")
+def test_inspect_lists_the_batchnorms_of_the_file_by_name(capsys):
+    words = f"restore resnet18 --weights folded.pth --output out.safetensors {WORDS}"
+    assert main(words.split()) == 0
+    capsys.readouterr()
+    assert main(["inspect", "out.safetensors"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "/" in line]
+    expected = [
+        n for n, m in torchvision.models.resnet18().named_modules() if "Batch" in str(type(m))
+    ]
+    listed = [row for row in rows if "bn" in row or "downsample" in row]
+    assert listed == sorted(expected)  # of single figures
+
+
 BAD = [
     ("resnet34 --weights folded.pth", "has no layer1.2.conv1.weight"),
     ("vgg11 --weights folded.pth", "this VGG has no BatchNorm to restore"),

@@ -345,7 +345,8 @@ def test_files_that_are_refused(tmp_path, monkeypatch, kind, suffix, message):
 def test_a_file_never_names_code_to_import(tmp_path):
     retrofit.save(converted(), tmp_path / "m.safetensors", name="nets:Residual")
     with pytest.raises(
-        RetrofitError, match="pass the plain model, on the command line with --model"
+        RetrofitError,
+        match="pass the model that it was made from, on the command line with --model",
     ):
         retrofit.load(tmp_path / "m.safetensors")
 

@@ -203,9 +203,7 @@ def test_a_name_of_ultralytics_builds_its_class(tmp_path):
     (tmp_path / "yolov8n.yaml").write_text("nc: 2\nbackbone: 3\n")
     with pytest.raises(RetrofitError, match=r"ultralytics builds no model of .*yolov8n\.yaml: "):
         model_sources.build(f"ultralytics:{tmp_path / 'yolov8n.yaml'}")
-    with pytest.raises(
-        RetrofitError, match=r"'DEFAULT' is no .*: give weights of ultralytics"
-    ):
+    with pytest.raises(RetrofitError, match=r"'DEFAULT' is no .*: give weights of ultralytics"):
         model_sources.trained("ultralytics:yolov8n", "DEFAULT")
 
 

@@ -217,6 +217,16 @@ def test_larger_torchvision_networks(make, fold, form):
 # --- kinds of layers and BatchNorms -------------------------------------------------------------
 
 
+class MovedAxis(nn.Sequential):
+    """What reaches its BatchNorm has no layout that one of ours would be exact in."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(9, 6), nn.BatchNorm1d(6))
+
+    def forward(self, x):
+        return self[1](self[0](x.mean(1)).transpose(1, 2))
+
+
 def of(*layers):
     return lambda: nn.Sequential(*(layer() for layer in layers))
 
@@ -232,6 +242,7 @@ KINDS = {
     ),
     "weight norm": of(lambda: parametrizations.weight_norm(CONV()), lambda: nn.BatchNorm2d(6)),
     "Linear": of(nn.Flatten, lambda: nn.Linear(243, 6, bias=False), lambda: nn.BatchNorm1d(6)),
+    "Linear, whose channels are moved": MovedAxis,
     "Linear of the last axis": of(
         lambda: nn.Conv2d(3, 6, 3), nn.Flatten, lambda: nn.Linear(294, 4), lambda: nn.BatchNorm1d(4)
     ),
@@ -247,7 +258,7 @@ ALL_KINDS = {name: (make, (3, 9, 9)) for name, make in KINDS.items()} | OTHER_AX
 @pytest.mark.parametrize(("make", "shape"), ALL_KINDS.values(), ids=ALL_KINDS)
 def test_kinds_of_layers_and_batchnorms(make, shape, form):
     x = nets.images(32, *shape)
-    folded = retrofit.fold(trained(made(make, 0)))
+    folded = retrofit.fold(trained(made(make, 0)), example=x)
     result = restored(make, folded, x, FORMS[form](folded, None))
     (seat,) = retrofit.restoration_of(result).seats
     before, after = make().get_submodule(seat.norm), result.get_submodule(seat.norm)
