@@ -1,4 +1,4 @@
-"""Measure what retrofit costs, beside the plain network: calibration, preparation, inference.
+"""Measure what retrofit costs, beside the plain network and the import of torch.
 
     python scripts/benchmark.py --json benchmarks.json --markdown docs/benchmarks.md
 

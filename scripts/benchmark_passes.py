@@ -266,7 +266,7 @@ def interleaved(passes: Mapping[str, Pass], repeat: int, device: str) -> dict[st
 # A new process each time, forked from one that has imported what takes seconds.
 PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
-    PROCESSES.set_forkserver_preload(["torch", "torchvision", "retrofit"])
+    PROCESSES.set_forkserver_preload(["torch", "torchvision", "retrofit.cli.commands"])
 
 
 @dataclass(frozen=True)

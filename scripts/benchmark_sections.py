@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -214,14 +215,13 @@ def preparation(options: Options) -> Iterator[Table]:
                 "ms / BatchNorm": 1e3 * together.median / max(1, sites[name]),
             }
         )
-    base, added = import_seconds(min(options.repeat, 5))
     yield Table(
         "Preparation",
         "`plan`, `prepare` and `convert(share_storage=True)`, without the data pass between them, "
         "of the model, of plain chains of convolution and ReLU, nested in blocks, and of trunks to "
         "which each convolution adds.",
         rows,
-        {"import torch, torchvision, in s": base, "import retrofit adds, in s": added},
+        {},
     )
 
 
@@ -264,20 +264,6 @@ class Trunk(nn.Module):
             trunk = trunk + 0.01 * torch.relu(conv(trunk))
         y: Tensor = self.head(trunk)
         return y
-
-
-def import_seconds(repeat: int) -> tuple[float, float]:
-    """Time the import of torch and torchvision, and what importing retrofit adds: medians."""
-    code = (
-        "import time; a = time.perf_counter(); import torch, torchvision; b = time.perf_counter();"
-        "import retrofit; print(b - a, time.perf_counter() - b)"
-    )
-    pairs = []
-    for _ in range(repeat):
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        pairs.append(tuple(map(float, done.stdout.split())))
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
 
 
 # --- scaling -----------------------------------------------------------------------------------
@@ -414,17 +400,75 @@ def parities(
         }
 
 
+# --- start-up ----------------------------------------------------------------------------------
+
+
+def start_up(options: Options) -> Iterator[Table]:
+    """Compare processes that import torch or torchvision with the command, and time the import."""
+    programs = {code: ["-c", code] for code in ("import torch", "import torchvision")}
+    for words in ("plan resnet81", "--help", "plan --help", "--version", "plan --typo"):
+        programs[f"retrofit {words}"] = ["-m", "retrofit", *words.split()]
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    added: list[float] = []
+    for repetition in range(options.repeat + 1):
+        order = random.Random(repetition).sample(list(programs), len(programs))  # noqa: S311
+        taken = {name: processor_seconds(programs[name]) for name in order}
+        milliseconds = 1e3 * import_seconds()
+        if repetition:
+            added.append(milliseconds)
+            for name in programs:
+                seconds[name].append(taken[name])
+    rows: list[Row] = [
+        {
+            "process": name,
+            "time / import torch": Spread.ratio(times, seconds["import torch"]),
+            "time / import torchvision": Spread.ratio(times, seconds["import torchvision"]),
+            "seconds": Spread.of(times),
+        }
+        for name, times in seconds.items()
+    ]
+    yield Table(
+        "Start-up",
+        "Python processes from their start to their end, in seconds of the processor, which other "
+        "work on the machine disturbs less. `resnet81` is misspelt, as only torchvision can tell.",
+        rows,
+        {"import retrofit, after import torch, in ms": Spread.of(added)},
+    )
+
+
+def processor_seconds(words: Sequence[str]) -> float:
+    """Measure a Python process, which may find a mistake in what it is asked for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode in (0, 2), done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def import_seconds() -> float:
+    """Measure the import of retrofit in a process that has imported torch."""
+    code = (
+        "import time, torch; start = time.process_time(); "
+        "import retrofit; print(time.process_time() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)  # noqa: S603
+
+
 SECTIONS: dict[str, Callable[[Options], Iterator[Table]]] = {
     "calibration": calibration,
     "preparation": preparation,
     "scaling": scaling,
     "inference": inference,
+    "start-up": start_up,
 }
 
 
 def measured(section: str, options: Options) -> Iterator[Table]:
     """Yield the tables of a section, in every precision of the device where that matters."""
-    precisions = PRECISIONS[options.device] if section != "preparation" else ("float32",)
+    without = section in ("preparation", "start-up")
+    precisions = ("float32",) if without else PRECISIONS[options.device]
     for precision in precisions:
         for table in SECTIONS[section](replace(options, precision=precision)):
             title = f"{table.title}, {precision}" if len(precisions) > 1 else table.title

@@ -58,7 +58,7 @@ class Sweep(Generic[R]):
             needs: name of the model to the memory that its check takes.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["timm", "torchvision", "retrofit"])
+        context.set_forkserver_preload(["timm", "torchvision", "retrofit.cli.commands"])
         waiting = list(needs)
         running: dict[Connection, Worker] = {}
         try:

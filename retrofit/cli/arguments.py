@@ -1,4 +1,7 @@
-"""What can be typed after `retrofit`, and the request that it makes."""
+"""What can be typed after `retrofit`, and the request that it makes.
+
+Nothing here imports torch: help, and what is said of a mistake, need not wait for it.
+"""
 
 from __future__ import annotations
 

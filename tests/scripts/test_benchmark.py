@@ -86,6 +86,8 @@ def test_the_other_sections_have_a_row_for_each_size_that_was_asked_for(done):
     assert [row["batch size"] for row in rows(figures, "scaling", 2)] == [1, 2, 4, 8]
     assert len(rows(figures, "inference", 0)) == 8
     assert all(row["equal bit for bit"] for row in rows(figures, "inference", 1))
+    processes = [row["process"] for row in rows(figures, "start-up")]
+    assert processes[:3] == ["import torch", "import torchvision", "retrofit plan resnet81"]
 
 
 def test_the_document_is_what_was_printed_and_says_how_it_was_made(done):
