@@ -69,9 +69,12 @@ class FoldedBy:
         return f"{verdict:6}  {self.name}: {counts}, {found} {self.error}".rstrip()
 
 
-def folds_section(folds: Sequence[FoldedBy]) -> str:
+def folds_section(folds: Sequence[FoldedBy], missing: int) -> str:
     """Write the first part of the page."""
-    return f"{INTRODUCTION}\n{markdown_table(COLUMNS, map(cells, folds), WORDS)}"
+    parts = [INTRODUCTION, markdown_table(COLUMNS, map(cells, folds), WORDS)]
+    if missing:
+        parts.append(f"{missing} of {len(folds) + missing} have not been tried yet.\n")
+    return "\n".join(parts)
 
 
 def cells(result: FoldedBy) -> Sequence[str]:

@@ -3,16 +3,20 @@
     python scripts/restored_zoo.py --folds folds.csv --results zoo.csv --markdown page.md
 
 The first file gets some networks as four folders fold them; the second all models, as
-`retrofit.fold` does, the small ones first. Each is checked in a process of its own, and kept as a
-line of the CSV file, so that a sweep that was interrupted goes on where it was. The page is written
-after each. Needs timm.
+`retrofit.fold` does: the smallest of each family first, then the second smallest, and so on. Each
+is checked in a process of its own, and kept as a line of the CSV file, so that a sweep that was
+interrupted goes on where it was. The page is written after each, and says how many are missing.
+Needs timm.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ def parsed() -> argparse.Namespace:
         "--most", type=float, default=200, metavar="N", help="leave out more than N million weights"
     )
     add("--retry", action="store_true", help="check again what failed before")
+    add("--minutes", type=float, default=math.inf, help="begin no check after that time")
     add("--limit-seconds", type=float, default=900.0, help="for each model")
     return parser.parse_args()
 
@@ -51,22 +56,32 @@ class Study:
         self.arguments = arguments
         self.folds = RecordedRuns(arguments.folds, FoldedBy)
         self.models = RecordedRuns(arguments.results, Restored)
-        self.missing = 0
+        self.missing = 0, 0
+        self.end: float = time.monotonic() + 60 * arguments.minutes
 
     def run(self) -> None:
         """Check what is asked for and has no result already; write the page after each."""
         limits = (1, 1, MEMORY, self.arguments.limit_seconds)
         networks = dict.fromkeys(self._waiting(FOLDED, self.folds), 1.0)
-        for fold in Sweep(check_fold, blank_fold, *limits).over(networks):
-            self.folds.append(fold)
-            self._write(fold)
-        models = self._small_first()
-        self.missing = len(models)
-        self._write("all models")
-        for model in Sweep(check, blank, *limits).over(models):
-            self.models.append(model)
-            self.missing -= 1
-            self._write(model)
+        models = dict.fromkeys(self._smallest_first(), 1.0)
+        self.missing = len(networks), len(models)
+        self._write(f"{len(networks)} networks and {len(models)} models to go")
+        if self._in_time():
+            for fold in Sweep(check_fold, blank_fold, *limits).over(networks):
+                self.folds.append(fold)
+                self.missing = self.missing[0] - 1, self.missing[1]
+                self._write(fold)
+                if not self._in_time():
+                    return
+            for model in Sweep(check, blank, *limits).over(models):
+                self.models.append(model)
+                self.missing = self.missing[0], self.missing[1] - 1
+                self._write(model)
+                if not self._in_time():
+                    return
+
+    def _in_time(self) -> bool:
+        return time.monotonic() < self.end
 
     def failures(self) -> int:
         """Count what failed, of everything so far."""
@@ -76,16 +91,17 @@ class Study:
         done = {r.name for r in record.runs if not (self.arguments.retry and r.failed)}
         return [n for n in chosen if n not in done and fnmatchcase(n, self.arguments.only)]
 
-    def _small_first(self) -> dict[str, float]:
-        """Map the models that are to be restored to GB of memory; note why the others are not."""
-        found = [
-            outlook(n, self.arguments.most * 1e6) for n in self._waiting(names("*"), self.models)
-        ]
-        for result in found:
+    def _smallest_first(self) -> list[str]:
+        """List the models that are to be restored; note why the others are not."""
+        waiting = self._waiting(names("*"), self.models)
+        families: dict[str, list[Restored]] = {}
+        for result in (outlook(name, self.arguments.most * 1e6) for name in waiting):
             if result.skipped:
                 self.models.append(result)
-        found = sorted((r for r in found if not r.skipped), key=lambda r: r.parameters)
-        return {result.name: 1.0 for result in found}
+            else:
+                families.setdefault(result.family, []).append(result)
+        by_size = [sorted(family, key=lambda r: r.parameters) for family in families.values()]
+        return [result.name for same in zip_longest(*by_size) for result in same if result]
 
     def _write(self, what: object) -> None:
         print(what, flush=True)

@@ -15,6 +15,7 @@ from zoo_models import batch, build, family, fresh, size_for
 
 import retrofit
 from retrofit.surgery.affine_map import batchnorms
+from retrofit.surgery.folding import folded as fold_and_list
 
 LEAST = 1e-3  # the scale of an input, which may be zero where random weights switch a branch off
 
@@ -63,8 +64,8 @@ def examine(result: Restored) -> None:
     result.batchnorms = len(batchnorms(model))
     result.input = described(first)
 
-    folded = retrofit.fold(model, example=first)
-    left = retrofit.unfoldable(model, example=first)
+    folding = fold_and_list(model, example=first)  # retrofit.fold and retrofit.unfoldable in one
+    folded, left = folding.model, folding.left
     for path, reason in left.items():
         result.kept.setdefault(reason, []).append(path)
     with torch.no_grad():

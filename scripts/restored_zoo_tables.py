@@ -91,19 +91,21 @@ class Restored:
         return f"{verdict:6}  {self.name}: {counts}  {self.error}".rstrip()
 
 
-def document(folds: Sequence[FoldedBy], results: Sequence[Restored], missing: int) -> str:
+def document(
+    folds: Sequence[FoldedBy], results: Sequence[Restored], missing: tuple[int, int]
+) -> str:
     """Write the page docs/restored-zoo.md.
 
     Args:
         folds: of the first table.
         results: of all models.
-        missing: how many models have not been looked at yet.
+        missing: how many rows of the first table, and how many models, are not there yet.
     """
     versions = "; ".join(sorted({r.versions for r in folds} | {r.versions for r in results}))
     parts = [INTRODUCTION.format(versions=versions)]
     if folds:
-        parts.append(folds_section(folds))
-    parts += [EVERY_MODEL, summary(results, missing)]
+        parts.append(folds_section(folds, missing[0]))
+    parts += [EVERY_MODEL, summary(results, missing[1])]
     parts += failures([result for result in results if result.failed])
     done = [result for result in results if not (result.skipped or result.failed)]
     for name in sorted({r.family for r in done}, key=lambda name: (name[:4] == "timm", name)):

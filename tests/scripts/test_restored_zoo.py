@@ -32,7 +32,7 @@ def test_batchnorms_that_folding_does_not_reach_are_kept():
     assert not result.failed, result
     assert result.restored + result.stays == result.batchnorms == 17
     assert result.stays
-    (row,) = (line for line in document([], [result], 0).splitlines() if "resnetv2_18" in line)
+    (row,) = (line for line in document([], [result], (0, 0)).splitlines() if "resnetv2_18" in line)
     assert f"| {result.restored} | {result.stays} | {result.difference:.1e} |" in row
 
 
@@ -48,7 +48,9 @@ def test_a_restored_network_that_differs_is_a_failure(monkeypatch):
     result = check("timm:test_resnet")
     assert result.failed
     assert not result.error
-    assert f"| test_resnet | a difference of {result.difference:.1e} |" in document([], [result], 0)
+    assert f"| test_resnet | a difference of {result.difference:.1e} |" in document(
+        [], [result], (0, 0)
+    )
 
 
 @pytest.mark.parametrize("folder", ["torch.nn.utils", "retrofit"])
