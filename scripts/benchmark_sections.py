@@ -406,7 +406,7 @@ def parities(
 def start_up(options: Options) -> Iterator[Table]:
     """Compare processes that import torch or torchvision with the command, and time the import."""
     programs = {code: ["-c", code] for code in ("import torch", "import torchvision")}
-    for words in ("plan resnet81", "--help", "plan --help", "--version", "plan --typo"):
+    for words in ("plan resnet81", "--help", "plan --help", "--version", "paln"):
         programs[f"retrofit {words}"] = ["-m", "retrofit", *words.split()]
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     added: list[float] = []

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import pickle
 import pkgutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import CONTEXT
 
 import retrofit
 from retrofit.cli.arguments import COMMANDS
@@ -118,28 +120,32 @@ def test_no_module_has_a_public_name():
     assert modules & set(retrofit.__all__) == set()
 
 
-def test_functions_stay_functions_in_whatever_order_modules_are_imported():
-    kinds, names, brought = python(f"""
-import importlib, json, sys
-from itertools import permutations
-kinds, names, brought = set(), set(), set()
-for order in [*permutations({MODULES})][::30]:
+def import_in_order(order, results):
+    """In a process of its own, as if none of retrofit had been imported there."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "retrofit"]:
         del sys.modules[name]
+    kinds = []
     for module in order:
-        import retrofit
-        importlib.import_module("retrofit." + module)
-        if module != order[0]:  # after that one no name has been used yet
-            kinds |= {{type(getattr(retrofit, name)).__name__ for name in {FUNCTIONS}}}
-    space = {{}}
-    exec("from retrofit import *", space)
-    kinds |= {{type(space[name]).__name__ for name in {FUNCTIONS}}}
-    names.add(" ".join(dir(retrofit)))
-    brought.add(" ".join(sorted(space.keys() - {{"__builtins__"}})))
-print(json.dumps([*map(sorted, (kinds, names, brought))]))
-""")
-    assert kinds == ["function"]
-    assert names == brought == [" ".join(sorted(retrofit.__all__))]
+        importlib.import_module(f"retrofit.{module}")
+        fresh = sys.modules["retrofit"]
+        if module != order[0]:  # the first finds no function in its place, the others do
+            kinds += [type(getattr(fresh, name)).__name__ for name in FUNCTIONS]
+    space = {}
+    exec("from retrofit import *", space)  # noqa: S102
+    kinds += [type(space[name]).__name__ for name in FUNCTIONS]
+    results.send((set(kinds), dir(fresh), sorted(space.keys() - {"__builtins__"})))
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(MODULES)][::30])
+def test_functions_stay_functions_in_whatever_order_modules_are_imported(order):
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=import_in_order, args=(order, sender))
+    process.start()
+    sender.close()
+    kinds, listed, brought = receiver.recv()
+    process.join()
+    assert kinds == {"function"}
+    assert listed == brought == sorted(retrofit.__all__)
 
 
 def test_a_misspelt_name_is_an_attribute_error_that_tells_the_nearest():
