@@ -111,7 +111,7 @@ def by_order(
     layers: Sequence[Layer],
     own: Sequence[Layer],
 ) -> Match:
-    """Match layers one after another; all shapes have to agree.
+    """Match layers one after another, or else those of each shape; all shapes have to agree.
 
     Whether they belong together only a run tells.
 
@@ -122,13 +122,37 @@ def by_order(
 
     Raises RetrofitError for the first place that differs.
     """
-    seats: dict[str, str] = {}
-    state: State = {}
+    try:
+        theirs_of = _one_after_another(pairs, source, layers, own)
+    except RetrofitError:
+        theirs_of = _shape_by_shape(pairs, source, layers, own)
+        if not theirs_of:
+            raise
+    seats = {n: pair.layer for n, pair in pairs.pairs.items() if n not in theirs_of}
+    if not seats:
+        raise RetrofitError(f"{source.name} has all of its BatchNorms: there is nothing to restore")
+    state: State = {
+        f"{path}.{name}": tensor
+        for path, theirs in theirs_of.items()
+        for name, tensor in theirs.tensors.items()
+    }
+    skeleton = skeleton_of(architecture, seats, state)
+    whole = dict(_completed(skeleton, state, source))
+    missing = [n for n in skeleton.state_dict() if n not in whole and not n.endswith(COUNTS)]
+    _refuse_lost(pairs, whole, missing, source)
+    load_weights(skeleton, whole, source.name)
+    return Match(skeleton, seats)
+
+
+def _one_after_another(
+    pairs: Pairs, source: Source, layers: Sequence[Layer], own: Sequence[Layer]
+) -> dict[str, Layer]:
+    """Give each of the architecture's layers the next one; raise for the first that differs."""
+    found: dict[str, Layer] = {}
     waiting = list(layers)
     for layer in own:
         theirs = waiting[0] if waiting else None
         if layer.path in pairs.pairs and not _is_that_norm(theirs, layer):
-            seats[layer.path] = pairs.pairs[layer.path].layer
             continue
         if theirs is not None and source.exported:
             theirs = _with_bias(theirs, layer)
@@ -136,21 +160,48 @@ def by_order(
             what = f"{theirs.path} {reason}" if theirs else "no more layers"
             why = pairs.left.get(layer.path, "")
             raise _differs(source, layer, what, f" ({why})" if why else "")
+        found[layer.path] = theirs
         waiting.pop(0)
-        state |= {f"{layer.path}.{name}": tensor for name, tensor in theirs.tensors.items()}
     if waiting:
         raise RetrofitError(
             f"{source.name} has {len(waiting)} more layers than the architecture, the first of "
             f"them {waiting[0].path} {_shapes(waiting[0])}"
         )
-    if not seats:
-        raise RetrofitError(f"{source.name} has all of its BatchNorms: there is nothing to restore")
-    skeleton = skeleton_of(architecture, seats, state)
-    whole = dict(_completed(skeleton, state, source))
-    missing = [n for n in skeleton.state_dict() if n not in whole and not n.endswith(COUNTS)]
-    _refuse_lost(pairs, whole, missing, source)
-    load_weights(skeleton, whole, source.name)
-    return Match(skeleton, seats)
+    return found
+
+
+def _shape_by_shape(
+    pairs: Pairs, source: Source, layers: Sequence[Layer], own: Sequence[Layer]
+) -> dict[str, Layer]:
+    """Give each layer the next one of its shape; {} where their numbers do not agree.
+
+    Of branches that run beside each other an exporter may put any first.
+    """
+    theirs, ours = _by_shape(layers), _by_shape(own)
+    if theirs.keys() - ours.keys():
+        return {}
+    found: dict[str, Layer] = {}
+    for shape, every in ours.items():
+        there = theirs.get(shape, [])
+        staying = [layer for layer in every if layer.path not in pairs.pairs]
+        mine = every if len(there) == len(every) else staying
+        if len(there) != len(mine):
+            return {}
+        if source.exported:
+            there = list(map(_with_bias, there, mine))
+        if any(map(_other, mine, there)):
+            return {}
+        found |= {layer.path: other for layer, other in zip(mine, there, strict=True)}
+    return found
+
+
+def _by_shape(layers: Sequence[Layer]) -> dict[tuple[object, ...], list[Layer]]:
+    """Sort layers by what has to agree."""
+    found: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        key = (layer.tensors["weight"].shape, "running_var" in layer.tensors)
+        found.setdefault(key, []).append(layer)
+    return found
 
 
 def _with_bias(theirs: Layer, ours: Layer) -> Layer:

@@ -26,6 +26,7 @@ from retrofit.restoring.sources import Source, layers_of, source_of
 from retrofit.running.batch_checks import check_data
 from retrofit.running.call_arguments import ForwardFn, call_model, images_in
 from retrofit.running.first_batch import looked_into
+from retrofit.running.input_channels import input_dtype
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import (
     refuse_inference_mode,
@@ -73,8 +74,9 @@ def restore(
 
     Args:
         architecture: the network as it was before folding; its weights do not matter. Not changed.
-        folded: a module; a state dict; or a file, as `load` reads them. However it was folded: by
-            `fold`, torch.fx, torch.ao, or the tools of an export.
+        folded: a module, TorchScript or an exported program; a state dict, of numpy too; or a file,
+            as `load` reads them, or ONNX. However it was folded: by `fold`, torch.fx, torch.ao, or
+            the tools of an export. Of 16 bits it is taken in the precision of the architecture.
         data: batches, as for `calibrate`, prepared as the network takes them. A folded network
             cannot tell whether that is right.
         example: one batch, for architectures that torch.fx cannot follow; the first of `data` by
@@ -106,7 +108,7 @@ def restore(
     example = first if example is None else example
     pairs = find_pairs(shared_copy(architecture), example, forward_fn)
     biases = {f"{pair.layer}.bias" for pair in pairs.pairs.values()}
-    source = source_of(folded, forward_fn)
+    source = source_of(folded, input_dtype(architecture), forward_fn)
     source = source.renamed({*architecture.state_dict(), *biases}, key_map or {})
     match = _matched(architecture, pairs, source, example, forward_fn, weights_key)
     runs = Runs(match.seats, example, forward_fn)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
 from retrofit.files.onnx_weights import onnx_layers, onnx_state_dict, run_onnx
@@ -19,6 +21,7 @@ from retrofit.files.provenance import Provenance
 from retrofit.files.state_dicts import State, state_dicts
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.running.call_arguments import ForwardFn, call_model
+from retrofit.running.input_channels import input_dtype
 from retrofit.running.modes import eager, evaluating
 from retrofit.running.nested import tensors
 from retrofit.running.shared_copy import refuse_lazy, refuse_wrappers, shared_copy
@@ -105,12 +108,35 @@ class Source:
         return replace(self, file=replace(self.file, states=states))
 
 
-def source_of(folded: object, forward_fn: ForwardFn | None) -> Source:
-    """Open what the user holds; RetrofitError for what is no network."""
+def source_of(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) -> Source:
+    """Open what the user holds; RetrofitError for what is no network, or one of integers.
+
+    Args:
+        folded: a module, a mapping, or a path.
+        dtype: of the architecture, in which a module is run.
+        forward_fn: `forward_fn(model, batch)`, for any other way of calling a module.
+    """
+    source = _opened(folded, dtype, forward_fn)
+    for state in source.file.states.values():
+        for name, tensor in state.items():
+            if "_packed_params" in name or (isinstance(tensor, Tensor) and tensor.is_quantized):
+                raise RetrofitError(
+                    f"{source.name} is quantised ({name.partition('._packed_params')[0]}): pass "
+                    "the network of floating-point numbers that it was made from"
+                )
+    return source
+
+
+def _opened(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) -> Source:
+    if isinstance(folded, torch.export.ExportedProgram):
+        folded = folded.module()
+    if isinstance(folded, torch.jit.ScriptModule):
+        return _of_script(folded, forward_fn)
     if isinstance(folded, nn.Module):
-        return _of_module(folded, forward_fn)
+        return _of_module(folded, dtype, forward_fn)
     if isinstance(folded, Mapping):
         name = "the state dict"
+        folded = tree_map_only(np.ndarray, torch.as_tensor, dict(folded))
         states = state_dicts(folded)
         if not states:
             raise RetrofitError(
@@ -127,14 +153,36 @@ def source_of(folded: object, forward_fn: ForwardFn | None) -> Source:
     )
 
 
-def _of_module(folded: nn.Module, forward_fn: ForwardFn | None) -> Source:
+def _of_module(folded: nn.Module, dtype: torch.dtype, forward_fn: ForwardFn | None) -> Source:
     refuse_wrappers(folded)
     refuse_lazy(folded)
+    if input_dtype(folded) != dtype:  # as for data, such as a checkpoint of 16 bits
+        folded = shared_copy(folded).to(dtype)
+    source = _named(folded, lambda batch: outputs_of(folded, batch, forward_fn))
+    return replace(source, layers=lambda batch: layers_of(folded, batch, forward_fn))
+
+
+def _of_script(folded: torch.jit.ScriptModule, forward_fn: ForwardFn | None) -> Source:
+    """Take TorchScript by its names; in which order its layers run is not to be seen."""
+    if not folded.state_dict():
+        raise RetrofitError(
+            "the folded network is TorchScript that was frozen, whose weights have no names: write "
+            "it with torch.onnx.export(..., dynamo=False), and pass that file"
+        )
+
+    def run(batch: Any) -> Outputs:
+        with torch.no_grad():
+            return tensors(call_model(folded, batch, forward_fn), "output")
+
+    return _named(folded, run)
+
+
+def _named(folded: nn.Module, outputs: Callable[[Any], Outputs]) -> Source:
     name = f"the folded {type(folded).__name__}"
 
     def run(batch: Any) -> Outputs:
         try:
-            return outputs_of(folded, batch, forward_fn)
+            return outputs(batch)
         except RetrofitError:  # which says what is wrong with the batch
             raise
         except Exception as error:
@@ -142,11 +190,8 @@ def _of_module(folded: nn.Module, forward_fn: ForwardFn | None) -> Source:
                 f"{name} does not run on the example: {type(error).__name__}: {error}"
             ) from error
 
-    def layers(batch: Any) -> list[Layer]:
-        return layers_of(folded, batch, forward_fn)
-
     state: State = dict(folded.state_dict())
-    return Source(name, WeightsFile(Path(name), {"": state}, Provenance()), layers, run)
+    return Source(name, WeightsFile(Path(name), {"": state}, Provenance()), run=run)
 
 
 def _of_onnx(path: Path) -> Source:

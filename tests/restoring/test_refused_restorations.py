@@ -125,6 +125,7 @@ def test_a_batchnorm_that_is_in_no_weight():
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 def test_integer_and_quantised_weights():
     def integers(tensors):
         tensors["0.weight"] = (tensors["0.weight"] * 100).to(torch.int8)
@@ -133,7 +134,18 @@ def test_integer_and_quantised_weights():
         tensors["0.weight"] = torch.quantize_per_tensor(tensors["0.weight"], 0.1, 0, torch.qint8)
 
     refused(r"of another kind \(0\.weight int8\)", network=state(integers))
-    refused(r"0\.weight is quantized: save it after dequantize\(\)", network=state(quantised))
+    refused(r"is quantised \(0\.weight\): pass the network of floating", network=state(quantised))
+    model = nn.Sequential(folded(), nn.Linear(5, 2))
+    dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for network in (dynamic, dynamic.state_dict()):
+        refused(r"is quantised \(1\): pass the network of floating", network=network)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_frozen_torchscript():
+    frozen = torch.jit.freeze(torch.jit.trace(folded(), images()))
+    with pytest.raises(RetrofitError, match=r"frozen, .* torch\.onnx\.export"):
+        retrofit.restore(small(), frozen, [images()], progress=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

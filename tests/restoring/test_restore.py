@@ -214,6 +214,34 @@ def test_larger_torchvision_networks(make, fold, form):
     assert_stock(make, fold, form)
 
 
+PROGRAMS = {
+    "exported": lambda folded, x: torch.export.export(folded, (x,)),
+    "exported, as a module": lambda folded, x: torch.export.export(folded, (x,)).module(),
+    "TorchScript": torch.jit.trace,
+    "numpy": lambda folded, _: {k: t.numpy() for k, t in folded.state_dict().items()},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_and_arrays(form):
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(Small, 0)))
+    restored(Small, folded, x, form(folded, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["module", "state dict"])
+def test_another_precision_than_the_architectures(dtype, form):
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(Small, 0))).to(dtype)
+    result = retrofit.restore(made(Small, 1), FORMS[form](folded, None), [x], progress=False)
+    assert folded.first.weight.dtype == dtype
+    assert torch.equal(result.first.weight, folded.first.weight.float())
+    with torch.no_grad():
+        assert relative(result.eval()(x), folded.float()(x)) < 5e-6
+
+
 # --- kinds of layers and BatchNorms -------------------------------------------------------------
 
 
@@ -337,6 +365,27 @@ def test_layers_under_other_names_are_matched_in_the_order_of_execution(fold):
     same = restored(Small, retrofit.fold(trained(made(Small, 0))), x)
     for key, tensor in same.state_dict().items():
         torch.testing.assert_close(with_names.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """Two branches of different layers; `first` is the one that runs first."""
+
+    def __init__(self, names="ab", first=0):
+        super().__init__()
+        self.names, self.first = names, first
+        for name, size in zip(names, (1, 3), strict=True):
+            conv = nn.Conv2d(3, 6, size, padding=size // 2, bias=False)
+            setattr(self, name, nn.Sequential(conv, nn.BatchNorm2d(6)))
+
+    def forward(self, x):
+        found = {i: getattr(self, self.names[i])(x) for i in (self.first, 1 - self.first)}
+        return torch.cat([found[0], found[1]], 1)
+
+
+def test_branches_that_run_in_another_order():
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(made(lambda: Branches("cd", first=1), 0)))
+    restored(Branches, folded, x)
 
 
 def test_key_map_gives_a_state_dict_its_names():
