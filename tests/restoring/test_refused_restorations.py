@@ -45,7 +45,7 @@ def refused(message, architecture=None, network=None, data=None, **options):
     architecture = small() if architecture is None else architecture
     network = folded() if network is None else network
     modules = [m for m in (architecture, network) if isinstance(m, nn.Module)]
-    real = [m for m in modules if not any(t.is_meta for t in m.state_dict().values())]
+    real = [m for m in modules if not any(t.is_meta for t in m.parameters())]
     before = [everything(module) for module in real]
     with pytest.raises(RetrofitError, match=message):
         retrofit.restore(
