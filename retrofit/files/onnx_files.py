@@ -160,6 +160,8 @@ class Session:
             raise RetrofitError(
                 f"{self.source} takes {len(self.inputs)} inputs ({names}), not {len(arrays)}"
             )
+        for value, array in zip(self.inputs, arrays, strict=True):
+            self._refuse_other_size(value, array)
         size = self.batch_size
         if size is None or all(len(array) == size for array in arrays):
             return self._run(arrays)
@@ -174,12 +176,25 @@ class Session:
             )
         return [np.concatenate(found)[:count] for found in zip(*outputs, strict=True)]
 
+    def _refuse_other_size(self, value: Any, array: np.ndarray) -> None:
+        fixed = [size if isinstance(size, int) else None for size in value.shape[1:]]
+        if len(fixed) != array.ndim - 1 or any(
+            size not in (None, found) for size, found in zip(fixed, array.shape[1:], strict=True)
+        ):
+            takes = ", ".join(["N", *(str(size or "any") for size in fixed)])
+            crop = f", on the command line by --crop {fixed[-1]}" if len(fixed) == 3 else ""
+            raise RetrofitError(
+                f"{self.source} takes {value.name} of shape ({takes}), not {array.shape}: give it "
+                f"what has that size{crop}"
+            )
+
     def _run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         feeds = {value.name: array for value, array in zip(self.inputs, arrays, strict=True)}
         try:
             found: list[np.ndarray] = self.session.run(None, feeds)
         except Exception as error:
-            raise RetrofitError(f"onnxruntime cannot run {self.source}: {error}") from error
+            said = " ".join(str(error).split())
+            raise RetrofitError(f"onnxruntime cannot run {self.source}: {said}") from error
         return found
 
 

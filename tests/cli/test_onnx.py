@@ -298,7 +298,7 @@ CASES = [
     (f"convert net.onnx {INTO} --output out.pth --weights net.onnx", "is an ONNX file, and no fil"),
     (f"convert net.onnx {INTO} --output there.onnx", "there.onnx exists: choose another name, or"),
     (f"convert net.onnx {INTO} --output out.pb", "must end in .safetensors, .pth, .pt or .onnx"),
-    (f"convert net.onnx {INTO} --crop 9", "Got invalid dimensions for input: images"),
+    (f"convert net.onnx {INTO} --crop 9", "not (8, 3, 9, 9): give it what has that size, on"),
     (f"convert alexnet --weights DEFAULT {INTO}",
      ".pt: for ONNX, load that in Python and torch.onnx.export(model, images, path, dynamo=True,"),
     ("fold net.onnx --output out.pth", "net.onnx is an ONNX file, and no file of weights"),
