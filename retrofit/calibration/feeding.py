@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from retrofit.calibration.observer import MomentObserver, observers_of
 from retrofit.calibration.site_samples import SiteSamples
@@ -19,6 +18,7 @@ from retrofit.option_checks import check_count
 from retrofit.running.batch_checks import check_data, explained
 from retrofit.running.call_arguments import Arguments, ForwardFn, arguments_of, home, images_in
 from retrofit.running.modes import eager
+from retrofit.running.progress import images_bar
 
 _END = object()
 
@@ -38,6 +38,7 @@ class Feed:
 
     Attributes:
         data, device, max_images, forward_fn, progress: as for `calibrate`.
+        stage: what the bar says is being done.
     """
 
     data: Iterable[Any]
@@ -45,6 +46,7 @@ class Feed:
     max_images: int | None = None
     forward_fn: ForwardFn | None = None
     progress: bool = True
+    stage: str = "calibrate"
 
     def run(
         self,
@@ -77,7 +79,9 @@ class Feed:
         call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
         fed, batches, began = start, iter(self.data), time.perf_counter()
         with (
-            self._bar(start) as bar,
+            images_bar(
+                self.stage, self.data, self.max_images, shown=self.progress, done=start.images
+            ) as bar,
             _on_device(model, self.device) as device,
             torch.no_grad(),
             eager(),
@@ -126,16 +130,6 @@ class Feed:
                 raise
             raise NonFiniteError(error.site, error.item, earlier + error.item) from None
         return count or samples.length
-
-    def _bar(self, start: Fed) -> tqdm[Any]:
-        """Make a progress bar over the images, as far as their number is known."""
-        total = self.max_images
-        try:
-            known = len(self.data.dataset)  # type: ignore[attr-defined]
-            total = known if total is None else min(known, total)
-        except (AttributeError, TypeError, NotImplementedError):
-            pass
-        return tqdm(total=total, initial=start.images, unit="img", disable=not self.progress)
 
 
 class _Done(BaseException):

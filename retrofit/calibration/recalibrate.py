@@ -155,7 +155,9 @@ def recalibrate(
     while isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         model = model.module
     processes = Processes(process_group)
-    feed = Feed(data, device, max_images, forward_fn, progress and processes.rank == 0)
+    feed = Feed(
+        data, device, max_images, forward_fn, progress and processes.rank == 0, "recalibrate"
+    )
     with processes.failing_together():
         check_flags(layerwise=layerwise, progress=progress)
         check_forward_fn(forward_fn)

@@ -25,6 +25,7 @@ from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import arguments_of, call_model
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.nested import tensors
+from retrofit.running.progress import images_bar
 from retrofit.tables import table
 
 
@@ -80,11 +81,15 @@ def drift(
     converted: nn.Module,
     data: Iterable[Any],
     batch_sizes: Iterable[int] = (8, 32, 128),
+    *,
+    max_images: int | None = None,
+    progress: bool = False,
 ) -> Drift:
     """Measure how far the outputs move when BatchNorm uses the statistics of the batch.
 
     That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
-    statistics are afterwards as they were.
+    statistics are afterwards as they were. The original runs once over the data, and the converted
+    model once for each batch size; no more images are held than are in the largest batch.
 
     Args:
         original: as for `verify`.
@@ -92,6 +97,8 @@ def drift(
         data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.
+        max_images: stop after so many; all by default.
+        progress: show a bar over the images.
 
     Returns:
         A `Drift`, one row for each batch size, the smallest first.
@@ -103,58 +110,122 @@ def drift(
     """
     check_models("drift", original, converted)
     check_data(data)
+    if max_images is not None:
+        check_count("max_images", max_images)
     sizes = sorted(_checked_sizes(batch_sizes))
-    batches = [_picture_batch(original, batch) for batch in data]
-    if not batches:
+    measures = [_Measure(original, converted, size) for size in sizes]
+    total, shape, kept = 0, None, False
+    with images_bar("drift", data, max_images, shown=progress) as bar:
+        for batch in data:
+            most = None if max_images is None else max_images - total
+            images = _picture_batch(original, batch)[:most]
+            if shape not in (None, images.shape[1:]):
+                raise RetrofitError(
+                    "the images have several sizes: they cannot be regrouped into batches"
+                )
+            expected = _outputs(original, images)
+            if shape is None:
+                shape = images.shape[1:]
+                _refuse_unfit(original, images, expected)
+                kept = _are_for_each(original, images, expected)
+            for measure in measures:
+                measure.add(images, expected if kept else {})
+            total += len(images)
+            bar.update(len(images))
+            if total == max_images:
+                break
+    if shape is None:
         raise RetrofitError(nothing_in(data))
-    total = sum(map(len, batches))
-    if len({x.shape[1:] for x in batches}) > 1:
-        raise RetrofitError("the images have several sizes: they cannot be regrouped into batches")
     if total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
-    images = torch.cat(batches)
-    _refuse_unfit(original, images[: sizes[0]])
     if not any(isinstance(module, _BatchNorm) for module in converted.modules()):
         warn(f"this {type(converted).__name__} has no BatchNorm: batch statistics change nothing")
-    fitting = [size for size in sizes if size <= total]
-    rows = [
-        _measured(original, converted, images[: total // size * size], size) for size in fitting
-    ]
-    return Drift(tuple(rows), tuple(size for size in sizes if size > total))
+    return Drift(
+        tuple(measure.drift() for measure in measures if measure.images),
+        tuple(size for size in sizes if size > total),
+    )
 
 
-def _refuse_unfit(original: nn.Module, images: Tensor) -> None:
-    """Raise RetrofitError for a model that returns no tensors, or others each time."""
+def _outputs(original: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad(), evaluating(original):
-        outputs = tensors(call_model(original, images, None), "output")
-        if not any(tensor.numel() for tensor in outputs.values()):
-            raise no_outputs(original)
+        return tensors(call_model(original, images, None), "output")
+
+
+def _refuse_unfit(original: nn.Module, images: Tensor, outputs: dict[str, Tensor]) -> None:
+    """Raise RetrofitError for a model that returns no tensors, or others each time."""
+    if not any(tensor.numel() for tensor in outputs.values()):
+        raise no_outputs(original)
+    with torch.no_grad(), evaluating(original):
         refuse_random(original, images, None, outputs)
 
 
-def _measured(
-    original: nn.Module, converted: nn.Module, images: Tensor, batch_size: int
-) -> BatchDrift:
-    """Measure the drift for batches of one size, of which `images` are a multiple."""
-    errors: dict[str, Comparison] = defaultdict(Comparison)
-    variations: dict[str, Variation] = defaultdict(Variation)
-    top1 = Top1()
-    for x in images.split(batch_size):
-        with torch.no_grad(), evaluating(original):
-            expected = tensors(call_model(original, x, None), "output")
-        actual = _under_batch_statistics(converted, x)
+def _are_for_each(original: nn.Module, images: Tensor, outputs: dict[str, Tensor]) -> bool:
+    """Tell whether outputs are one for each image, and so can be regrouped like these."""
+    count = 2 if len(images) == 1 else 1
+    try:
+        others = _outputs(original, images[:1].expand(count, *images.shape[1:]))
+    except Exception:  # noqa: BLE001 - it takes batches of one size alone
+        return False
+    return others.keys() == outputs.keys() and all(
+        t.dim() > 0 and len(t) == len(images) and len(others[name]) == count
+        for name, t in outputs.items()
+    )
+
+
+class _Measure:
+    """The drift in batches of one size, of images that come in any.
+
+    Attributes:
+        images: how many were measured.
+    """
+
+    def __init__(self, original: nn.Module, converted: nn.Module, size: int) -> None:
+        self.original, self.converted, self.size = original, converted, size
+        self.images = 0
+        self.waiting: list[dict[str, Tensor]] = []  # images under "", and what the original gives
+        self.errors: dict[str, Comparison] = defaultdict(Comparison)
+        self.variations: dict[str, Variation] = defaultdict(Variation)
+        self.top1 = Top1()
+
+    def add(self, images: Tensor, expected: dict[str, Tensor]) -> None:
+        """Add images, with the original's outputs for each, or {} if they are not for each."""
+        self.waiting.append({"": images, **expected})
+        while sum(len(part[""]) for part in self.waiting) >= self.size:
+            self._measure(self._batch())
+
+    def _batch(self) -> dict[str, Tensor]:
+        """Take as many images as make a batch."""
+        taken, missing = [], self.size
+        while missing:
+            part = self.waiting.pop(0)
+            taken.append({name: tensor[:missing] for name, tensor in part.items()})
+            if len(part[""]) > missing:
+                self.waiting.insert(0, {name: tensor[missing:] for name, tensor in part.items()})
+            missing -= len(taken[-1][""])
+        if len(taken) == 1:
+            return taken[0]
+        return {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
+        images = batch.pop("")
+        expected = batch or _outputs(self.original, images)
+        actual = _under_batch_statistics(self.converted, images)
         refuse_other_structure(expected, actual)
         for name, tensor in expected.items():
-            errors[name].add(tensor, actual[name], name)
-            variations[name].add(tensor)
-        top1.add(expected, actual, len(x))
-    if not all(one.finite for one in errors.values()):
-        raise RetrofitError(
-            f"the outputs of this {type(original).__name__} hold NaN or Inf: check its weights and "
-            "the images; the drift of such outputs has no size"
-        )
-    error = rms_over_std(errors.values(), variations.values())
-    return BatchDrift(batch_size, len(images), error, top1.share)
+            self.errors[name].add(tensor, actual[name], name)
+            self.variations[name].add(tensor)
+        self.top1.add(expected, actual, len(images))
+        self.images += len(images)
+
+    def drift(self) -> BatchDrift:
+        """Summarise; RetrofitError where outputs were no numbers."""
+        if not all(one.finite for one in self.errors.values()):
+            raise RetrofitError(
+                f"the outputs of this {type(self.original).__name__} hold NaN or Inf: check its "
+                "weights and the images; the drift of such outputs has no size"
+            )
+        error = rms_over_std(self.errors.values(), self.variations.values())
+        return BatchDrift(self.size, self.images, error, self.top1.share)
 
 
 def _under_batch_statistics(converted: nn.Module, x: Tensor) -> dict[str, Tensor]:

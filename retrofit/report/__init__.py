@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,29 @@ def measured_drift(
     of several sizes, a model of several inputs, or a memory too small for a batch of 128. What is
     wrong with the data itself is an error, as everywhere.
     """
-    batches = list(data)
+    watched = _Watched(data)
     try:
-        return drift(original, converted, batches), ""
+        return drift(original, converted, watched, progress=True), ""
     except (RetrofitError, RuntimeError) as error:
+        if error is watched.error:
+            raise
         return None, " ".join(str(error).split())
+
+
+class _Watched:
+    """Batches that keep the error that they end with."""
+
+    error: Exception | None = None
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data, self.dataset = data, getattr(data, "dataset", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.data
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def write_report(

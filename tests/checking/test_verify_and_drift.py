@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import nets
 import pytest
@@ -168,6 +169,56 @@ def test_drift_is_what_train_mode_changes_batch_by_batch():
     assert report.rows[0].top1 == pytest.approx(float(agreement))
     assert report.rows[0].error > report.rows[1].error > 0
     assert "too few images for batches of 64" in str(report)
+
+
+@pytest.mark.parametrize("given", [1, 7, 16, 40])
+def test_drift_runs_the_original_once_and_holds_no_more_than_a_batch(given):
+    model, converted = pair()
+    expected = retrofit.drift(model, converted, [X], batch_sizes=(4, 16))
+    seen = {"original": 0, "converted": 0}
+    asked, alive = [], []
+
+    def batches():
+        for x in X.split(given):
+            images = x.clone()
+            asked.append(weakref.ref(images))
+            alive.append(sum(one() is not None for one in asked))
+            yield images
+            del images
+
+    for name, network in (("original", model), ("converted", converted)):
+        network.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, seen[name] + len(args[0]))
+        )
+    found = retrofit.drift(model, converted, batches(), batch_sizes=(4, 16))
+    for one, other in zip(found.rows, expected.rows, strict=True):
+        assert one.images == other.images
+        assert one.error == pytest.approx(other.error, rel=1e-5)
+        assert one.top1 == other.top1
+    # The first batch once more, whether that is random, and an image or two, for the outputs' axis.
+    assert seen["original"] == 40 + given + (2 if given == 1 else 1)
+    assert seen["converted"] == 40 + 32
+    assert max(alive) <= 16 // given + 2
+
+
+def test_drift_takes_no_more_images_than_asked():
+    model, converted = pair()
+    expected = retrofit.drift(model, converted, [X[:20]], batch_sizes=(4,))
+    found = retrofit.drift(model, converted, iter(X.split(8)), (4,), max_images=20)
+    assert found.rows[0].images == 20
+    assert found.rows[0].error == pytest.approx(expected.rows[0].error, rel=1e-5)
+    with pytest.raises(RetrofitError, match="max_images must be positive and a whole number"):
+        retrofit.drift(model, converted, [X], (4,), max_images=0)
+
+
+def test_drift_of_outputs_that_are_of_the_whole_batch():
+    class Pooled(nets.Residual):
+        def forward(self, x):
+            return super().forward(x).mean(0)
+
+    model, converted = pair(Pooled)
+    one, other = (retrofit.drift(model, converted, X.split(n), (8,)).rows[0] for n in (8, 5))
+    assert one.error == pytest.approx(other.error, rel=1e-5)
 
 
 def test_drift_leaves_dropout_off_and_everything_as_it_was():
@@ -348,5 +399,5 @@ def test_a_batch_too_small_to_train_on_is_refused():
 def test_drift_of_a_model_without_batchnorm_says_so():
     model = nets.build(nets.Residual)
     with pytest.warns(UserWarning, match="this Residual has no BatchNorm: batch statistics change"):
-        found = retrofit.drift(model, model, [X], [8])
+        found = retrofit.drift(model, model, X.split(8), [8])
     assert found.rows[0].error == 0
