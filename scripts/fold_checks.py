@@ -52,6 +52,8 @@ def by_fx(model: nn.Module, _: Any) -> nn.Module:
 
 def by_ao(model: nn.Module, inputs: Any) -> nn.Module:
     pairs = [list(pair) for pair in pairs_of(model, inputs)]
+    if not pairs:  # which it refuses without saying so
+        return model
     folded: nn.Module = torch.ao.quantization.fuse_modules(model, pairs)
     return folded
 
@@ -218,6 +220,8 @@ def in_train_mode(restored: nn.Module, inputs: Any) -> tuple[float, bool]:
     for module in (*model.modules(), *wide.modules()):
         if "drop" in type(module).__name__.lower() or isinstance(module, StochasticDepth):
             module.eval()  # it draws other numbers in float64
+        if "drop_rate" in vars(module):  # of F.dropout, in timm
+            vars(module)["drop_rate"] = 0.0
     outputs = call(model, inputs)
     doubled = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     with torch.no_grad():

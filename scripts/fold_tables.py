@@ -81,7 +81,8 @@ def cells(result: FoldedBy) -> Sequence[str]:
     """Write the row of a network and a folder, under COLUMNS."""
     name, _, folder = result.name.rpartition(":")[2].partition(", ")
     if result.cannot or result.error:
-        note = f"cannot fold it: {result.cannot}" if result.cannot else f"**{result.error}**"
+        why = result.cannot.partition(". ")[0]  # torch.fx goes on with advice
+        note = f"cannot fold it: {why}" if why else f"**{result.error}**"
         return name, folder, "", "", "", "", note
     return (
         name,
