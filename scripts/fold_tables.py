@@ -79,7 +79,7 @@ def folds_section(folds: Sequence[FoldedBy], missing: int) -> str:
 
 def cells(result: FoldedBy) -> Sequence[str]:
     """Write the row of a network and a folder, under COLUMNS."""
-    name, _, folder = result.name.rpartition(":")[2].partition(", ")
+    name, _, folder = result.name.partition(", ")
     if result.cannot or result.error:
         why = result.cannot.partition(". ")[0]  # torch.fx goes on with advice
         note = f"cannot fold it: {why}" if why else f"**{result.error}**"

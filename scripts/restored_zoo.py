@@ -105,7 +105,8 @@ class Study:
 
     def _write(self, what: object) -> None:
         print(what, flush=True)
-        page = document(last(self.folds), last(self.models), self.missing)
+        folds = sorted(last(self.folds), key=lambda fold: FOLDED.index(fold.name))
+        page = document(folds, last(self.models), self.missing)
         self.arguments.markdown.write_text(page)
 
 

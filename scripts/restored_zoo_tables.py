@@ -123,8 +123,8 @@ def summary(results: Sequence[Restored], missing: int) -> str:
         reasons.update({reason: len(paths) for reason, paths in result.kept.items()})
     skipped = Counter((r.family.partition(",")[0], r.skipped) for r in results if r.skipped)
     counts = {
-        "models folded and restored": f"{len(done):,}",
-        "models that could not be": f"{len(tried) - len(done):,}",
+        "models folded and restored": f"{len(tried):,}",
+        "failures among them": f"{len(tried) - len(done):,}",
         "models not tried yet": f"{missing:,}",
         "BatchNorms restored": f"{sum(r.restored for r in done):,}",
         "BatchNorms kept": f"{sum(r.stays for r in done):,}",
@@ -144,16 +144,17 @@ def summary(results: Sequence[Restored], missing: int) -> str:
 
 
 def failures(failed: Sequence[Restored]) -> list[str]:
-    """List the models that could not be restored, with the reasons."""
+    """List the models that were not restored, or not closely enough, and what happened."""
     if not failed:
         return []
     groups: dict[str, list[str]] = {}
     for result in failed:
-        reason = result.error or f"a difference of {result.difference:.1e}"
+        far = f"a difference of {result.difference:.1e} (folding itself: {result.folding:.1e})"
+        reason = result.error or far
         groups.setdefault(reason, []).append(result.name.rpartition(":")[2])
     rows = [(", ".join(sorted(names, key=natural)), why) for why, names in groups.items()]
     columns = ("models", "what happens")
-    return ["### Models that could not be restored\n", markdown_table(columns, rows, columns)]
+    return ["### Failures\n", markdown_table(columns, rows, columns)]
 
 
 def cells(result: Restored) -> Sequence[str]:

@@ -48,7 +48,7 @@ def test_a_restored_network_that_differs_is_a_failure(monkeypatch):
     result = check("timm:test_resnet")
     assert result.failed
     assert not result.error
-    assert f"| test_resnet | a difference of {result.difference:.1e} |" in document(
+    assert f"| test_resnet | a difference of {result.difference:.1e} (" in document(
         [], [result], (0, 0)
     )
 
