@@ -99,12 +99,27 @@ def fitted(file: WeightsFile, model: nn.Module, key: str | None = None) -> State
     return chosen.state
 
 
+def _refuse_untied(own: Mapping[str, Any], tensors: Mapping[str, Any], source: str) -> None:
+    """Raise RetrofitError where a model has one tensor under two names, and a file has two."""
+    first: dict[tuple[object, ...], str] = {}
+    for key, value in own.items():
+        if not isinstance(value, Tensor) or not value.numel() or value.is_meta:
+            continue
+        name = first.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), key)
+        if name != key and not torch.equal(tensors[name], tensors[key]):
+            raise RetrofitError(
+                f"{name} and {key} are one tensor in the model, and differ in {source}: give the "
+                "model that these weights were made for"
+            )
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
     """Load a state dict strictly.
 
     Warns where the model's precision cannot hold the numbers of the file.
 
-    Raises RetrofitError naming `source` and the keys that do not fit.
+    Raises RetrofitError naming `source` and the keys that do not fit, or two that are one tensor
+    in the model and differ.
     """
     own = model.state_dict()
     if lazy := [key for key, value in own.items() if is_lazy(value)]:
@@ -132,6 +147,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
             f"the weights in {source} do not fit {type(model).__name__}: keys "
             f"{'; '.join(problems)}{odd}"
         )
+    _refuse_untied(own, tensors, source)
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
         new, old = both[rounded[0]]
         warn(

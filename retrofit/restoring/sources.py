@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from retrofit.errors import RetrofitError
+from retrofit.files.onnx_precision import in_float32
 from retrofit.files.onnx_weights import onnx_layers, onnx_state_dict, run_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.state_dicts import State, state_dicts
@@ -202,9 +203,11 @@ def _of_onnx(path: Path) -> Source:
         owner = layer.names["weight"].removesuffix("weight")
         state |= {f"{owner}{name}": tensor for name, tensor in layer.tensors.items()}
 
+    wide = in_float32(path)  # as for data, and for the network that it runs beside
+
     def run(batch: Any) -> Outputs:
         arrays = [tensor.cpu().numpy() for tensor in tensors(batch, "input").values()]
-        found = run_onnx(path, arrays)
+        found = run_onnx(wide or path, arrays)
         return {f"output[{i}]": torch.from_numpy(array) for i, array in enumerate(found)}
 
     def layers(_: Any) -> list[Layer]:

@@ -7,29 +7,37 @@ from typing import Any
 
 from retrofit.errors import RetrofitError
 from retrofit.running.batch_checks import nothing_in
-
-_END = object()  # None is a batch, too, though one that no model takes
+from retrofit.running.nested import tensors
 
 
 def looked_into(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Return the first batch, and the data from its beginning, which may be an iterator.
+    """Return the first batch with anything in it, and all of the data, which may be an iterator.
 
     Raises RetrofitError where there is none.
     """
     batches = iter(data)
-    first = next(batches, _END)
-    if first is _END:
+    taken = []
+    for batch in batches:
+        taken.append(batch)
+        if not _is_empty(batch):
+            break
+    if not taken:
         raise RetrofitError(nothing_in(data))
-    return first, _Again(data, first, batches)
+    return taken[-1], _Again(data, taken, batches)
+
+
+def _is_empty(batch: Any) -> bool:
+    found = tensors(batch).values()
+    return bool(found) and not any(tensor.numel() for tensor in found)
 
 
 class _Again:
-    """`data` from its beginning, although its first batch was taken from the iterator."""
+    """`data` from its beginning, although its first batches were taken from the iterator."""
 
-    def __init__(self, data: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:
-        self.first, self.rest = first, rest
+    def __init__(self, data: Iterable[Any], taken: list[Any], rest: Iterator[Any]) -> None:
+        self.taken, self.rest = taken, rest
         self.dataset = getattr(data, "dataset", None)  # for the length of the progress bar
 
     def __iter__(self) -> Iterator[Any]:
-        yield self.first
+        yield from self.taken
         yield from self.rest

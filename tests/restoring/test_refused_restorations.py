@@ -125,7 +125,32 @@ def test_a_batchnorm_that_is_in_no_weight():
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+class Tied(nn.Module):
+    """Two convolutions of one weight, each with a BatchNorm of its own, which fold apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+        self.a_norm, self.b_norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.b_norm(self.b(self.a_norm(self.a(x)).relu()))
+
+
+def test_two_weights_for_one():
+    model = trained(Tied())
+    apart = copy.deepcopy(model)
+    for name in "ab":
+        pair = getattr(apart, name), getattr(apart, f"{name}_norm")
+        setattr(apart, name, nn.utils.fuse_conv_bn_eval(*pair))
+        setattr(apart, f"{name}_norm", nn.Identity())
+    for network in (apart, apart.state_dict()):
+        refused(r"a\.weight and b\.weight are one tensor in the model, and differ", Tied(), network)
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_integer_and_quantised_weights():
     def integers(tensors):
         tensors["0.weight"] = (tensors["0.weight"] * 100).to(torch.int8)
@@ -302,6 +327,11 @@ def test_data_that_is_not_finite():
         retrofit.restore(small(), folded(), [x], progress=False)
     with pytest.raises(retrofit.NonFiniteError):
         retrofit.restore(small(), folded(), [images(), x], progress=False)
+
+
+def test_an_empty_first_batch_compares_nothing_and_is_passed_over():
+    other = folded(act=nn.SiLU)
+    refused("something else", network=other, data=[images()[:0], images()])
 
 
 def test_few_images():

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from normed_networks import trained
+from torch import nn
 
 import retrofit
 from retrofit import RetrofitError
@@ -34,3 +35,23 @@ def test_onnx_files_of_both_exporters(dynamo, named, tmp_path):
         assert (result(X) - expected).abs().max() < 5e-6 * expected.abs().max()
     with pytest.raises(RetrofitError, match="neither by names nor layer by layer"):
         retrofit.restore(torchvision.models.resnet18().eval(), path, [X], progress=False)
+
+
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_file_of_16_bits_is_restored_in_32(dynamo, tmp_path):
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Hardswish(), nn.Conv2d(6, 4, 3),
+            nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 25, 5),
+        ).eval()  # fmt: skip
+
+    x = nets.images(32, 3, 9, 9)
+    folded = retrofit.fold(trained(make())).half()
+    named = {} if dynamo else {"dynamic_axes": {"x": {0: "n"}}, "input_names": ["x"]}
+    file = tmp_path / "half.onnx"
+    torch.onnx.export(folded, (x[:2].half(),), file, dynamo=dynamo, verbose=False, **named)
+    result = retrofit.restore(make(), file, [x], progress=False)
+    with torch.no_grad():
+        expected = folded.float()(x)
+        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
