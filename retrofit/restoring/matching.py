@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from retrofit.errors import RetrofitError
 from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
@@ -122,6 +123,14 @@ def by_order(
 
     Raises RetrofitError for the first place that differs.
     """
+    seen = {architecture.get_submodule(layer.path) for layer in own}
+    for pair in pairs.pairs.values():
+        if is_parametrized(layer := architecture.get_submodule(pair.layer)) and layer not in seen:
+            raise RetrofitError(
+                f"{source.name} has other names than the architecture, in which {pair.layer} is "
+                "parametrized (weight_norm, say): layers are matched in order where each has a "
+                "weight of its own; torch.nn.utils.parametrize.remove_parametrizations makes one"
+            )
     try:
         theirs_of = _one_after_another(pairs, source, layers, own)
     except RetrofitError:

@@ -102,6 +102,12 @@ def test_other_names_and_layers_in_another_order():
     )
 
 
+def test_a_parametrized_layer_under_other_names():
+    architecture = small()
+    nn.utils.parametrizations.weight_norm(architecture[0])
+    refused(r"other names than .*, in which 0 is parametrized", architecture)
+
+
 def test_a_network_that_is_not_folded():
     refused("loads as it is: all of its BatchNorms are there", network=trained(small()))
     refused("loads as it is", network=trained(small()).state_dict())
