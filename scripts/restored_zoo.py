@@ -3,10 +3,9 @@
     python scripts/restored_zoo.py --folds folds.csv --results zoo.csv --markdown page.md
 
 The first file gets some networks as four folders fold them; the second all models, as
-`retrofit.fold` does: the smallest of each family first, then the second smallest, and so on. Each
-is checked in a process of its own, and kept as a line of the CSV file, so that a sweep that was
-interrupted goes on where it was. The page is written after each, and says how many are missing.
-Needs timm.
+`retrofit.fold` does: the first of each family, then the second, and so on. Each is checked in a
+process of its own, and kept as a line of the CSV file, so that a sweep that was interrupted goes on
+where it was. The page is written after each, and says how many are missing. Needs timm.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import math
 import sys
 import time
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from fold_checks import FOLDED, blank_fold, check_fold
 from fold_tables import FoldedBy
 from model_processes import Sweep
 from recorded_runs import RecordedRuns
-from restored_zoo_checks import blank, check, outlook
+from restored_zoo_checks import blank, check
 from restored_zoo_tables import Restored, document
-from zoo_models import names
+from zoo_models import family, names
 
 MEMORY = 10.0  # GB, of which one model at a time may take what it needs
 
@@ -63,7 +63,7 @@ class Study:
         """Check what is asked for and has no result already; write the page after each."""
         limits = (1, 1, MEMORY, self.arguments.limit_seconds)
         networks = dict.fromkeys(self._waiting(FOLDED, self.folds), 1.0)
-        models = dict.fromkeys(self._smallest_first(), 1.0)
+        models = dict.fromkeys(self._family_by_family(), 1.0)
         self.missing = len(networks), len(models)
         self._write(f"{len(networks)} networks and {len(models)} models to go")
         if self._in_time():
@@ -73,7 +73,9 @@ class Study:
                 self._write(fold)
                 if not self._in_time():
                     return
-            for model in Sweep(check, blank, *limits).over(models):
+            for model in Sweep(partial(check, most=self.arguments.most * 1e6), blank, *limits).over(
+                models
+            ):
                 self.models.append(model)
                 self.missing = self.missing[0], self.missing[1] - 1
                 self._write(model)
@@ -91,17 +93,12 @@ class Study:
         done = {r.name for r in record.runs if not (self.arguments.retry and r.failed)}
         return [n for n in chosen if n not in done and fnmatchcase(n, self.arguments.only)]
 
-    def _smallest_first(self) -> list[str]:
-        """List the models that are to be restored; note why the others are not."""
-        waiting = self._waiting(names("*"), self.models)
-        families: dict[str, list[Restored]] = {}
-        for result in (outlook(name, self.arguments.most * 1e6) for name in waiting):
-            if result.skipped:
-                self.models.append(result)
-            else:
-                families.setdefault(result.family, []).append(result)
-        by_size = [sorted(family, key=lambda r: r.parameters) for family in families.values()]
-        return [result.name for same in zip_longest(*by_size) for result in same if result]
+    def _family_by_family(self) -> list[str]:
+        """List the models without a result: the first of each family, then the second of each."""
+        families: dict[str, list[str]] = {}
+        for name in self._waiting(names("*"), self.models):
+            families.setdefault(family(name), []).append(name)
+        return [name for same in zip_longest(*families.values()) for name in same if name]
 
     def _write(self, what: object) -> None:
         print(what, flush=True)

@@ -47,10 +47,13 @@ def outlook(name: str, most: float) -> Restored:
     return result
 
 
-def check(name: str) -> Restored:
-    """Build, fold, restore and compare one model."""
+def check(name: str, most: float) -> Restored:
+    """Build, fold, restore and compare one model, of no more than `most` parameters."""
     result = blank(name)
     try:
+        result = outlook(name, most)
+        if result.skipped:
+            return result
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # two pictures are few, and BatchNorms stay: we count
             examine(result)
