@@ -50,6 +50,11 @@ def by_name(architecture: nn.Module, pairs: Pairs, source: Source, key: str | No
         norm: pair.layer for norm, pair in pairs.pairs.items() if f"{norm}.running_var" not in state
     }
     if not seats and not missing:
+        if lost := [name for name in own if name not in state and not name.endswith(COUNTS)]:
+            raise RetrofitError(
+                f"{source.name} has the statistics of all BatchNorms, so that none was folded, and "
+                f"lacks {few(lost)}"
+            )
         raise RetrofitError(
             f"{source.name} loads as it is: all of its BatchNorms are there, and there is nothing "
             "to restore"

@@ -26,7 +26,6 @@ from retrofit.restoring.sources import Source, layers_of, source_of
 from retrofit.running.batch_checks import check_data
 from retrofit.running.call_arguments import ForwardFn, call_model, images_in
 from retrofit.running.first_batch import looked_into
-from retrofit.running.input_channels import input_dtype
 from retrofit.running.modes import evaluating
 from retrofit.running.shared_copy import (
     refuse_inference_mode,
@@ -108,7 +107,7 @@ def restore(
     example = first if example is None else example
     pairs = find_pairs(shared_copy(architecture), example, forward_fn)
     biases = {f"{pair.layer}.bias" for pair in pairs.pairs.values()}
-    source = source_of(folded, input_dtype(architecture), forward_fn)
+    source = source_of(folded, architecture, forward_fn)
     source = source.renamed({*architecture.state_dict(), *biases}, key_map or {})
     match = _matched(architecture, pairs, source, example, forward_fn, weights_key)
     runs = Runs(match.seats, example, forward_fn)
@@ -134,7 +133,13 @@ def restore(
     result = _filled(architecture, match, prepared, calibration)
     proof = prove(match.skeleton, result, runs)
     compared = images_in(result, example, forward_fn)
-    attach(result, _told(match, result, proof, calibration, compared))
+    told = _told(match, result, proof, calibration, compared)
+    if not source.exported and not any(seat.bias for seat in told.seats):
+        warn(
+            f"no layer in {source.name} has the bias that folding gives it: were its BatchNorms "
+            "folded, or left out? The result computes what the layers do without them"
+        )
+    attach(result, told)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from retrofit.files.onnx_weights import onnx_layers, onnx_state_dict, run_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.state_dicts import State, state_dicts
 from retrofit.files.weights import WeightsFile, open_weights
-from retrofit.running.call_arguments import ForwardFn, call_model
+from retrofit.running.call_arguments import ForwardFn, arguments_of, call_model
 from retrofit.running.input_channels import input_dtype
 from retrofit.running.modes import eager, evaluating
 from retrofit.running.nested import tensors
@@ -109,15 +110,15 @@ class Source:
         return replace(self, file=replace(self.file, states=states))
 
 
-def source_of(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) -> Source:
+def source_of(folded: object, architecture: nn.Module, forward_fn: ForwardFn | None) -> Source:
     """Open what the user holds; RetrofitError for what is no network, or one of integers.
 
     Args:
         folded: a module, a mapping, or a path.
-        dtype: of the architecture, in which a module is run.
+        architecture: in whose precision a module is run, and whose arguments a file of ONNX takes.
         forward_fn: `forward_fn(model, batch)`, for any other way of calling a module.
     """
-    source = _opened(folded, dtype, forward_fn)
+    source = _opened(folded, architecture, forward_fn)
     for state in source.file.states.values():
         for name, tensor in state.items():
             if "_packed_params" in name or (isinstance(tensor, Tensor) and tensor.is_quantized):
@@ -128,13 +129,13 @@ def source_of(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) 
     return source
 
 
-def _opened(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) -> Source:
+def _opened(folded: object, architecture: nn.Module, forward_fn: ForwardFn | None) -> Source:
     if isinstance(folded, torch.export.ExportedProgram):
         folded = folded.module()
     if isinstance(folded, torch.jit.ScriptModule):
         return _of_script(folded, forward_fn)
     if isinstance(folded, nn.Module):
-        return _of_module(folded, dtype, forward_fn)
+        return _of_module(folded, input_dtype(architecture), forward_fn)
     if isinstance(folded, Mapping):
         name = "the state dict"
         folded = tree_map_only(np.ndarray, torch.as_tensor, dict(folded))
@@ -147,7 +148,9 @@ def _opened(folded: object, dtype: torch.dtype, forward_fn: ForwardFn | None) ->
         return Source(name, WeightsFile(Path(name), states, Provenance()))
     if isinstance(folded, (str, os.PathLike)):
         path = Path(folded)
-        return _of_onnx(path) if path.suffix == ".onnx" else Source(str(path), open_weights(path))
+        if path.suffix == ".onnx":
+            return _of_onnx(path, architecture, forward_fn)
+        return Source(str(path), open_weights(path))
     raise RetrofitError(
         f"the folded network is a {type(folded).__name__}: pass a module, a state dict, or the "
         "path of a file"
@@ -195,7 +198,7 @@ def _named(folded: nn.Module, outputs: Callable[[Any], Outputs]) -> Source:
     return Source(name, WeightsFile(Path(name), {"": state}, Provenance()), run=run)
 
 
-def _of_onnx(path: Path) -> Source:
+def _of_onnx(path: Path, architecture: nn.Module, forward_fn: ForwardFn | None) -> Source:
     """Read a file of ONNX, whose layers have the names of torch's where the exporter kept them."""
     listed = onnx_layers(path)
     state: State = {**onnx_state_dict(path)}
@@ -206,7 +209,8 @@ def _of_onnx(path: Path) -> Source:
     wide = in_float32(path)  # as for data, and for the network that it runs beside
 
     def run(batch: Any) -> Outputs:
-        arrays = [tensor.cpu().numpy() for tensor in tensors(batch, "input").values()]
+        given = _arguments(architecture, batch, forward_fn)
+        arrays = [tensor.detach().cpu().numpy() for tensor in tensors(given).values()]
         found = run_onnx(wide or path, arrays)
         return {f"output[{i}]": torch.from_numpy(array) for i, array in enumerate(found)}
 
@@ -215,6 +219,25 @@ def _of_onnx(path: Path) -> Source:
 
     file = WeightsFile(path, {"": state}, Provenance())
     return Source(str(path), file, layers, run, exported=True)
+
+
+def _arguments(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Any:
+    """Find what the model gets for a batch: without its labels, and as forward_fn makes it.
+
+    In the order of its forward, which is that of an export's inputs.
+    """
+    seen: list[tuple[Any, Any]] = []
+    if forward_fn is None:
+        arguments = arguments_of(model, batch)
+        seen.append((arguments.args, arguments.kwargs))
+    else:
+        copied = shared_copy(model)
+        copied.register_forward_pre_hook(lambda _m, *given: seen.append(given), with_kwargs=True)
+        outputs_of(copied, batch, forward_fn)
+    if not seen:
+        raise RetrofitError("forward_fn does not call the model that it is given")
+    args, kwargs = seen[0]
+    return list(inspect.signature(model.forward).bind(*args, **kwargs).arguments.values())
 
 
 def outputs_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Outputs:

@@ -113,6 +113,21 @@ def test_a_network_that_is_not_folded():
     refused("loads as it is", network=trained(small()).state_dict())
 
 
+def test_batchnorms_that_were_left_out():
+    dropped = {k: t for k, t in trained(small()).state_dict().items() if k[0] not in "14"}
+    del dropped["3.bias"]
+    architecture = small()
+    architecture[3] = nn.Conv2d(6, 4, 1, bias=False)
+    with pytest.warns(UserWarning, match="no layer in the state dict has the bias that folding"):
+        retrofit.restore(architecture, dropped, [images()], progress=False)
+
+
+def test_statistics_without_the_rest():
+    tensors = trained(small()).state_dict()
+    del tensors["1.weight"], tensors["4.bias"]
+    refused(r"none was folded, and lacks 1\.weight, 4\.bias", network=tensors)
+
+
 def test_missing_tensors():
     def lose(tensors):
         tensors["3.kernel"] = tensors.pop("3.weight")

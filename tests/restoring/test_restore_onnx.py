@@ -37,6 +37,53 @@ def test_onnx_files_of_both_exporters(dynamo, named, tmp_path):
         retrofit.restore(torchvision.models.resnet18().eval(), path, [X], progress=False)
 
 
+BATCHES = {
+    "labels": (lambda x: (x, torch.zeros(len(x))), None),
+    "mapping": (lambda x: {"image": x, "label": torch.zeros(len(x))}, None),
+    "forward_fn": (
+        lambda x: {"a": torch.zeros(len(x)), "b": x / 2},
+        lambda m, batch: m(batch["b"] * 2),
+    ),
+}
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.a_norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.b, self.b_norm = nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x, y):
+        return self.a_norm(self.a(x)).mean((2, 3)) + self.b_norm(self.b(y))
+
+
+def test_inputs_go_by_their_names_in_the_class(tmp_path):
+    torch.manual_seed(0)
+    model, file = trained(TwoInputs()), tmp_path / "two.onnx"
+    x, y = nets.images(32, 3, 9, 9), torch.randn(32, 5)
+    torch.onnx.export(retrofit.fold(model), (x, y), file, dynamo=False, verbose=False)
+    result = retrofit.restore(TwoInputs().eval(), file, [{"y": y, "x": x}], progress=False)
+    with torch.no_grad():
+        expected = model(x, y)
+        assert (result(x, y) - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_the_file_gets_what_the_class_gets(kind, tmp_path):
+    batch_of, forward_fn = BATCHES[kind]
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()))
+    x, file = nets.images(32, 3, 9, 9), tmp_path / "net.onnx"
+    torch.onnx.export(model, (x,), file, dynamo=False, verbose=False)
+    architecture = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+    result = retrofit.restore(
+        architecture.eval(), file, [batch_of(x)], forward_fn=forward_fn, progress=False
+    )
+    with torch.no_grad():
+        expected = model(x)
+        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_file_of_16_bits_is_restored_in_32(dynamo, tmp_path):
     def make():
