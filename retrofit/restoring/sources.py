@@ -255,6 +255,8 @@ def layers_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> lis
         module = model.get_submodule(path)
         own = {**module._parameters, **module._buffers}
         present = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+        if "running_var" in present:  # without a weight, it has ones in an exported file
+            present.setdefault("weight", torch.ones_like(present["running_var"]))
         if "weight" in present:
             found.setdefault(path, Layer(path, present))
     return list(found.values())

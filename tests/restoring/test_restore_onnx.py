@@ -47,6 +47,24 @@ BATCHES = {
 }
 
 
+def test_a_batchnorm_without_a_weight_that_stays(tmp_path):
+    def make():
+        return nn.Sequential(
+            nn.BatchNorm2d(3, affine=False), nn.ReLU(), nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6), nn.ReLU(),
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    model, x, file = trained(make()), nets.images(32, 3, 9, 9), tmp_path / "net.onnx"
+    torch.onnx.export(model, (x,), file, dynamo=False, verbose=False)
+    result = retrofit.restore(make().eval(), file, [x], progress=False)
+    assert retrofit.restoration_of(result).kept == ("0",)
+    assert torch.equal(result[0].running_var, model[0].running_var)
+    with torch.no_grad():
+        expected = model(x)
+        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -61,7 +79,8 @@ def test_inputs_go_by_their_names_in_the_class(tmp_path):
     torch.manual_seed(0)
     model, file = trained(TwoInputs()), tmp_path / "two.onnx"
     x, y = nets.images(32, 3, 9, 9), torch.randn(32, 5)
-    torch.onnx.export(retrofit.fold(model), (x, y), file, dynamo=False, verbose=False)
+    folded = retrofit.fold(model, example={"x": x, "y": y})
+    torch.onnx.export(folded, (x, y), file, dynamo=False, verbose=False)
     result = retrofit.restore(TwoInputs().eval(), file, [{"y": y, "x": x}], progress=False)
     with torch.no_grad():
         expected = model(x, y)
