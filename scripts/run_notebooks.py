@@ -11,6 +11,7 @@ so that a second run differs only in what it found.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -59,6 +60,8 @@ def run(path: Path, output: Path) -> float:
         SystemExit: a cell failed. What ran up to there is in build/notebooks/; `output`, if it is
             another file, is as it was.
     """
+    # A message that reaches a kernel which has just ended is no fault of the notebook.
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     start = time.perf_counter()
     try:
         notebook = nbformat.read(path, as_version=4)
