@@ -19,7 +19,8 @@ Every model of torchvision and timm that has BatchNorm, with random weights and 
 BatchNorms as training would have left them: folded by `retrofit.fold`, and brought back into its
 class by `retrofit.restore`. This page is what
 
-    python scripts/restored_zoo.py --folds folds.csv --results zoo.csv --markdown page.md
+    python scripts/restored_zoo.py --folds docs/results/restored-zoo-folds.csv \\
+        --results docs/results/restored-zoo.csv --markdown docs/restored-zoo.md
 
 wrote on a CPU, with {versions}.
 """
