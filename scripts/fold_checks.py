@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torchvision
 from fold_tables import FoldedBy
-from network_checks import call, difference, informative, one_line, roughen
-from restored_zoo_checks import train
+from network_checks import (
+    SAYS_NOTHING,
+    call,
+    difference,
+    filled,
+    informative,
+    one_line,
+    roughen,
+    train,
+)
+from restored_zoo_checks import stock_difference
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -135,14 +144,7 @@ def blank_fold(network: str) -> FoldedBy:
 
 def check_fold(network: str) -> FoldedBy:
     """Fold one network by one folder, given as "resnet18, torch.fx", and restore it."""
-    result = blank_fold(network)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            examine(result)
-    except Exception as error:  # noqa: BLE001 - a result like any other
-        result.error = one_line(error)
-    return result
+    return filled(blank_fold(network), examine)
 
 
 def examine(result: FoldedBy) -> None:
@@ -164,7 +166,7 @@ def examine(result: FoldedBy) -> None:
     with torch.no_grad():
         before, expected = call(model, second), call(folded, second)
     if not informative(before):
-        raise ValueError("the outputs are constant or not finite: comparing them says nothing")
+        raise ValueError(SAYS_NOTHING)
     if not result.folded:
         result.cannot = f"it folds none of {len(norms)} BatchNorms"
     elif (off := difference(before, expected)) > NEARLY:
@@ -172,9 +174,9 @@ def examine(result: FoldedBy) -> None:
     if result.cannot:
         return
     restored = restore(name, folded, first)
-    result.module = stock_difference(name, restored, second, expected)
+    result.module = stock_difference(partial(made, name), restored, second, expected)
     weights = restore(name, folded.state_dict(), first)
-    result.state_dict = stock_difference(name, weights, second, expected)
+    result.state_dict = stock_difference(partial(made, name), weights, second, expected)
     result.training, result.gradients = in_train_mode(restored, first)
 
 
@@ -197,17 +199,6 @@ def inputs_of(name: str, seed: int) -> Any:
 def restore(name: str, folded: nn.Module | Mapping[str, Tensor], inputs: Any) -> nn.Module:
     torch.manual_seed(1)
     return retrofit.restore(made(name), folded, [inputs], progress=False)
-
-
-def stock_difference(
-    name: str, restored: nn.Module, inputs: Any, expected: Sequence[Tensor]
-) -> float:
-    """Compare a stock model that loads the restored weights with the folded network."""
-    torch.manual_seed(2)
-    stock = made(name).eval()
-    stock.load_state_dict(restored.state_dict(), strict=True)
-    with torch.no_grad():
-        return difference(expected, call(stock, inputs))
 
 
 def in_train_mode(restored: nn.Module, inputs: Any) -> tuple[float, bool]:

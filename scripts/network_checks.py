@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from model_processes import Checked
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -17,6 +19,23 @@ from zoo_tables import NORMALISED
 
 import retrofit
 from retrofit import Plan
+from retrofit.surgery import affine_map
+
+LEAST = 1e-3  # the scale of an input, which may be zero where random weights switch a branch off
+SAYS_NOTHING = "the outputs are constant or not finite: comparing them says nothing"
+
+R = TypeVar("R", bound=Checked)
+
+
+def filled(result: R, examine: Callable[[R], None]) -> R:
+    """Let `examine` fill in a result, without warnings; what it raises becomes the error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            examine(result)
+    except Exception as error:  # noqa: BLE001 - a result like any other
+        result.error = one_line(error)
+    return result
 
 
 def roughen(model: nn.Module) -> None:
@@ -28,6 +47,48 @@ def roughen(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.numel() and parameter.amin() == parameter.amax():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def train(model: nn.Module, inputs: Any) -> None:
+    """Give each BatchNorm numbers as training would have, drawn with a fixed seed.
+
+    They are in proportion to the root mean square of its input, so that what goes on from there
+    stays in range. (Were they the moments of each channel, rounding would grow from layer to layer
+    as it does in no trained network.) BatchNorms that eval mode does not call are left as they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen: set[nn.Module] = set()
+
+    def learn(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if norm in seen:
+            return
+        seen.add(norm)
+        x = arguments[0].double()
+        scale, channels = x.square().mean().sqrt().clamp(min=LEAST), x.shape[1]
+
+        def normal() -> Tensor:
+            return 0.1 * torch.randn(channels, generator=generator, dtype=torch.float64)
+
+        def factor() -> Tensor:
+            return 0.5 + torch.rand(channels, generator=generator, dtype=torch.float64)
+
+        numbers = {
+            "running_mean": scale * normal(),
+            "running_var": scale.square() * factor(),
+            "weight": factor(),
+            "bias": normal(),
+        }
+        for name, values in numbers.items():
+            if isinstance(tensor := getattr(norm, name, None), Tensor):
+                tensor.data.copy_(values)
+
+    hooks = [
+        norm.register_forward_pre_hook(learn) for norm in affine_map.batchnorms(model).values()
+    ]
+    with torch.no_grad():
+        call(model, inputs)
+    for hook in hooks:
+        hook.remove()
 
 
 def call(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -88,7 +149,7 @@ def compared(
     equal = exact and same(expected, actual) and digests(model) == bits
     if informative(expected):
         return equal, ""
-    return equal, "the outputs are constant or not finite: comparing them says nothing"
+    return equal, SAYS_NOTHING
 
 
 def digests(model: nn.Module) -> dict[str, str]:

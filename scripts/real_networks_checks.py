@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,8 +15,8 @@ from network_checks import (
     compared,
     described,
     digests,
+    filled,
     left_out,
-    one_line,
     roughen,
 )
 from real_networks_models import Network
@@ -41,13 +41,7 @@ def check(network: Network) -> Result:
     if not result.versions:
         result.error = "not installed"
         return result
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            examine(network, result)
-    except Exception as error:  # noqa: BLE001 - a result like any other
-        result.error = one_line(error)
-    return result
+    return filled(result, partial(examine, network))
 
 
 def examine(network: Network, result: Result) -> None:

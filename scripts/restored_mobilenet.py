@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from network_checks import difference
 from PIL import Image
 from safetensors.torch import load_file
 from timm.layers.norm_act import BatchNormAct2d
@@ -83,9 +84,8 @@ def main() -> int:
     classes = torch.arange(len(files))
     right = [int((one.argmax(1) == classes).sum()) for one in (folded, actual)]
     same = int((folded.argmax(1) == actual.argmax(1)).sum())
-    difference = float((folded - actual).abs().max() / folded.abs().max())
     print(f"right: {right[0]} of {len(files)} folded, {right[1]} restored; the same answer: {same}")
-    print(f"largest difference over the largest output: {difference:.1e}")
+    print(f"largest difference over the largest output: {difference([folded], [actual]):.1e}")
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torchvision
 from markdown_table import markdown_table
+from network_checks import difference, train
 from torch import Tensor, nn
 
 import retrofit
@@ -31,18 +32,12 @@ CLOSE = 5e-6
 SIDE = 96
 
 
-def trained(name: str) -> nn.Module:
+def trained(name: str, images: Tensor) -> nn.Module:
     """Build a network, with numbers in its BatchNorms as training leaves them."""
     torch.manual_seed(0)
-    model: nn.Module = torchvision.models.get_model(name)
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
-                norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-                norm.weight.uniform_(0.7, 1.3)
-                norm.bias.normal_(0, 0.2)
-    return model.eval()
+    model: nn.Module = torchvision.models.get_model(name).eval()
+    train(model, images)
+    return model
 
 
 def exported(model: nn.Module, images: Tensor, file: Path, *, dynamo: bool) -> None:
@@ -59,13 +54,10 @@ def restored(architecture: nn.Module, file: Path, images: Tensor) -> nn.Module:
         return retrofit.restore(architecture, file, [images], progress=False)
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 def rows(name: str, folder: Path) -> list[tuple[str, ...]]:
     """Restore one network from four files."""
-    model, images = trained(name), torch.randn(4, 3, SIDE, SIDE)
+    images = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    model = trained(name, images)
     found: list[tuple[str, ...]] = []
     for dynamo in (False, True):
         for kept in (True, False):
@@ -75,7 +67,7 @@ def rows(name: str, folder: Path) -> list[tuple[str, ...]]:
             fresh = torchvision.models.get_model(name).eval()
             fresh.load_state_dict(state, strict=True)
             with torch.no_grad():
-                far = difference(fresh(images), model(images))
+                far = difference([model(images)], [fresh(images)])
             exporter = "dynamo" if dynamo else "TorchScript"
             found.append((name, exporter, "kept" if kept else "the exporter's", f"{far:.1e}"))
     return found
@@ -90,7 +82,8 @@ def row_of(file: Path, spec: str, side: int) -> tuple[str, ...]:
     with torch.no_grad():
         outputs = fresh(images)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
-    far = difference(first, torch.from_numpy(run_onnx(file, [images.numpy()])[0]))
+    expected = torch.from_numpy(run_onnx(file, [images.numpy()])[0])
+    far = difference([expected], [first])
     return (spec, file.name, "the file's", f"{far:.1e}")
 
 

@@ -18,6 +18,7 @@ from importlib import import_module
 
 import torch
 from markdown_table import markdown_table
+from network_checks import difference as of_outputs
 from torch import Tensor, nn
 
 import retrofit
@@ -100,8 +101,7 @@ def fused(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def difference(expected: nn.Module, actual: nn.Module, batch: Tensor) -> float:
     """Compare the boxes, and the classes, each over the largest that is expected."""
-    a, b = (model.eval()(batch)[0].split([4, 80], 1) for model in (expected, actual))
-    return max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(a, b, strict=True))
+    return of_outputs(*(model.eval()(batch)[0].split([4, 80], 1) for model in (expected, actual)))
 
 
 def loaded(name: str, source: nn.Module) -> int:

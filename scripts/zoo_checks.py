@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import timm
 import torch
@@ -14,8 +13,8 @@ from network_checks import (
     convolutions,
     described,
     digests,
+    filled,
     left_out,
-    one_line,
 )
 from zoo_models import batch, build, family, size_for
 from zoo_tables import Result
@@ -25,14 +24,7 @@ import retrofit
 
 def check(name: str) -> Result:
     """Build, convert, compare and fold back one model."""
-    result = Result(name, family(name), versions())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            examine(result)
-    except Exception as error:  # noqa: BLE001 - a result like any other
-        result.error = one_line(error)
-    return result
+    return filled(Result(name, family(name), versions()), examine)
 
 
 def examine(result: Result) -> None:
