@@ -127,6 +127,7 @@ def drift(
             if shape is None:
                 shape = images.shape[1:]
                 _refuse_unfit(original, images, expected)
+                _warn_without_batchnorm(converted)
                 kept = _are_for_each(original, images, expected)
             for measure in measures:
                 measure.add(images, expected if kept else {})
@@ -138,12 +139,15 @@ def drift(
         raise RetrofitError(nothing_in(data))
     if total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
-    if not any(isinstance(module, _BatchNorm) for module in converted.modules()):
-        warn(f"this {type(converted).__name__} has no BatchNorm: batch statistics change nothing")
     return Drift(
         tuple(measure.drift() for measure in measures if measure.images),
         tuple(size for size in sizes if size > total),
     )
+
+
+def _warn_without_batchnorm(converted: nn.Module) -> None:
+    if not any(isinstance(module, _BatchNorm) for module in converted.modules()):
+        warn(f"this {type(converted).__name__} has no BatchNorm: batch statistics change nothing")
 
 
 def _outputs(original: nn.Module, images: Tensor) -> dict[str, Tensor]:

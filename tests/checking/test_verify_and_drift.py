@@ -396,6 +396,16 @@ def test_a_batch_too_small_to_train_on_is_refused():
     assert not model.training
 
 
+def test_that_there_is_no_batchnorm_is_said_at_once():
+    def batches():
+        yield X[:8]
+        raise KeyError
+
+    model = nets.build(nets.Residual)
+    with pytest.warns(UserWarning, match="has no BatchNorm"), pytest.raises(KeyError):
+        retrofit.drift(model, model, batches(), [8])
+
+
 def test_drift_of_a_model_without_batchnorm_says_so():
     model = nets.build(nets.Residual)
     with pytest.warns(UserWarning, match="this Residual has no BatchNorm: batch statistics change"):
