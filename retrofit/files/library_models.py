@@ -233,10 +233,10 @@ class Ultralytics(Source):
             transform: Transform = augment.classify_transforms(crop_size)
             return transform
 
-        def detected(*, resize_size: int = 640, crop_size: int | None = None) -> Transform:
+        def detected(*, resize_size: int | None = None, crop_size: int | None = None) -> Transform:
             """Fit a picture into a grey square, as its predictor does, which needs one size."""
-            side = crop_size or resize_size
-            if resize_size not in (640, side):
+            side = crop_size or resize_size or 640
+            if resize_size not in (None, side):
                 raise RetrofitError(
                     f"ultralytics fits a picture into one square, of {side} pixels: leave out "
                     f"--resize {resize_size}"
