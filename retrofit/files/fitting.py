@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from retrofit.errors import RetrofitError, warn
 from retrofit.files.state_dicts import State
 from retrofit.files.weights import WeightsFile
+from retrofit.numerics.comparison import Comparison
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.tables import few
 
@@ -106,7 +107,7 @@ def _refuse_untied(own: Mapping[str, Any], tensors: Mapping[str, Any], source: s
         if not isinstance(value, Tensor) or not value.numel() or value.is_meta:
             continue
         name = first.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), key)
-        if name != key and not torch.equal(tensors[name], tensors[key]):
+        if name != key and not Comparison().add(tensors[name], tensors[key], key):
             raise RetrofitError(
                 f"{name} and {key} are one tensor in the model, and differ in {source}: give the "
                 "model that these weights were made for"

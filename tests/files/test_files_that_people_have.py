@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 
+import nets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from torch import nn
 import retrofit
 from retrofit import RetrofitError
 from retrofit.files import model_sources
+from retrofit.files.fitting import load_weights
 
 NET = "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())\n"
 CONVERT = "convert net.py:net --data pictures --crop 16 --workers 0 --output bn.safetensors"
@@ -362,3 +364,13 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, suffix, content, 
     (tmp_path / f"a.{suffix}").write_bytes(content)
     with pytest.raises(RetrofitError, match=f"a.{suffix} is no weights file but .*{message}"):
         retrofit.load(tmp_path / f"a.{suffix}", net())
+
+
+def test_two_names_of_one_tensor_have_to_be_equal_and_nan_equals_nan():
+    model = nets.build(nets.TiedWeights)
+    state = {key: torch.full_like(tensor, torch.nan) for key, tensor in model.state_dict().items()}
+    load_weights(model, state, "file")
+    state["second.weight"] = torch.zeros_like(state["second.weight"])
+    message = r"first\.weight and second\.weight are one tensor in the model, and differ in file"
+    with pytest.raises(RetrofitError, match=message):
+        load_weights(model, state, "file")
