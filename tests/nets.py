@@ -255,6 +255,16 @@ def vgg(name):
     return model
 
 
+def batchnorm(identity, eps):
+    """torch's own BatchNorm, with these numbers."""
+    dtype = torch.from_numpy(identity.mean).dtype
+    norm = nn.BatchNorm1d(len(identity.mean), eps=eps, dtype=dtype).eval()
+    names = ("running_mean", "running_var", "weight", "bias")
+    state = {n: torch.from_numpy(a) for n, a in zip(names, identity, strict=True)}
+    norm.load_state_dict(state, strict=False)
+    return norm
+
+
 def images(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -1,24 +1,15 @@
 """The exact identity, judged by torch's own BatchNorm."""
 
+import nets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import nn
 
 from retrofit import RetrofitError
 from retrofit.numerics.exact_identity import exact_identity
-
-
-def batchnorm(identity, eps):
-    dtype = torch.from_numpy(identity.mean).dtype
-    norm = nn.BatchNorm1d(len(identity.mean), eps=eps, dtype=dtype).eval()
-    names = ("running_mean", "running_var", "weight", "bias")
-    state = {n: torch.from_numpy(a) for n, a in zip(names, identity, strict=True)}
-    norm.load_state_dict(state, strict=False)
-    return norm
 
 
 def assert_identity(mean, var, eps):
@@ -26,7 +17,7 @@ def assert_identity(mean, var, eps):
     x = torch.randn(3, len(mean), generator=torch.Generator().manual_seed(0))
     x = (x * 10).to(torch.from_numpy(mean).dtype)
     with torch.no_grad():
-        assert torch.equal(batchnorm(identity, eps)(x), x)
+        assert torch.equal(nets.batchnorm(identity, eps)(x), x)
     np.testing.assert_array_equal(identity.mean, mean)
     nudge = np.abs(identity.var.astype(float) - var) / (var.astype(float) + eps)
     assert nudge.max() < 1e-6

@@ -1,11 +1,11 @@
 """The identity plus a bias, judged by torch's own BatchNorm."""
 
+import nets
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import nn
 
 from retrofit.numerics.exact_identity import exact_identity, scale_and_shift
 from retrofit.numerics.shifted_identity import shifted_identity
@@ -17,15 +17,6 @@ def floats(low, high):
     return hnp.arrays(np.float32, 8, elements=st.floats(low, high, width=32))
 
 
-def batchnorm(identity, eps):
-    dtype = torch.from_numpy(identity.mean).dtype
-    norm = nn.BatchNorm1d(len(identity.mean), eps=eps, dtype=dtype).eval()
-    names = ("running_mean", "running_var", "weight", "bias")
-    state = {n: torch.from_numpy(a) for n, a in zip(names, identity, strict=True)}
-    norm.load_state_dict(state, strict=False)
-    return norm
-
-
 def assert_shifts(mean, var, shift, eps):
     """alpha is 1; what is added is the shift to half a unit of the mean, as the kernel adds it."""
     found = shifted_identity(mean, var, shift, eps)
@@ -33,7 +24,7 @@ def assert_shifts(mean, var, shift, eps):
     assert (alpha == 1).all()
     with torch.no_grad():
         zeros = torch.zeros(3, len(mean), dtype=torch.from_numpy(mean).dtype)
-        assert (batchnorm(found, eps)(zeros).numpy() == added).all()
+        assert (nets.batchnorm(found, eps)(zeros).numpy() == added).all()
     wide = np.float64 if mean.dtype == np.float32 else np.longdouble
     error = np.abs(added.astype(wide) - shift.astype(wide))
     assert (error <= np.spacing(np.abs(mean)).astype(wide) / 2).all()
@@ -68,7 +59,7 @@ def test_a_million_shifts():
 
 @given(floats(-(2.0**60), 2.0**60), floats(0, 2.0**100), EPS)
 def test_without_a_shift_it_is_the_identity(mean, var, eps):
-    norm = batchnorm(shifted_identity(mean, var, None, eps), eps)
+    norm = nets.batchnorm(shifted_identity(mean, var, None, eps), eps)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 10
     with torch.no_grad():
         assert torch.equal(norm(x), x)

@@ -17,6 +17,11 @@ pytestmark = [
 ]
 
 
+def assert_close(result, expected, *inputs):
+    with torch.no_grad():
+        assert (result(*inputs) - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.parametrize("named", [False, True])
@@ -30,9 +35,7 @@ def test_onnx_files_of_both_exporters(dynamo, named, tmp_path):
     torch.onnx.export(source, (X,), path, verbose=False, **options)
     result = retrofit.restore(make().eval(), path, [X], progress=False)
     make().load_state_dict(result.state_dict(), strict=True)
-    with torch.no_grad():
-        expected = model(X)
-        assert (result(X) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert_close(result, model(X), X)
     with pytest.raises(RetrofitError, match="neither by names nor layer by layer"):
         retrofit.restore(torchvision.models.resnet18().eval(), path, [X], progress=False)
 
@@ -60,9 +63,7 @@ def test_a_batchnorm_without_a_weight_that_stays(tmp_path):
     result = retrofit.restore(make().eval(), file, [x], progress=False)
     assert retrofit.restoration_of(result).kept == ("0",)
     assert torch.equal(result[0].running_var, model[0].running_var)
-    with torch.no_grad():
-        expected = model(x)
-        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert_close(result, model(x), x)
 
 
 class TwoInputs(nn.Module):
@@ -82,9 +83,7 @@ def test_inputs_go_by_their_names_in_the_class(tmp_path):
     folded = retrofit.fold(model, example={"x": x, "y": y})
     torch.onnx.export(folded, (x, y), file, dynamo=False, verbose=False)
     result = retrofit.restore(TwoInputs().eval(), file, [{"y": y, "x": x}], progress=False)
-    with torch.no_grad():
-        expected = model(x, y)
-        assert (result(x, y) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert_close(result, model(x, y), x, y)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -98,9 +97,7 @@ def test_the_file_gets_what_the_class_gets(kind, tmp_path):
     result = retrofit.restore(
         architecture.eval(), file, [batch_of(x)], forward_fn=forward_fn, progress=False
     )
-    with torch.no_grad():
-        expected = model(x)
-        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert_close(result, model(x), x)
 
 
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -118,6 +115,4 @@ def test_a_file_of_16_bits_is_restored_in_32(dynamo, tmp_path):
     file = tmp_path / "half.onnx"
     torch.onnx.export(folded, (x[:2].half(),), file, dynamo=dynamo, verbose=False, **named)
     result = retrofit.restore(make(), file, [x], progress=False)
-    with torch.no_grad():
-        expected = folded.float()(x)
-        assert (result(x) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert_close(result, folded.float()(x), x)
