@@ -11,30 +11,26 @@ import numpy as np
 from retrofit.files.onnx_files import FLOAT, StrPath, imported, inlined, open_onnx
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, TensorProto
 
 HALVES = (10, 16)  # TensorProto.FLOAT16, BFLOAT16
 
 
-def in_float32(path: StrPath) -> bytes | None:
+def in_float32(path: StrPath) -> bytes:
     """Write an ONNX file with all numbers of 16 bits in float32, which holds each of them exactly.
 
-    Returns None for a file without any. Raises RetrofitError for what is no ONNX file.
+    Raises RetrofitError for what is no ONNX file.
     """
     model = inlined(open_onnx(Path(path)))
-    tensors = [t for graph in _graphs(model.graph) for t in _tensors(graph)]
-    values = [v for graph in _graphs(model.graph) for v in _values(graph)]
-    if not any(t.data_type in HALVES for t in tensors):
-        return None
     helper = imported("onnx.numpy_helper")
-    for tensor in tensors:
-        if tensor.data_type in HALVES:
-            wide = helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(helper.from_array(wide, tensor.name))
-    for value in values:
-        if value.type.tensor_type.elem_type in HALVES:
-            value.type.tensor_type.elem_type = FLOAT
-    for graph in _graphs(model.graph):
+    for graph in [*_graphs(model.graph)]:
+        for tensor in [*_tensors(graph)]:
+            if tensor.data_type in HALVES:
+                wide = helper.to_array(tensor).astype(np.float32)
+                tensor.CopyFrom(helper.from_array(wide, tensor.name))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in HALVES:
+                value.type.tensor_type.elem_type = FLOAT
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.name in ("to", "dtype") and attribute.i in HALVES:
@@ -57,7 +53,3 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
     for node in graph.node:
         for attribute in node.attribute:
             yield from (*attribute.tensors, *([attribute.t] if attribute.HasField("t") else []))
-
-
-def _values(graph: GraphProto) -> Iterator[ValueInfoProto]:
-    yield from (*graph.input, *graph.output, *graph.value_info)

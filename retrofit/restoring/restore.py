@@ -115,6 +115,12 @@ def restore(
         refuse_other_outputs(source, match.skeleton, runs)
     for path in match.seats:
         _refuse_no_identity(path, architecture.get_submodule(path))
+    layers = map(match.skeleton.get_submodule, match.seats.values())
+    if not source.exported and all(layer._parameters.get("bias") is None for layer in layers):
+        warn(
+            f"no layer in {source.name} has the bias that folding gives it: were its BatchNorms "
+            "folded, or left out? The result computes what the layers do without them"
+        )
     prepared = observed(match.skeleton, match.seats, _axes(match, example, forward_fn))
     calibration = calibrate(
         prepared,
@@ -133,13 +139,7 @@ def restore(
     result = _filled(architecture, match, prepared, calibration)
     proof = prove(match.skeleton, result, runs)
     compared = images_in(result, example, forward_fn)
-    told = _told(match, result, proof, calibration, compared)
-    if not source.exported and not any(seat.bias for seat in told.seats):
-        warn(
-            f"no layer in {source.name} has the bias that folding gives it: were its BatchNorms "
-            "folded, or left out? The result computes what the layers do without them"
-        )
-    attach(result, told)
+    attach(result, _told(match, result, proof, calibration, compared))
     return result
 
 
@@ -299,7 +299,7 @@ def _told(
     return Restoration(
         seats,
         kept=tuple(path for path in batchnorms(result) if path not in match.seats),
-        exact=proof.exact,
+        exact=proof.relative == 0,
         relative=proof.relative,
         outputs_jump=proof.outputs_jump,
         compared=compared,

@@ -205,13 +205,13 @@ def _of_onnx(path: Path, architecture: nn.Module, forward_fn: ForwardFn | None) 
     for layer in listed:  # whose bias goes by any name, if folding made it or others are equal
         owner = layer.names["weight"].removesuffix("weight")
         state |= {f"{owner}{name}": tensor for name, tensor in layer.tensors.items()}
-
-    wide = in_float32(path)  # as for data, and for the network that it runs beside
+    halves = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in state.values())
+    runs = in_float32(path) if halves else path  # as data, and the network that it runs beside
 
     def run(batch: Any) -> Outputs:
         given = _arguments(architecture, batch, forward_fn)
         arrays = [tensor.detach().cpu().numpy() for tensor in tensors(given).values()]
-        found = run_onnx(wide or path, arrays)
+        found = run_onnx(runs, arrays)
         return {f"output[{i}]": torch.from_numpy(array) for i, array in enumerate(found)}
 
     def layers(_: Any) -> list[Layer]:
