@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from retrofit.calibration.forward_pass import ForwardPass
 from retrofit.calibration.observer import observers_of, prepared_record
 from retrofit.calibration.processes import Processes, digest, fingerprint
 from retrofit.calibration.rounds import Learned, Rounds
-from retrofit.calibration.sample_errors import Calibration, site_sample, standard_error
+from retrofit.calibration.sample_errors import Calibration, site_samples, standard_error
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.calibration.state_file import StateFile, stateful
 from retrofit.errors import RetrofitError, warn
@@ -110,8 +110,8 @@ def calibrate(
                 f"calibration got {learned.fed.images} of the at least 2 images that a variance "
                 "needs (some hundred make a good one)"
             )
+    report = _report(samples.channels, learned)
     by_site = samples.split(learned.statistics)
-    report = _report(by_site, learned)
     for observer in observers:
         observer.statistics = observer.statistics.merge(by_site[observer.site])
     if processes.rank == 0:
@@ -191,16 +191,15 @@ def _receiving(prepared: nn.Module, samples: SiteSamples) -> Iterator[None]:
             del observer.receive
 
 
-def _report(by_site: dict[str, ChannelStatistics], learned: Learned) -> Calibration:
-    fed = learned.fed
-    sites = (site_sample(site, known, fed.images) for site, known in by_site.items())
+def _report(channels: Mapping[str, int], learned: Learned) -> Calibration:
+    fed, statistics = learned.fed, learned.statistics
     return Calibration(
         images=fed.images,
         batches=fed.batches,
         seconds=learned.seconds,
         waited=fed.waited,
-        standard_error=standard_error([learned.statistics], fed.images),
-        sites=tuple(sample for sample in sites if sample is not None),
+        standard_error=standard_error([statistics], fed.images),
+        sites=site_samples(channels, statistics, fed.images),
     )
 
 

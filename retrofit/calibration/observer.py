@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from retrofit.errors import RetrofitError
+from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import ChannelMoments, Moments
 from retrofit.numerics.reductions import finite
@@ -76,7 +77,8 @@ class MomentObserver(nn.Module):
         """
         self._refuse_unfit(x)
         if x.numel():
-            channels_second = x.detach().movedim(-1, 1) if self.last_axis else x.detach()
+            values = x.detach() if x.requires_grad else x
+            channels_second = values.movedim(-1, 1) if self.last_axis else values
             if self.receive is None:
                 self.learn(channels_second)
             else:
@@ -88,7 +90,7 @@ class MomentObserver(nn.Module):
 
         Raises NonFiniteError for a NaN or Inf.
         """
-        self.statistics = self.statistics.add([[finite(x, self.site)]])
+        self.statistics = self.statistics.add(BatchTable.of([[finite(x, self.site)]]))
 
     def moments(self) -> Moments:
         """Compute the moments of everything seen so far, on the CPU.

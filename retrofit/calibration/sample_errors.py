@@ -6,10 +6,12 @@ Whether a sample is enough is asked in `rounds`, after some of the batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import Moments
 from retrofit.option_checks import check_number
 from retrofit.tables import table
+
+Array = npt.NDArray[Any]
 
 PERCENTILE = 0.99
 TOLERANCES = (0.01, 0.02, 0.05)
@@ -135,79 +139,108 @@ class Calibration:
 class ChannelErrors(NamedTuple):
     """Standard errors of channels, (C,) each, on the CPU.
 
-    `sigma` is the standard deviation, `live` tells the channels that vary, by more than float32
-    rounds a constant. `mean` and `std` are the standard errors of these, in sigma; 0 elsewhere.
+    `sigma` is the standard deviation. `known` tells the channels that have seen two samples, `live`
+    those of them that vary, by more than float32 rounds a constant. `mean` and `std` are the
+    standard errors of these, in sigma; 0 elsewhere.
     """
 
     sigma: Tensor
+    known: Tensor
     live: Tensor
     mean: Tensor
     std: Tensor
 
 
 def channel_errors(statistics: ChannelStatistics, images: int) -> ChannelErrors:
-    """Compute the standard errors of the channels that have seen at least two samples."""
-    known = (statistics.samples > 1).cpu()
-    errors = [error[known] for error in statistics.standard_errors()]
-    moments = statistics.moments()
-    sigma, live = moments.var.sqrt()[known], ~moments.constant[known]
+    """Compute the standard errors of channels, of one site or of several."""
+    samples, moments = statistics.samples.cpu(), statistics.moments()
+    sigma, known = moments.var.sqrt(), samples > 1
+    live = known & ~moments.constant
     # Several samples of one image (windows, or calls) are no independent ones. At worst they are
     # copies of each other.
-    copies = statistics.samples.cpu()[known].double() / max(images, 1)
-    scale = copies.clamp(min=1).sqrt()
-    mean, std = (torch.where(live, error * scale / sigma, 0.0) for error in errors)
-    return ChannelErrors(sigma, live, mean, std)
+    scale = (samples.double() / max(images, 1)).clamp(min=1).sqrt() / sigma
+    mean, std = (torch.where(live, error * scale, 0.0) for error in statistics.standard_errors())
+    return ChannelErrors(sigma, known, live, mean, std)
 
 
 def standard_error(sites: Iterable[ChannelStatistics], images: int) -> float:
     """Compute the standard error that 99 % of all channels stay below, as in `Calibration`."""
     errors = [channel_errors(statistics, images) for statistics in sites]
-    largest = [torch.maximum(found.mean, found.std) for found in errors if len(found.mean)]
-    found = _percentile(torch.cat(largest)) if largest else 0.0
+    largest = [torch.maximum(found.mean, found.std)[found.known].numpy() for found in errors]
+    found = _percentile(np.concatenate([*largest, np.zeros(0)]))
     return math.inf if found <= ALIKE else found  # one image over and over tells nothing
 
 
-def site_sample(site: str, statistics: ChannelStatistics, images: int) -> SiteSample | None:
-    """Judge the sample of one site; None where it saw less than two samples."""
-    halves = statistics.halves()
+def site_samples(
+    channels: Mapping[str, int], statistics: ChannelStatistics, images: int
+) -> tuple[SiteSample, ...]:
+    """Judge the sample of each site, those left out that saw less than two samples.
+
+    Args:
+        channels: the sites, in the order of their columns: path to C.
+        statistics: of all of them.
+        images: how many there were.
+    """
     errors = channel_errors(statistics, images)
-    if halves is None or not len(errors.live):
-        return None
-    channels, constant = len(errors.live), int((~errors.live).sum())
+    halves = statistics.halves()
+    rows = [errors.mean, errors.std, *_differences(*halves, errors)]
+    ends = np.cumsum(list(channels.values()))[:-1]
+    figures = np.split(torch.stack(rows).numpy(), ends, axis=1)
+    cut = halves[1].count > 0
+    known, live = (np.split(t.numpy(), ends) for t in (errors.known & cut, errors.live))
+    return tuple(
+        _site_sample(*one)
+        for one in zip(channels, figures, known, live, strict=True)
+        if one[2].any()
+    )
+
+
+def _site_sample(site: str, figures: Array, known: Array, live: Array) -> SiteSample:
+    """Summarise the channels of a site, (5, C)."""
+    channels, constant = int(known.sum()), int((known & ~live).sum())
     if channels == constant:
         return SiteSample(site, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, channels, constant)
-    first, second = halves
-    sigma = errors.sigma[errors.live]
-    mean = (first.mean - second.mean)[errors.live].abs() / sigma
-    std = (first.var.sqrt() - second.var.sqrt())[errors.live].abs() / sigma
+    mean_error, std_error = figures[:2, known]
+    mean, std, z = figures[2:, known & live]
     return SiteSample(
         site,
-        mean_error=_percentile(errors.mean),
-        std_error=_percentile(errors.std),
+        mean_error=_percentile(mean_error),
+        std_error=_percentile(std_error),
         mean=_percentile(mean),
         mean_worst=float(mean.max()),
         std=_percentile(std),
         std_worst=float(std.max()),
-        largest_z=_largest_z(first, second, errors),
+        largest_z=float(z.max()),
         channels=channels,
         constant=constant,
     )
 
 
-def _largest_z(first: Moments, second: Moments, errors: ChannelErrors) -> float:
-    """Compute the largest difference of the halves' moments in standard errors of the difference.
+def _differences(
+    first: Moments, second: Moments, errors: ChannelErrors
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare two halves: means and deviations in sigma, and the larger in standard errors.
 
-    That is by N / sqrt(N1 N2) larger than the standard error of all, N = N1 + N2. Squared
-    deviations from the mean of all are compared, which unlike standard deviations are means.
+    The standard error of a difference is that of all, times N / sqrt(N1 N2), N = N1 + N2. For the
+    latter squared deviations from the mean of all are compared: unlike standard deviations they are
+    means.
     """
-    common = (first.mean * first.count + second.mean * second.count) / (first.count + second.count)
+    total = (first.count + second.count).clamp(min=1)
+    common = (first.mean * first.count + second.mean * second.count) / total
     squares = [half.var + (half.mean - common).square() for half in (first, second)]
-    live, share = errors.live, (first.count * second.count).sqrt() / (first.count + second.count)
-    mean = (first.mean - second.mean)[live] / errors.sigma[live] / errors.mean[live]
-    var = (squares[0] - squares[1])[live] / (2 * errors.sigma[live].square()) / errors.std[live]
-    z = torch.stack([mean, var]).abs() * share[live]
-    return float(z.where(z.isfinite(), 0.0).max())  # 0 where no image differs from another
+    mean = (first.mean - second.mean).abs() / errors.sigma
+    std = (first.var.sqrt() - second.var.sqrt()).abs() / errors.sigma
+    var = (squares[0] - squares[1]).abs() / (2 * errors.sigma.square())
+    share = (first.count * second.count).sqrt() / total
+    z = torch.maximum(_ratio(mean, errors.mean), _ratio(var, errors.std)) * share
+    return mean, std, z
 
 
-def _percentile(values: Tensor) -> float:
-    return float(values.quantile(PERCENTILE))
+def _ratio(difference: Tensor, error: Tensor) -> Tensor:
+    """Divide; 0 where no image differs from another."""
+    found = difference / error
+    return found.where(found.isfinite(), 0.0)
+
+
+def _percentile(values: Array) -> float:
+    return float(np.quantile(values, PERCENTILE)) if len(values) else 0.0

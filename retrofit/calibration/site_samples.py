@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import Samples, finite, reduced
 
@@ -29,11 +29,12 @@ class SiteSamples:
 
     def clear(self) -> None:
         """Forget the batch."""
-        self.calls = self._no_calls()
         self.length = 0
+        self._forget_calls()
 
-    def _no_calls(self) -> dict[str, list[Samples]]:
-        return {site: [] for site in self.channels}
+    def _forget_calls(self) -> None:
+        self.calls: dict[str, list[Samples]] = {site: [] for site in self.channels}
+        self._table: BatchTable | None = None
 
     def take(self, site: str, x: Tensor) -> None:
         """Reduce an activation, (N, C, ...), of at least one element.
@@ -42,26 +43,30 @@ class SiteSamples:
         """
         self.length = self.length or len(x)
         self.calls[site].append(finite(x, site) if self.checks else reduced(x))
+        self._table = None
 
     def are_finite(self) -> bool:
         """Tell whether no NaN or Inf came to any site, in one read."""
-        calls = [call for calls in self.calls.values() for call in calls]
-        if not calls:
-            return True
-        sums = [call.checksum() for call in calls]
-        return bool(torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all())
+        table = self._side_by_side()
+        return table is None or table.finite
 
     def added_to(self, statistics: ChannelStatistics) -> ChannelStatistics:
         """Add the batch to `statistics`, and forget what it gave; `length` stays."""
-        calls, self.calls = self.calls, self._no_calls()
-        present = [call for found in calls.values() for call in found]
-        if not present:
-            return statistics
-        none = {
-            site: Samples(1, *[present[0].mean.new_empty(0, channels)] * 2)
-            for site, channels in self.channels.items()
-        }
-        return statistics.add([found or [none[site]] for site, found in calls.items()])
+        table = self._side_by_side()
+        self._forget_calls()
+        return statistics if table is None else statistics.add(table)
+
+    def _side_by_side(self) -> BatchTable | None:
+        """Make the table of the batch, once; None where no site got anything."""
+        some = next((calls[0].mean for calls in self.calls.values() if calls), None)
+        if self._table is None and some is not None:
+            none = {
+                site: [Samples(1, *[some.new_empty(0, self.channels[site])] * 2)]
+                for site, calls in self.calls.items()
+                if not calls
+            }
+            self._table = BatchTable.of(list((self.calls | none).values()))
+        return self._table
 
     def split(self, statistics: ChannelStatistics) -> dict[str, ChannelStatistics]:
         """Give each site its columns of `statistics`."""

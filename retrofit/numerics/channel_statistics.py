@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.moments import Moments, merged, pooled
-from retrofit.numerics.reductions import Samples
+from retrofit.numerics.threads import threads_for
 
 STRETCHES = 16
-Sites = Sequence[Sequence[Samples]]  # for each site, what each call of it in the batch gave
+STRETCHED = ("count", "mean", "M2")
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,17 @@ class ChannelStatistics:
         tables = {name: table for name, table in self.tensors().items() if name != "lengths"}
         return replace(self, **{name: t[..., first:end].clone() for name, t in tables.items()})
 
-    def add(self, sites: Sites) -> ChannelStatistics:
-        """Add one batch: for each site in the order of the columns, what its calls gave.
+    def add(self, batch: BatchTable) -> ChannelStatistics:
+        """Add one batch, with the columns of these channels.
 
         The first batch counts as two stretches, so that even a single one has two halves.
         """
-        rows = _side_by_side(sites)
-        parts = [rows]
-        if not self.lengths[0]:
-            parts = [part for part in map(_side_by_side, _halved(sites)) if len(part.mean)]
-        known = self.to(rows.mean.device)
-        for part in parts:
-            known = known._appended(merged(part), len(part.mean))._compared(part)
-        return replace(known, batches=known.batches + (rows.count > 0).any(0))
+        known, rows = self.to(batch.rows.mean.device), batch.rows
+        with threads_for(0):
+            parts = [(rows, sum(batch.lengths))] if self.lengths[0] else batch.halves()
+            for part, samples in parts:
+                known = known._appended(merged(part), samples)._compared(part)
+            return replace(known, batches=known.batches + (rows.count > 0).any(0))
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
         """Merge with the statistics of later data, about this centre (Chan et al., weighted)."""
@@ -105,12 +102,12 @@ class ChannelStatistics:
         used, more = int((self.lengths > 0).sum()), int((other.lengths > 0).sum())
         lengths, *tables = (
             torch.cat([getattr(self, name)[:used], getattr(other, name)[:more]])
-            for name in ("lengths", "count", "mean", "M2")
+            for name in ("lengths", *STRETCHED)
         )
         stretches = Moments(*tables)
         while len(lengths) > STRETCHES:
             lengths, stretches = _paired(lengths, stretches)
-        joined = self._with_stretches(lengths, stretches)
+        joined = self._with_stretches(lengths.tolist(), stretches)
         centre = self.centre.where(self.weight > 0, other.centre)
         return replace(
             joined,
@@ -130,19 +127,19 @@ class ChannelStatistics:
         """Compute the moments of everything added, on the CPU; count is 0 where nothing was."""
         return merged(self._stretches(0, STRETCHES))
 
-    def halves(self) -> tuple[Moments, Moments] | None:
+    def halves(self) -> tuple[Moments, Moments]:
         """Compute the moments of the first and second half of the data, as nearly as kept.
 
-        They are on the CPU. For the channels of one site, which have the same samples; None where
-        there are no halves: of a single sample, or none.
+        They are on the CPU. The second has a count of 0 for channels of fewer than two samples.
         """
-        counts = self.count[:, 0].cpu()
-        used = counts.nonzero().flatten().tolist()
-        if len(used) < 2:
-            return None
-        so_far = counts.cumsum(0)[used]
-        cut = used[1 + int((so_far[:-1] - so_far[-1] / 2).abs().argmin())]
-        return merged(self._stretches(0, cut)), merged(self._stretches(cut, STRETCHES))
+        stretches = self._stretches(0, STRETCHES)
+        so_far = stretches.count.cumsum(0)
+        total = so_far[-1]
+        cuts = (so_far > 0) & (so_far < total)
+        cut = (so_far - total / 2).abs().where(cuts, torch.inf).argmin(0)
+        early = torch.arange(STRETCHES, device="cpu").unsqueeze(1) <= cut
+        early |= ~cuts.any(0)
+        return merged(stretches.where(early)), merged(stretches.where(~early))
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Estimate the standard errors of mean and standard deviation, (C,) each, on the CPU.
@@ -189,69 +186,40 @@ class ChannelStatistics:
             row //= 2
             paired_lengths, stretches = _paired(self.lengths, stretches)
             lengths = paired_lengths.tolist()
-        lengths = [*lengths[:row], samples]
-        kept = stretches.rows(0, row)
-        tables = zip((kept.count, kept.mean, kept.M2), (new.count, new.mean, new.M2), strict=True)
-        grown = Moments(*(torch.cat([table, one.unsqueeze(0)]) for table, one in tables))
-        return self._with_stretches(torch.tensor(lengths, device="cpu"), grown)
+        last = Moments(*(t.unsqueeze(0) for t in (new.count, new.mean, new.M2)))
+        return self._with_stretches([*lengths[:row], samples], stretches.rows(0, row), last)
 
-    def _with_stretches(self, lengths: Tensor, rows: Moments) -> ChannelStatistics:
+    def _with_stretches(self, lengths: list[int], *parts: Moments) -> ChannelStatistics:
         """Replace the stretches; those that are missing are empty."""
         free = STRETCHES - len(lengths)
         none = torch.zeros_like(self.mean[:free])
-        count, mean, M2 = (torch.cat([t, none]) for t in (rows.count, rows.mean, rows.M2))
-        lengths = torch.cat([lengths, lengths.new_zeros(free)])
-        return replace(self, lengths=lengths, count=count, mean=mean, M2=M2)
+        whole = [*parts, Moments(none, none, none)]
+        return replace(
+            self,
+            lengths=torch.tensor([*lengths, *[0] * free], device="cpu"),
+            **{name: torch.cat([getattr(p, name) for p in whole]) for name in STRETCHED},
+        )
 
     def _compared(self, rows: Moments) -> ChannelStatistics:
         """Note how the samples of a batch differ from each other and from the earlier ones."""
-        present = rows.count > 0
         weights = rows.count.square()
         weight = weights.sum(0)
         first = (weights * rows.mean).sum(0) / weight.clamp(min=1)
         centre = self.centre.where(self.weight > 0, first)
-        a = (rows.mean - centre) * present
+        a = rows.mean - centre
         b = rows.M2 / rows.count.clamp(min=1) + a.square()
         figures = torch.stack([a, b])  # (2, N, C)
         means = (weights * figures).sum(1) / weight.clamp(min=1)
         a, b = figures - means.unsqueeze(1)
-        sums = [(weights * product).sum(0) for product in (a * a, a * b, b * b)]
-        spread = torch.cat([means, torch.stack(sums)])
+        sums = (weights * torch.stack([a * a, a * b, b * b])).sum(1)
+        spread = torch.cat([means, sums])
         return replace(
             self,
-            samples=self.samples + present.sum(0),
+            samples=self.samples + (rows.count > 0).sum(0),
             weight=self.weight + weight,
             centre=centre,
             spread=_pooled_spread(self.weight, self.spread, weight, spread),
         )
-
-
-def _side_by_side(sites: Sites) -> Moments:
-    """Make one table of a batch, (N, C): a row for each sample, the channels of all sites.
-
-    A site with fewer samples than others has rows of count 0 at the end.
-    """
-    length = max(sum(len(call.mean) for call in calls) for calls in sites)
-    device = sites[0][0].mean.device
-    columns: list[tuple[Tensor, ...]] = []
-    for calls in sites:
-        counts = [call.mean.new_full(call.mean.shape, call.size) for call in calls]
-        tables = (counts, [call.mean for call in calls], [call.M2 for call in calls])
-        site = [table[0] if len(table) == 1 else torch.cat(table) for table in tables]
-        missing = length - len(site[0])
-        columns.append(tuple(F.pad(t, (0, 0, 0, missing)) if missing else t for t in site))
-    count, mean, M2 = (
-        torch.cat([t.to(device) for t in ts], 1) for ts in zip(*columns, strict=True)
-    )
-    return Moments(count, mean, M2)
-
-
-def _halved(sites: Sites) -> tuple[Sites, Sites]:
-    """Cut each call's samples into a first and a second half."""
-    cuts = [[(call, (len(call.mean) + 1) // 2) for call in calls] for calls in sites]
-    first = [[Samples(c.size, c.mean[:cut], c.M2[:cut]) for c, cut in calls] for calls in cuts]
-    second = [[Samples(c.size, c.mean[cut:], c.M2[cut:]) for c, cut in calls] for calls in cuts]
-    return first, second
 
 
 def _paired(lengths: Tensor, rows: Moments) -> tuple[Tensor, Moments]:

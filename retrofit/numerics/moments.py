@@ -49,6 +49,10 @@ class Moments:
         """Take the rows from `first` up to `end`, exclusive."""
         return Moments(self.count[first:end], self.mean[first:end], self.M2[first:end])
 
+    def where(self, chosen: Tensor) -> Moments:
+        """Empty all but the chosen ones."""
+        return Moments(self.count * chosen, self.mean, self.M2 * chosen)
+
 
 def merged(rows: Moments) -> Moments:
     """Merge the moments of disjoint samples, (rows, C), into those of all, (C,).

@@ -15,7 +15,7 @@ from torch import nn
 
 import retrofit
 from retrofit import MomentObserver, RetrofitError
-from retrofit.calibration.sample_errors import site_sample
+from retrofit.calibration.sample_errors import site_samples
 from retrofit.numerics.channel_statistics import ChannelStatistics
 
 
@@ -310,7 +310,7 @@ def judged(x):
     ours = observer(x.shape[1])
     for batch in x.split(20):
         ours(batch)
-    sample = site_sample("layer", ours.statistics, len(x))
+    (sample,) = site_samples({"layer": x.shape[1]}, ours.statistics, len(x))
     return retrofit.Calibration(len(x), 1, 1.0, 0.0, sample.mean_error, (sample,))
 
 
