@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         failed = isinstance(error, (PeerError, UnequalError, UnfinishedError))
         return fail(str(error), 1 if failed else 2)
-    except _Terminated:
-        return fail("terminated", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return fail("interrupted", 128 + signal.SIGINT)
+    except _Terminated as stop:
+        return fail(": ".join(("terminated", *stop.args)), 128 + signal.SIGTERM)
+    except KeyboardInterrupt as stop:
+        return fail(": ".join(("interrupted", *stop.args)), 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has left
         _silence()
         return 128 + signal.SIGPIPE

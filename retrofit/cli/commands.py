@@ -32,7 +32,7 @@ from retrofit.cli.requests import (
 )
 from retrofit.cli.restore import run_restore
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, show_warning
+from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_sources import build, trained
 from retrofit.files.onnx_files import is_onnx
@@ -110,7 +110,7 @@ def run_adapt(request: AdaptRequest) -> int:
     sample = sample_for(model, name, request.pictures)
     batches = sample.batches(sample.chosen)
     start = time.perf_counter()
-    with naming_pictures(batches):
+    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
             model, batches, layerwise=True, prior=request.prior, device=request.pictures.device
         )

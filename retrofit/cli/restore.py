@@ -7,6 +7,7 @@ from pathlib import Path
 import retrofit
 from retrofit.cli.requests import RestoreRequest
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.text import if_stopped
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of
 
@@ -18,7 +19,7 @@ def run_restore(request: RestoreRequest) -> int:
     architecture = build(request.model).eval()
     sample = sample_for(architecture, request.model, request.pictures)
     batches = sample.batches(sample.chosen)
-    with naming_pictures(batches):
+    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(
             architecture,
             request.weights,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from retrofit.tables import one_line
 
@@ -18,6 +19,15 @@ def fail(message: str, code: int) -> int:
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning in one line; stands in for `warnings.showwarning`."""
     print(f"retrofit: warning: {one_line(str(message))}", file=sys.stderr)
+
+
+@contextmanager
+def if_stopped(left: str) -> Iterator[None]:
+    """Let Ctrl-C (or SIGTERM) in the block say what it leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(left) from stop
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> str:
