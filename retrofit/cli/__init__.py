@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from retrofit.cli.arguments import parse
-from retrofit.cli.text import fail, show_warning
+from retrofit.cli.requests import reading
+from retrofit.cli.text import fail, say, show_warning
 from retrofit.errors import PeerError, RetrofitError, UnequalError, UnfinishedError
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request, debug = parse(argv)
     try:
         with _warnings_in_one_line(), _terminable():
+            say(f"reading {reading(request)}")
             # Not before: it imports torch, which takes seconds, and what was asked for is right.
             from retrofit.cli.commands import carry_out  # noqa: PLC0415
 

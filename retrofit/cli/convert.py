@@ -33,7 +33,7 @@ from retrofit.cli.sample import (
     open_data,
     sample_for,
 )
-from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped
+from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
@@ -97,6 +97,7 @@ def run_convert(request: ConvertRequest) -> int:
         with if_stopped(f"{request.output} is not written"):
             sample = _sample(request, processes)
             chosen = _chosen(request, sample, processes)
+            sample.announce(chosen, f", by {processes.size} processes" if processes.group else "")
             plan = planned(sample.model, sample.example(chosen), request.plan)
             if not plan.inserted:
                 if processes.rank > 0:
@@ -229,11 +230,12 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     others = calibrated.others[:TEST_IMAGES]
     on_others = len(others) == TEST_IMAGES
     tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
-    verification = retrofit.verify(calibrated.model, converted, tests)
+    verification = retrofit.verify(calibrated.model, converted, tests, progress=True)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
     onnx = None
     if is_onnx(request.output):
+        say("verifying in onnxruntime")
         content = with_batchnorms(request.model, converted)
         onnx = content, agreement(request.model, content, tests)
     return Checked(converted, verification, on_others, tests.bad, onnx)
@@ -260,6 +262,7 @@ def _saved(
         "calibration": calibrated.report,
         "verification": checked.verification,
     }
+    say(f"writing {request.output}")
     if checked.onnx:
         content, output = checked.onnx[0], request.output.resolve()
         write_whole(output, lambda file: file.write(content))
@@ -287,6 +290,7 @@ def _write_report(
         with if_stopped(f"{unfinished}; {again}"):
             data = _for_drift(sample, calibrated)
             drift, no_drift = measured_drift(calibrated.model, checked.converted, data)
+            say(f"writing {path}")
             write_report(
                 path,
                 request.output.name,

@@ -1,8 +1,9 @@
-"""What the commands print: errors and warnings in one line, facts in two columns."""
+"""What the commands print: errors, warnings and what is done in one line, facts in two columns."""
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,12 @@ def fail(message: str, code: int) -> int:
     """Print an error in one line; return the exit code."""
     print(f"retrofit: {one_line(message)}", file=sys.stderr)
     return code
+
+
+def say(what: str) -> None:
+    """Say on stderr what is done now; of the processes that torchrun starts the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"retrofit: {one_line(what)} ...", file=sys.stderr, flush=True)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
