@@ -288,8 +288,8 @@ def _write_report(
     )
     try:
         with if_stopped(f"{unfinished}; {again}"):
-            data = _for_drift(sample, calibrated)
-            drift, no_drift = measured_drift(calibrated.model, checked.converted, data)
+            data, device = _for_drift(sample, calibrated), sample.options.device
+            drift, no_drift = measured_drift(calibrated.model, checked.converted, data, device)
             say(f"writing {path}")
             write_report(
                 path,

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torchvision.transforms import Compose
 
-from retrofit.calibration.feeding import usable
 from retrofit.cli.requests import PictureOptions
 from retrofit.cli.text import say
 from retrofit.errors import NonFiniteError
@@ -25,6 +24,7 @@ from retrofit.pictures.batches import PictureBatches, shuffled
 from retrofit.pictures.preprocessing import Transform, black, preprocessing
 from retrofit.pictures.sources import Pictures, open_pictures
 from retrofit.running.call_arguments import home
+from retrofit.running.devices import usable
 from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
 from retrofit.tables import one_line
