@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -40,8 +41,11 @@ def progress_bar(
 
 def _draws_bars() -> bool:
     """Tell whether stderr is a terminal, or a notebook (which says that it is none)."""
-    in_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
-    return in_notebook or (hasattr(sys.stderr, "isatty") and sys.stderr.isatty())
+    if type(sys.stderr).__module__.startswith("ipykernel."):
+        return True
+    if not (hasattr(sys.stderr, "isatty") and sys.stderr.isatty()):
+        return False
+    return all(os.get_terminal_size(sys.stderr.fileno()))  # of no size (docker run -t), tqdm hides
 
 
 def _images_in_all(data: Iterable[Any]) -> int | None:

@@ -1,7 +1,12 @@
 """What is said while something is done: a bar where one can move, a line where none can."""
 
+import contextlib
+import fcntl
 import io
+import os
+import struct
 import sys
+import termios
 
 import nets
 import pytest
@@ -21,9 +26,14 @@ TASKS = {
 pytestmark = pytest.mark.filterwarnings("ignore:the statistics of:UserWarning")
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+@contextlib.contextmanager
+def terminal(rows, columns):
+    """Stderr is a terminal of that size; what it shows is read by calling what this gives."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with os.fdopen(theirs, "w") as stderr, contextlib.redirect_stderr(stderr):
+        yield lambda: os.read(ours, 1 << 16).decode()
+    os.close(ours)
 
 
 @pytest.mark.parametrize("stage", TASKS)
@@ -33,12 +43,18 @@ def test_a_log_has_a_line_for_each_stage_and_no_bar(stage, capsys):
 
 
 @pytest.mark.parametrize("stage", TASKS)
-def test_a_terminal_has_a_bar_that_comes_to_its_end(stage, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    TASKS[stage](X.split(5))
-    first, *_, last = terminal.getvalue().strip().split("\r")
+def test_a_terminal_has_a_bar_that_comes_to_its_end(stage):
+    with terminal(24, 100) as shown:
+        TASKS[stage](X.split(5))
+        first, *_, last = shown().strip().split("\r")
     assert (first.split("|")[0], last.split("|")[0]) == (f"{stage}:   0%", f"{stage}: 100%")
     assert " 12/12 [" in last
+
+
+def test_a_terminal_of_no_size_on_which_bars_are_not_seen_has_lines():
+    with terminal(0, 0) as shown:
+        TASKS["verify"](X.split(5))
+        assert shown() == "verify: 12 images ...\r\n"
 
 
 def test_a_notebook_has_bars_too_although_its_stream_is_no_terminal(monkeypatch):
