@@ -40,7 +40,7 @@ def without_gpus(monkeypatch):
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: exit code, stdout, and stderr without the progress bar."""
+    """Run a command in an empty folder: exit code, stdout, and stderr but for what is done."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):

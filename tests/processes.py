@@ -16,7 +16,7 @@ NUMBERS = itertools.count()  # of the files that hold what they print
 
 
 class Finished(NamedTuple):
-    """A process that has ended; `code` is negative for a signal. `err` has no progress bars."""
+    """A process that has ended; `code` is negative for a signal; `err` is `without_bars`."""
 
     code: int
     out: str
@@ -59,10 +59,12 @@ def command(folder, *argv, first=None):
 
 
 def without_bars(err):
-    """The lines of stderr but for progress bars, and for a warning that few pictures bring."""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    unwanted = ("img", "layer/s", "s/layer", "warning: the two halves")
-    return [line for line in lines if not any(word in line for word in unwanted)]
+    """The lines of stderr but for what is being done, and for a warning that few pictures bring."""
+    return [
+        line
+        for line in err.splitlines()
+        if not line.endswith(" ...") and "warning: the two halves" not in line
+    ]
 
 
 def _text(file):

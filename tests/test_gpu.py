@@ -78,6 +78,17 @@ def test_a_network_calibrated_on_a_gpu_is_exact_on_the_cpu():
     assert retrofit.verify(model, converted, data).exact
 
 
+def test_drift_on_a_gpu_is_that_on_the_cpu_and_leaves_the_models_there():
+    model, data = build(Residual), [images(32, 3, 32, 32)]
+    converted = retrofit.add_batchnorm(model, data, progress=False)
+    before = {**converted.state_dict()}
+    (found,) = retrofit.drift(model, converted, data, [8], device="cuda").rows
+    (expected,) = retrofit.drift(model, converted, data, [8]).rows
+    assert found.error == pytest.approx(expected.error, rel=1e-3)
+    after = converted.state_dict()
+    assert all(after[key].data_ptr() == tensor.data_ptr() for key, tensor in before.items())
+
+
 def test_batches_that_do_not_fit_are_halved():
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()).eval()
     data = [images(64, 3, 256, 256)]

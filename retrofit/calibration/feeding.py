@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from retrofit.calibration.observer import MomentObserver, observers_of
 from retrofit.calibration.site_samples import SiteSamples
-from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.errors import NonFiniteError
 from retrofit.option_checks import check_count
 from retrofit.running.batch_checks import check_data, explained
-from retrofit.running.call_arguments import Arguments, ForwardFn, arguments_of, home, images_in
+from retrofit.running.call_arguments import Arguments, ForwardFn, arguments_of, images_in
+from retrofit.running.devices import on_device
 from retrofit.running.modes import eager
 from retrofit.running.progress import images_bar
 
@@ -82,7 +81,7 @@ class Feed:
             images_bar(
                 self.stage, self.data, self.max_images, shown=self.progress, done=start.images
             ) as bar,
-            _on_device(model, self.device) as device,
+            on_device(self.device, model) as device,
             torch.no_grad(),
             eager(),
         ):
@@ -157,53 +156,3 @@ class leaving_after:  # noqa: N801 - used like contextmanager's functions
         self.left -= 1
         if not self.left:
             raise _Done
-
-
-@contextmanager
-def _on_device(
-    model: nn.Module, device: torch.device | str | None
-) -> Iterator[torch.device | None]:
-    """Move the model to `device`, and afterwards every tensor back to where it was."""
-    origin = home(model)
-    if origin is not None and origin.type == "meta":
-        raise RetrofitError(
-            f"this {type(model).__name__} is on the meta device: give it tensors first (to_empty, "
-            "load_state_dict)"
-        )
-    if device is None or origin is None or str(device) == str(origin):
-        yield origin
-        return
-    target = usable(device)
-    parameters = [(p, p.data, p.grad) for p in model.parameters()]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if not isinstance(module, MomentObserver)
-    ]
-    try:
-        for parameter, _, _ in parameters:
-            parameter.grad = None  # which would move along
-        model.to(target)
-        yield target
-    finally:
-        for parameter, data, grad in parameters:
-            parameter.data = data
-            parameter.grad = grad
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-        for observer in observers_of(model):
-            observer.to(origin)
-
-
-def usable(device: torch.device | str) -> torch.device:
-    """Return the device that this names; RetrofitError if nothing can be computed on it."""
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target).item()  # meta has no items
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        if not isinstance(device, (str, torch.device)) or str(device).startswith("gpu"):
-            reason = 'torch calls its devices "cpu", "cuda", "cuda:1" or "mps"'
-        raise RetrofitError(f"device {device} cannot be used here: {reason}") from error
-    return target

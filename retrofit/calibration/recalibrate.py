@@ -15,7 +15,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from tqdm import tqdm
 from typing_extensions import Self
 
 from retrofit.calibration.feeding import Fed, Feed, leaving_after
@@ -30,6 +29,7 @@ from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import Arguments, ForwardFn
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.nested import first_tensor
+from retrofit.running.progress import progress_bar
 
 UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
@@ -246,29 +246,31 @@ def _layer_by_layer(
     model: nn.Module, norms: Norms, feed: Feed, prior: float, processes: Processes
 ) -> tuple[Fed, Measured]:
     """Settle one BatchNorm after another, in eval mode, a pass for each."""
-    quiet = replace(feed, progress=False)
+    first, quiet = replace(feed, stage="first pass"), replace(feed, progress=False)
     with evaluating(model):
         order = _Order(model, norms)
         with order.noted():
-            fed, _ = _measured(model, norms, (), quiet, call=order)
+            fed, _ = _measured(model, norms, (), first, call=order)
         total = _fed_by_all(processes, fed)
         _refuse_nothing(total, feed)
         called = dict.fromkeys(path for one in processes.gather(list(order.calls)) for path in one)
         settled: Measured = {}
-        for path in tqdm(called, unit="layer", disable=not feed.progress):
-            again, measured = _measured(
-                model, norms, [path], quiet, call=partial(order.up_to, path)
-            )
-            if again != fed:
-                raise RetrofitError(
-                    f"data gave {fed.images} images in {fed.batches} batches at first and "
-                    f"{again.images} in {again.batches} then: layerwise=True needs the same each "
-                    "time"
+        with progress_bar(feed.stage, len(called), "layer", shown=feed.progress) as bar:
+            for path in called:
+                again, measured = _measured(
+                    model, norms, [path], quiet, call=partial(order.up_to, path)
                 )
-            measured = _measured_by_all(processes, measured)
-            for statistics in measured.values():
-                _settle(path, norms[path], statistics, total, prior)
-            settled |= measured
+                if again != fed:
+                    raise RetrofitError(
+                        f"data gave {fed.images} images in {fed.batches} batches at first and "
+                        f"{again.images} in {again.batches} then: layerwise=True needs the same "
+                        "each time"
+                    )
+                measured = _measured_by_all(processes, measured)
+                for statistics in measured.values():
+                    _settle(path, norms[path], statistics, total, prior)
+                settled |= measured
+                bar.update()
     return total, settled
 
 

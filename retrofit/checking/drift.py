@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retrofit.checking.regrouping import Images, joined, regroupable
 from retrofit.checking.verify import no_outputs, refuse_random
 from retrofit.errors import RetrofitError, warn
 from retrofit.numerics.comparison import (
@@ -20,11 +21,11 @@ from retrofit.numerics.comparison import (
     refuse_other_structure,
     rms_over_std,
 )
-from retrofit.option_checks import check_count, check_models
+from retrofit.option_checks import check_count, check_flags, check_forward_fn, check_models
 from retrofit.running.batch_checks import check_data, nothing_in
-from retrofit.running.call_arguments import arguments_of, call_model
+from retrofit.running.call_arguments import ForwardFn
+from retrofit.running.devices import on_device
 from retrofit.running.modes import batch_statistics, evaluating
-from retrofit.running.nested import tensors
 from retrofit.running.progress import images_bar
 from retrofit.tables import table
 
@@ -82,7 +83,9 @@ def drift(
     data: Iterable[Any],
     batch_sizes: Iterable[int] = (8, 32, 128),
     *,
+    device: torch.device | str | None = None,
     max_images: int | None = None,
+    forward_fn: ForwardFn | None = None,
     progress: bool = False,
 ) -> Drift:
     """Measure how far the outputs move when BatchNorm uses the statistics of the batch.
@@ -97,7 +100,12 @@ def drift(
         data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.
+        device: where both run, as torch names it, to be put back afterwards; by default they run
+            where they are. As for `calibrate`, a `forward_fn` moves its batches itself.
         max_images: stop after so many; all by default.
+        forward_fn: `forward_fn(model, batch)`, as for `verify`. It gets regrouped batches, of the
+            structure that those of the data have, so these may hold nothing but tensors, each with
+            one entry for each image.
         progress: show a bar over the images.
 
     Returns:
@@ -105,37 +113,43 @@ def drift(
 
     Raises:
         RetrofitError: no data; too few images for the smallest batch size; no batch size, or one
-            below 1, or too small to train on; images of several sizes; a model that takes more
-            than one tensor, or whose original is random or gives NaN or Inf.
+            below 1, or too small to train on; a device that cannot be used; images of several
+            sizes; batches that cannot be regrouped; a model that takes more than one tensor,
+            without `forward_fn`; an original that is random or gives NaN or Inf.
     """
     check_models("drift", original, converted)
     check_data(data)
+    check_forward_fn(forward_fn)
+    check_flags(progress=progress)
     if max_images is not None:
         check_count("max_images", max_images)
     sizes = sorted(_checked_sizes(batch_sizes))
     measures = [_Measure(original, converted, size) for size in sizes]
-    total, shape, kept = 0, None, False
-    with images_bar("drift", data, max_images, shown=progress) as bar:
+    total, first, kept = 0, None, False
+    with (
+        images_bar("drift", data, max_images, shown=progress) as bar,
+        on_device(device, original, converted),
+    ):
         for batch in data:
             most = None if max_images is None else max_images - total
-            images = _picture_batch(original, batch)[:most]
-            if shape not in (None, images.shape[1:]):
+            images = regroupable(original, batch, forward_fn).part(0, most)
+            if first is not None and images.shape != first.shape:
                 raise RetrofitError(
                     "the images have several sizes: they cannot be regrouped into batches"
                 )
             expected = _outputs(original, images)
-            if shape is None:
-                shape = images.shape[1:]
+            if first is None:
+                first = images
                 _refuse_unfit(original, images, expected)
                 _warn_without_batchnorm(converted)
                 kept = _are_for_each(original, images, expected)
             for measure in measures:
-                measure.add(images, expected if kept else {})
+                measure.add(replace(images, expected=expected) if kept else images)
             total += len(images)
             bar.update(len(images))
             if total == max_images:
                 break
-    if shape is None:
+    if first is None:
         raise RetrofitError(nothing_in(data))
     if total < sizes[0]:
         raise RetrofitError(f"{total} images are too few for the batch sizes {sizes}")
@@ -150,28 +164,29 @@ def _warn_without_batchnorm(converted: nn.Module) -> None:
         warn(f"this {type(converted).__name__} has no BatchNorm: batch statistics change nothing")
 
 
-def _outputs(original: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad(), evaluating(original):
-        return tensors(call_model(original, images, None), "output")
+def _outputs(original: nn.Module, images: Images) -> dict[str, Tensor]:
+    with evaluating(original):
+        return images.run(original)
 
 
-def _refuse_unfit(original: nn.Module, images: Tensor, outputs: dict[str, Tensor]) -> None:
+def _refuse_unfit(original: nn.Module, images: Images, outputs: dict[str, Tensor]) -> None:
     """Raise RetrofitError for a model that returns no tensors, or others each time."""
     if not any(tensor.numel() for tensor in outputs.values()):
         raise no_outputs(original)
     with torch.no_grad(), evaluating(original):
-        refuse_random(original, images, None, outputs)
+        refuse_random(original, images.batch, images.forward_fn, outputs)
 
 
-def _are_for_each(original: nn.Module, images: Tensor, outputs: dict[str, Tensor]) -> bool:
+def _are_for_each(original: nn.Module, images: Images, outputs: dict[str, Tensor]) -> bool:
     """Tell whether outputs are one for each image, and so can be regrouped like these."""
-    count = 2 if len(images) == 1 else 1
+    one = images.part(0, 1)
+    few = joined([one, one]) if len(images) == 1 else one
     try:
-        others = _outputs(original, images[:1].expand(count, *images.shape[1:]))
+        others = _outputs(original, few)
     except Exception:  # noqa: BLE001 - it takes batches of one size alone
         return False
     return others.keys() == outputs.keys() and all(
-        t.dim() > 0 and len(t) == len(images) and len(others[name]) == count
+        t.dim() > 0 and len(t) == len(images) and len(others[name]) == len(few)
         for name, t in outputs.items()
     )
 
@@ -186,33 +201,30 @@ class _Measure:
     def __init__(self, original: nn.Module, converted: nn.Module, size: int) -> None:
         self.original, self.converted, self.size = original, converted, size
         self.images = 0
-        self.waiting: list[dict[str, Tensor]] = []  # images under "", and what the original gives
+        self.waiting: list[Images] = []
         self.errors: dict[str, Comparison] = defaultdict(Comparison)
         self.variations: dict[str, Variation] = defaultdict(Variation)
         self.top1 = Top1()
 
-    def add(self, images: Tensor, expected: dict[str, Tensor]) -> None:
-        """Add images, with the original's outputs for each, or {} if they are not for each."""
-        self.waiting.append({"": images, **expected})
-        while sum(len(part[""]) for part in self.waiting) >= self.size:
+    def add(self, images: Images) -> None:
+        """Add images, and measure as soon as there are enough."""
+        self.waiting.append(images)
+        while sum(map(len, self.waiting)) >= self.size:
             self._measure(self._batch())
 
-    def _batch(self) -> dict[str, Tensor]:
+    def _batch(self) -> Images:
         """Take as many images as make a batch."""
         taken, missing = [], self.size
         while missing:
             part = self.waiting.pop(0)
-            taken.append({name: tensor[:missing] for name, tensor in part.items()})
-            if len(part[""]) > missing:
-                self.waiting.insert(0, {name: tensor[missing:] for name, tensor in part.items()})
-            missing -= len(taken[-1][""])
-        if len(taken) == 1:
-            return taken[0]
-        return {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
+            taken.append(part.part(0, missing))
+            if len(part) > missing:
+                self.waiting.insert(0, part.part(missing, None))
+            missing -= len(taken[-1])
+        return joined(taken)
 
-    def _measure(self, batch: dict[str, Tensor]) -> None:
-        images = batch.pop("")
-        expected = batch or _outputs(self.original, images)
+    def _measure(self, images: Images) -> None:
+        expected = images.expected or _outputs(self.original, images)
         actual = _under_batch_statistics(self.converted, images)
         refuse_other_structure(expected, actual)
         for name, tensor in expected.items():
@@ -232,15 +244,15 @@ class _Measure:
         return BatchDrift(self.size, self.images, error, self.top1.share)
 
 
-def _under_batch_statistics(converted: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _under_batch_statistics(converted: nn.Module, images: Images) -> dict[str, Tensor]:
     try:
-        with torch.no_grad(), batch_statistics(converted):
-            return tensors(call_model(converted, x, None), "output")
+        with batch_statistics(converted):
+            return images.run(converted)
     except ValueError as error:  # torch's, for a single value of each channel
         if isinstance(error, RetrofitError):
             raise
         raise RetrofitError(
-            f"this {type(converted).__name__} cannot train on a batch of {len(x)}: {error}"
+            f"this {type(converted).__name__} cannot train on a batch of {len(images)}: {error}"
         ) from error
 
 
@@ -253,15 +265,3 @@ def _checked_sizes(batch_sizes: object) -> set[int]:
     for size in sizes:
         check_count("a batch size", size)
     return set(sizes)
-
-
-def _picture_batch(model: nn.Module, batch: Any) -> Tensor:
-    """Return the one tensor that the model takes; RetrofitError if it takes more."""
-    arguments = arguments_of(model, batch)
-    values = (*arguments.args, *arguments.kwargs.values())
-    if len(values) != 1 or not isinstance(values[0], Tensor):
-        raise RetrofitError(
-            f"{type(model).__name__} takes more than one tensor: drift regroups pictures, and does "
-            "so for models of one input alone"
-        )
-    return values[0]

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
 from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
-from retrofit.option_checks import check_forward_fn, check_models, check_number
+from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.plans import Plan, Site
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn, call_model, images_in
 from retrofit.running.modes import eager, evaluating
 from retrofit.running.nested import tensors
+from retrofit.running.progress import images_bar
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
 from retrofit.tables import table
@@ -91,6 +92,7 @@ def verify(
     data: Iterable[Any],
     *,
     forward_fn: ForwardFn | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Compare a converted model with its original, at every site and every output.
 
@@ -103,6 +105,7 @@ def verify(
             other two models are compared by their outputs.
         data: batches, as for `calibrate`.
         forward_fn: `forward_fn(model, batch)`, as for `calibrate`; returns the output to compare.
+        progress: show a bar over the images.
 
     Raises:
         RetrofitError: no data; outputs of different structure or shape; an original that is
@@ -112,12 +115,18 @@ def verify(
     check_models("verify", original, converted)
     check_data(data)
     check_forward_fn(forward_fn)
+    check_flags(progress=progress)
     record = record_of(converted)
     points = _points(record.plan if record else None)
     at_sites = {point.site.path: Comparison() for point in points}
     at_outputs: dict[str, Comparison] = {}
     images, top1, repeats, any_data, any_values = 0, Top1(), False, False, False
-    with evaluating(original, converted), torch.no_grad(), eager():
+    with (
+        images_bar("verify", data, None, shown=progress) as bar,
+        evaluating(original, converted),
+        torch.no_grad(),
+        eager(),
+    ):
         for batch in data:
             any_data = True
             with _recorded(original, points) as seen:
@@ -136,6 +145,7 @@ def verify(
             count = images_in(original, batch, forward_fn)
             images += count
             top1.add(expected, actual, count)
+            bar.update(count)
     if not at_outputs or not any_values:
         raise no_outputs(original) if any_data else RetrofitError(nothing_in(data))
     return Verification(

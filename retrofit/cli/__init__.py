@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from retrofit.cli.arguments import parse
-from retrofit.cli.text import fail, show_warning
+from retrofit.cli.requests import reading
+from retrofit.cli.text import fail, say, show_warning
 from retrofit.errors import PeerError, RetrofitError, UnequalError, UnfinishedError
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request, debug = parse(argv)
     try:
         with _warnings_in_one_line(), _terminable():
+            say(f"reading {reading(request)}")
             # Not before: it imports torch, which takes seconds, and what was asked for is right.
             from retrofit.cli.commands import carry_out  # noqa: PLC0415
 
@@ -38,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         failed = isinstance(error, (PeerError, UnequalError, UnfinishedError))
         return fail(str(error), 1 if failed else 2)
-    except _Terminated:
-        return fail("terminated", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return fail("interrupted", 128 + signal.SIGINT)
+    except _Terminated as stop:
+        return fail(": ".join(("terminated", *stop.args)), 128 + signal.SIGTERM)
+    except KeyboardInterrupt as stop:
+        return fail(": ".join(("interrupted", *stop.args)), 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has left
         _silence()
         return 128 + signal.SIGPIPE

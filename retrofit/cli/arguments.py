@@ -103,7 +103,7 @@ def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
-    add("--device", help="for the calibration; default: cpu")
+    add("--device", help="for the calibration and the drift; default: cpu")
     add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
     text = "kept while calibrating; a killed run goes on from it"
     add("--state", type=Path, metavar="FILE", help=text)

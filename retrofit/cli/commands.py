@@ -32,7 +32,7 @@ from retrofit.cli.requests import (
 )
 from retrofit.cli.restore import run_restore
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, show_warning
+from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_sources import build, trained
 from retrofit.files.onnx_files import is_onnx
@@ -72,8 +72,9 @@ def run_verify(request: VerifyRequest) -> int:
         raise _nameless(request.file)
     original = _original(name, request, converted)
     sample = sample_for(original, name, request.pictures, request.weights)
+    sample.announce(sample.chosen)
     batches = sample.batches(sample.chosen)
-    found = retrofit.verify(original, converted, batches)
+    found = retrofit.verify(original, converted, batches, progress=True)
     print(found, flush=True)
     if (dtype := input_dtype(converted)) != torch.float32:
         print(f"compared in {str(dtype).removeprefix('torch.')}, the precision of {request.file}")
@@ -92,6 +93,7 @@ def run_fold(request: FoldRequest) -> int:
         raise RetrofitError(f"{request.file} has no BatchNorm that can be folded{reasons}")
     # What was not converted here is not the plain model after folding: it has new biases.
     plain = name if record_of(model) else None
+    say(f"writing {request.output}")
     retrofit.save(result.model, request.output, name=plain, overwrite=request.overwrite)
     for line in result.remarks:
         show_warning(line)
@@ -108,9 +110,10 @@ def run_adapt(request: AdaptRequest) -> int:
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
     sample = sample_for(model, name, request.pictures)
+    sample.announce(sample.chosen)
     batches = sample.batches(sample.chosen)
     start = time.perf_counter()
-    with naming_pictures(batches):
+    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
             model, batches, layerwise=True, prior=request.prior, device=request.pictures.device
         )
@@ -120,6 +123,7 @@ def run_adapt(request: AdaptRequest) -> int:
     weighed = f", the old statistics counting as {request.prior:g}" if request.prior else ""
     done = f"adapted on {found.images} {sample.kind} of {sample.source}{weighed}"
     data = "; ".join(filter(None, (file.provenance.data, done)))
+    say(f"writing {request.output}")
     retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
     list_bad(sample.pictures, batches.bad)
     print(
@@ -159,6 +163,7 @@ def run_report(request: ReportRequest) -> int:
     provenance, no_drift = file.provenance, ""
     if request.pictures.data is not None:
         provenance, no_drift = _measured_anew(request, file)
+    say(f"writing {request.output}")
     write_report(
         request.output,
         request.file.name,
@@ -226,6 +231,7 @@ def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenanc
     if request.weights:
         original = _original(name, request, converted)
     sample = sample_for(original, name, request.pictures, request.weights)
+    sample.announce(sample.chosen)
     batches = sample.batches(sample.chosen)
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches)
@@ -233,7 +239,7 @@ def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenanc
     measured = f"{what}, on {len(sample.chosen)} {sample.kind} of {sample.source}"
     found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
-        verification = retrofit.verify(original, converted, batches)
+        verification = retrofit.verify(original, converted, batches, progress=True)
         found = dataclasses.replace(found, verification=verification)
     list_bad(sample.pictures, batches.bad)
     return found, no_drift

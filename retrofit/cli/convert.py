@@ -33,7 +33,7 @@ from retrofit.cli.sample import (
     open_data,
     sample_for,
 )
-from retrofit.cli.text import error_in_words, facts_table, fail
+from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
@@ -42,6 +42,7 @@ from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
 from retrofit.files.suffixes import SUFFIXES
+from retrofit.pictures.batches import PictureBatches
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.tables import table
 
@@ -93,30 +94,28 @@ def run_convert(request: ConvertRequest) -> int:
     """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
     with launched() as processes, processes.failing_together():
         _refuse_bad_files(request, processes)
-        sample = _sample(request, processes)
-        chosen = _chosen(request, sample, processes)
-        plan = planned(sample.model, sample.example(chosen), request.plan)
-        if not plan.inserted:
+        with if_stopped(f"{request.output} is not written"):
+            sample = _sample(request, processes)
+            chosen = _chosen(request, sample, processes)
+            sample.announce(chosen, f", by {processes.size} processes" if processes.group else "")
+            plan = planned(sample.model, sample.example(chosen), request.plan)
+            if not plan.inserted:
+                if processes.rank > 0:
+                    return 1
+                print(plan, flush=True)
+                return fail("there is nothing to convert, and nothing was written", 1)
+            calibrated = _calibrated(request, sample, plan, chosen, processes)
             if processes.rank > 0:
-                return 1
-            print(plan, flush=True)
-            return fail("there is nothing to convert, and nothing was written", 1)
-        calibrated = _calibrated(request, sample, plan, chosen, processes)
-        if processes.rank > 0:
-            return 0
-        checked = _checked(request, sample, calibrated)
-        if not checked.verification.exact:
-            print(checked.verification, flush=True)
-            return fail("the converted model is not equal to the original: nothing was written", 1)
-        if checked.onnx and not checked.onnx[1].exact:
-            differs = f"{checked.onnx[1].relative:.3g} of its root mean square"
-            return fail(f"in onnxruntime an output differs by {differs}: nothing was written", 1)
-        told, no_drift = _saved(request, sample, calibrated, checked)
+                return 0
+            checked = _checked(request, sample, calibrated)
+            if problem := _inequality(checked):
+                return fail(f"{problem}: nothing was written", 1)
+        told = _saved(request, sample, calibrated, checked)
         print(_summary(checked.converted, calibrated.plan))
         list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
         print(_facts(request, sample, calibrated.report, checked), flush=True)
         if request.report:
-            _write_report(request.report, request, checked.converted, told, no_drift)
+            _write_report(request.report, request, sample, calibrated, checked, told)
         return 0
 
 
@@ -231,34 +230,39 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     others = calibrated.others[:TEST_IMAGES]
     on_others = len(others) == TEST_IMAGES
     tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
-    verification = retrofit.verify(calibrated.model, converted, tests)
+    verification = retrofit.verify(calibrated.model, converted, tests, progress=True)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
     onnx = None
     if is_onnx(request.output):
+        say("verifying in onnxruntime")
         content = with_batchnorms(request.model, converted)
         onnx = content, agreement(request.model, content, tests)
     return Checked(converted, verification, on_others, tests.bad, onnx)
 
 
+def _inequality(checked: Checked) -> str:
+    """Say in what the converted model differs from the original, and print it; "" if in nothing."""
+    if not checked.verification.exact:
+        print(checked.verification, flush=True)
+        return "the converted model is not equal to the original"
+    if checked.onnx and not checked.onnx[1].exact:
+        differs = f"{checked.onnx[1].relative:.3g} of its root mean square"
+        return f"in onnxruntime an output differs by {differs}"
+    return ""
+
+
 def _saved(
     request: ConvertRequest, sample: Sample, calibrated: Calibrated, checked: Checked
-) -> tuple[dict[str, Any], str]:
-    """Save the model; return what is told of it, and why a drift that a page needs is missing."""
-    drift, no_drift = None, ""
-    if request.report:
-        beyond = calibrated.others[:DRIFT_IMAGES]
-        # A batch that is much of the sample has nearly its statistics, and so too little drift.
-        few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
-        data = sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
-        drift, no_drift = measured_drift(calibrated.model, checked.converted, data)
+) -> dict[str, Any]:
+    """Save the model, before anything else that was asked for; return what is told of it."""
     told: dict[str, Any] = {
         "name": request.model,
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,
-        "drift": drift,
     }
+    say(f"writing {request.output}")
     if checked.onnx:
         content, output = checked.onnx[0], request.output.resolve()
         write_whole(output, lambda file: file.write(content))
@@ -266,29 +270,49 @@ def _saved(
         retrofit.save(checked.converted, request.output, **told, overwrite=request.overwrite)
     if request.state is not None:
         request.state.unlink(missing_ok=True)
-    return told, no_drift
+    return told
 
 
 def _write_report(
-    path: Path, request: ConvertRequest, converted: nn.Module, told: dict[str, Any], no_drift: str
+    path: Path,
+    request: ConvertRequest,
+    sample: Sample,
+    calibrated: Calibrated,
+    checked: Checked,
+    told: dict[str, Any],
 ) -> None:
-    """Write a page about the model that is saved; UnfinishedError if that cannot be done."""
+    """Measure drift, and write a page about the saved model; UnfinishedError where that fails."""
+    unfinished = f"{request.output} is written, but not the report"
+    again = (
+        f"retrofit report {request.output} --output {path} tries again (--data measures the drift)"
+    )
     try:
-        write_report(
-            path,
-            request.output.name,
-            converted.state_dict(),
-            provenance_of(converted, **told),
-            no_drift=no_drift,
-            overwrite=request.overwrite,
-        )
+        with if_stopped(f"{unfinished}; {again}"):
+            data, device = _for_drift(sample, calibrated), sample.options.device
+            drift, no_drift = measured_drift(calibrated.model, checked.converted, data, device)
+            say(f"writing {path}")
+            write_report(
+                path,
+                request.output.name,
+                checked.converted.state_dict(),
+                provenance_of(checked.converted, **told, drift=drift),
+                no_drift=no_drift,
+                overwrite=request.overwrite,
+            )
     except Exception as error:
         kind = "" if isinstance(error, RetrofitError) else f"{type(error).__name__}: "
-        raise UnfinishedError(
-            f"{request.output} is written, but not the report: {kind}{error}; "
-            f"retrofit report {request.output} --output {path} tries again"
-        ) from error
+        raise UnfinishedError(f"{unfinished}: {kind}{error}; {again}") from error
     print(facts_table([("report", str(path))]))
+
+
+def _for_drift(sample: Sample, calibrated: Calibrated) -> PictureBatches:
+    """Choose pictures beyond the sample if there are enough, or else a quarter of it.
+
+    A batch that is much of the sample has nearly its statistics, and so too little drift.
+    """
+    beyond = calibrated.others[:DRIFT_IMAGES]
+    few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
+    return sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
 
 
 def _summary(converted: nn.Module, plan: Plan) -> str:

@@ -153,6 +153,13 @@ class DemoRequest:
     output: Path
 
 
+def reading(request: Request) -> str:
+    """Name what a command has to read before it can begin."""
+    named = [getattr(request, name, None) for name in ("file", "model", "weights")]
+    named.append(getattr(getattr(request, "pictures", None), "data", None))
+    return ", ".join(str(name) for name in named if name is not None) or "the demo"
+
+
 Request = (
     PlanRequest
     | ConvertRequest

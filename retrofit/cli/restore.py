@@ -7,6 +7,7 @@ from pathlib import Path
 import retrofit
 from retrofit.cli.requests import RestoreRequest
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.text import if_stopped, say
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of
 
@@ -17,8 +18,9 @@ def run_restore(request: RestoreRequest) -> int:
     check_device(request.pictures)
     architecture = build(request.model).eval()
     sample = sample_for(architecture, request.model, request.pictures)
+    sample.announce(sample.chosen)
     batches = sample.batches(sample.chosen)
-    with naming_pictures(batches):
+    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(
             architecture,
             request.weights,
@@ -30,6 +32,7 @@ def run_restore(request: RestoreRequest) -> int:
     found = retrofit.restoration_of(restored)
     assert found is not None
     data = f"restored on {found.images} {sample.kind} of {sample.source}"
+    say(f"writing {request.output}")
     retrofit.save(
         restored, request.output, name=request.model, data=data, overwrite=request.overwrite
     )

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from torchvision.transforms import Compose
 
-from retrofit.calibration.feeding import usable
 from retrofit.cli.requests import PictureOptions
+from retrofit.cli.text import say
 from retrofit.errors import NonFiniteError
 from retrofit.files.model_sources import transforms
 from retrofit.pictures.batches import PictureBatches, shuffled
 from retrofit.pictures.preprocessing import Transform, black, preprocessing
 from retrofit.pictures.sources import Pictures, open_pictures
+from retrofit.running.call_arguments import home
+from retrofit.running.devices import usable
 from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
 from retrofit.tables import one_line
@@ -69,6 +71,19 @@ class Sample:
         kind = kinds.get(self.channels, f"pictures ({self.channels} channels)")
         dtype = input_dtype(self.model)
         return kind if dtype == torch.float32 else f"{kind} as {str(dtype).removeprefix('torch.')}"
+
+    @property
+    def size(self) -> str:
+        """How large the pictures are that the model gets."""
+        square, wide = (
+            tuple(self.transform(black(self.channels, 64, width)).shape[-2:]) for width in (64, 96)
+        )
+        return f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
+
+    def announce(self, indices: Sequence[int], by: str = "") -> None:
+        """Say how much there is to do before it is begun."""
+        device = self.options.device or home(self.model) or "cpu"
+        say(f"{len(indices):,} {self.kind} of {self.size}, on {device}{by}")
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""

@@ -21,6 +21,7 @@ from retrofit.pictures.preprocessing import preprocessing
 from retrofit.pictures.sources import open_pictures
 from retrofit.planning.plan import plan
 from retrofit.running.modes import batch_statistics, evaluating
+from retrofit.running.progress import progress_bar
 from retrofit.surgery.folding import fold
 from retrofit.tables import table
 
@@ -50,7 +51,7 @@ def run(folder: Path, *, progress: bool = True) -> str:
     prepared = prepare(plain, plan(plain))
     calibration = calibrate(prepared, images.split(BATCH), progress=progress)
     retrofitted = convert(prepared)
-    verification = verify(plain, retrofitted, test[:512].split(BATCH))
+    verification = verify(plain, retrofitted, test[:512].split(BATCH), progress=progress)
     file = folder / "vgg-cifar10-bn.safetensors"
     save(
         retrofitted,
@@ -62,10 +63,11 @@ def run(folder: Path, *, progress: bool = True) -> str:
         overwrite=True,
     )
     folded = fold(load(file, plain))
+    accuracies = _accuracies(plain, retrofitted, folded, test, labels, progress=progress)
     exact = "equal bit for bit" if verification.exact else "NOT equal"
     return (
         f"{len(test):,} test pictures of CIFAR-10 (whole batches where statistics are theirs)\n\n"
-        f"{_accuracies(plain, retrofitted, folded, test, labels)}\n\n"
+        f"{accuracies}\n\n"
         f"retrofitted and plain: {exact} on {verification.images:,} pictures, at "
         f"{len(verification.sites)} sites and the output; the same top-1 on "
         f"{verification.top1:.2%}\n"
@@ -75,23 +77,31 @@ def run(folder: Path, *, progress: bool = True) -> str:
 
 
 def _accuracies(
-    plain: nn.Module, retrofitted: nn.Module, folded: nn.Module, test: Tensor, labels: Tensor
+    plain: nn.Module,
+    retrofitted: nn.Module,
+    folded: nn.Module,
+    test: Tensor,
+    labels: Tensor,
+    *,
+    progress: bool,
 ) -> str:
     """Make a table of how often each network is right, and one with BatchNorm uncalibrated."""
     running, batchwise = "running", f"of batches of {BATCH}"
-    rows = [
-        ("plain VGG", "-", accuracy(plain, test, labels)),
-        ("retrofitted", running, accuracy(retrofitted, test, labels)),
-        ("retrofitted, saved, loaded, folded", "-", accuracy(folded, test, labels)),
-        ("retrofitted", batchwise, accuracy(retrofitted, test, labels, batchwise=True)),
-        (
-            "BatchNorm without calibration",
-            batchwise,
-            accuracy(insert(plain), test, labels, batchwise=True),
-        ),
+    networks = [
+        ("plain VGG", "-", plain),
+        ("retrofitted", running, retrofitted),
+        ("retrofitted, saved, loaded, folded", "-", folded),
+        ("retrofitted", batchwise, retrofitted),
+        ("BatchNorm without calibration", batchwise, insert(plain)),
     ]
+    rows = []
+    with progress_bar("accuracy", len(networks), "network", shown=progress) as bar:
+        for name, statistics, network in networks:
+            right = accuracy(network, test, labels, batchwise=statistics == batchwise)
+            rows.append((name, statistics, f"{right:.2%}"))
+            bar.update()
     head = ("network", "statistics", "accuracy")
-    return table(head, [(*names, f"{right:.2%}") for *names, right in rows], right=head[2])
+    return table(head, rows, right=head[2])
 
 
 def unpack(folder: Path) -> None:

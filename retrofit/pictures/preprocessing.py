@@ -75,9 +75,9 @@ def preprocessing(
     return Compose(steps) if len(steps) > 1 else transform
 
 
-def black(channels: int, size: int = 64) -> Picture:
-    """Make a square picture for transforms to be tried on."""
-    return eight_bits(np.zeros((size, size, channels), np.uint8), channels)
+def black(channels: int, height: int = 64, width: int = 64) -> Picture:
+    """Make a picture for transforms to be tried on."""
+    return eight_bits(np.zeros((height, width, channels), np.uint8), channels)
 
 
 def _words(numbers: Sequence[float]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retrofit.atomic_write import write_whole
@@ -25,7 +26,10 @@ def check_report(path: Path, *, overwrite: bool) -> None:
 
 
 def measured_drift(
-    original: nn.Module, converted: nn.Module, data: Iterable[Any]
+    original: nn.Module,
+    converted: nn.Module,
+    data: Iterable[Any],
+    device: torch.device | str | None = None,
 ) -> tuple[Drift | None, str]:
     """Measure what batch statistics change, or say why that cannot be done.
 
@@ -35,7 +39,7 @@ def measured_drift(
     """
     watched = _Watched(data)
     try:
-        return drift(original, converted, watched, progress=True), ""
+        return drift(original, converted, watched, device=device, progress=True), ""
     except (RetrofitError, RuntimeError) as error:
         if error is watched.error:
             raise

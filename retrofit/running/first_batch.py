@@ -23,6 +23,8 @@ def looked_into(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
             break
     if not taken:
         raise RetrofitError(nothing_in(data))
+    if isinstance(data, (list, tuple)):  # which can be gone through again, and has a length
+        return taken[-1], data
     return taken[-1], _Again(data, taken, batches)
 
 

@@ -295,7 +295,7 @@ def two(tmp_path, pictures):
     """Two processes that are in the middle of a long conversion."""
     processes = started(tmp_path, *[converting(pictures, "--images", "6000")] * 2)
     try:
-        processes[0].wait_for("waiting for data")  # the progress bar of the first one
+        processes[0].wait_for("calibrate: ")  # the first one says so
         yield processes
     finally:
         for process in processes:

@@ -411,3 +411,69 @@ def test_drift_of_a_model_without_batchnorm_says_so():
     with pytest.warns(UserWarning, match="this Residual has no BatchNorm: batch statistics change"):
         found = retrofit.drift(model, model, X.split(8), [8])
     assert found.rows[0].error == 0
+
+
+class Blended(nn.Module):
+    """Of two pictures and a weight for each pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, y, weight):
+        return F.relu(self.conv(x + weight[:, None, None, None] * y)).mean((2, 3))
+
+
+def blended_batches(size):
+    return [
+        {"pair": (x, y), "weight": weight}
+        for x, y, weight in zip(
+            X.split(size), X.flip(0).split(size), torch.arange(40.0).split(size), strict=True
+        )
+    ]
+
+
+def blend(model, batch):
+    return model(*batch["pair"], batch["weight"])
+
+
+@pytest.mark.parametrize("size", [5, 16, 40])
+def test_drift_calls_a_forward_fn_with_regrouped_batches(size):
+    torch.manual_seed(0)
+    model = Blended().eval()
+    options = {"forward_fn": blend, "include": "conv", "progress": False}
+    converted = retrofit.add_batchnorm(model, blended_batches(8), **options)
+    found = retrofit.drift(model, converted, blended_batches(size), [20], forward_fn=blend)
+    trained = copy.deepcopy(converted).train()
+    with torch.no_grad():
+        expected = torch.cat([blend(model, batch) for batch in blended_batches(20)])
+        actual = torch.cat([blend(trained, batch) for batch in blended_batches(20)])
+    error = (actual - expected).square().mean().sqrt() / expected.std(correction=0)
+    assert found.rows[0].images == 40
+    assert found.rows[0].error == pytest.approx(float(error), rel=1e-5)
+
+
+def test_in_drift_a_forward_fn_may_write_to_its_batch():
+    model, converted = pair(nets.root_sequential)
+
+    def writing(m, batch):
+        return m(batch.sub_(0.5))
+
+    x = X.clone()
+    found = retrofit.drift(model, converted, [x], [8, 20], forward_fn=writing)
+    assert found == retrofit.drift(model, converted, [X - 0.5], [8, 20])
+    assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize(
+    "batch", [(X, ["cat"] * 40), (X, X[:3]), {"x": X, "scale": torch.tensor(2.0)}, []]
+)
+def test_drift_refuses_batches_that_it_cannot_regroup(batch):
+    model, converted = pair(nets.root_sequential)
+    with pytest.raises(RetrofitError, match="one entry for each image; it got"):
+        retrofit.drift(model, converted, [batch], forward_fn=lambda m, _: m(X))
+
+
+def test_drift_refuses_a_device_that_is_none():
+    with pytest.raises(RetrofitError, match='torch calls its devices "cpu", "cuda"'):
+        retrofit.drift(*pair(), [X], device="gpu")
