@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +65,7 @@ class Feed:
         Args:
             model: what is run.
             samples: what hooks or observers in it fill.
-            call: runs the model; by default with nothing more than its arguments.
+            call: runs the model on arguments, in another way than to pass them.
             start: what was fed before; the rest is counted on from there.
             until: asked after each batch, with all that was fed, whether that is enough.
 
@@ -75,60 +76,110 @@ class Feed:
         check_data(self.data)
         if self.max_images is not None:
             check_count("max_images", self.max_images)
-        call = call or (lambda arguments: model(*arguments.args, **arguments.kwargs))
-        fed, batches, began = start, iter(self.data), time.perf_counter()
+        fed, began = start, time.perf_counter()
         with (
             images_bar(
                 self.stage, self.data, self.max_images, shown=self.progress, done=start.images
             ) as bar,
-            on_device(self.device, model) as device,
-            torch.no_grad(),
-            eager(),
+            self.opened(model) as device,
         ):
-            while self.max_images is None or fed.images < self.max_images:
+            batches = self.batches(model, device, start.images)
+            while True:
                 asked = time.perf_counter()
-                batch = next(batches, _END)
+                batch = next(batches, None)
                 fed = replace(fed, waited=fed.waited + time.perf_counter() - asked)
-                if batch is _END:
+                if batch is None:
                     break
                 samples.clear()
-                count = self._one(model, batch, samples, call, device, fed.images)
-                fed = Fed(fed.images + count, fed.batches + 1, fed.waited)
+                try:
+                    batch.run(call)
+                except NonFiniteError as error:
+                    raise batch.placed(error, samples.length) from None
+                batch.images = batch.images or samples.length
+                fed = Fed(fed.images + batch.images, fed.batches + 1, fed.waited)
                 share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
                 bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
-                bar.update(count)
+                bar.update(batch.images)
                 if until(fed):
                     break
         return fed
 
-    def _one(
-        self,
-        model: nn.Module,
-        batch: Any,
-        samples: SiteSamples,
-        call: Callable[[Arguments], object],
-        device: torch.device | None,
-        earlier: int,
-    ) -> int:
-        """Run one batch, after so many earlier images; return how many it has."""
-        count = 0
-        try:
+    @contextmanager
+    def opened(self, model: nn.Module) -> Iterator[torch.device | None]:
+        """Keep the model on the device, without gradients and uncompiled, for the block."""
+        with on_device(self.device, model) as device, torch.no_grad(), eager():
+            yield device
+
+    def batches(
+        self, model: nn.Module, device: torch.device | None, earlier: int = 0
+    ) -> Iterator[FedBatch]:
+        """Make the batches ready one by one; each has its `images` when the next is asked for."""
+        batches = iter(self.data)
+        while self.max_images is None or earlier < self.max_images:
+            batch = next(batches, _END)
+            if batch is _END:
+                return
+            ready = self._ready(model, batch, device, earlier)
+            yield ready
+            earlier += ready.images
+
+    def _ready(
+        self, model: nn.Module, batch: Any, device: torch.device | None, earlier: int
+    ) -> FedBatch:
+        if self.forward_fn is not None:
+            images = images_in(model, batch, self.forward_fn)
+            return FedBatch(model, batch, images, earlier, self.forward_fn)
+        most = None if self.max_images is None else self.max_images - earlier
+        arguments = arguments_of(model, batch).head(most)
+        copied = arguments.to(device, copy=True)  # a model may write to its input
+        return FedBatch(model, copied, arguments.images, earlier)
+
+
+@dataclass
+class FedBatch:
+    """One batch, ready to go through a model.
+
+    Attributes:
+        model: what it goes through.
+        batch: arguments of the model; with a `forward_fn` the batch as it came.
+        images: how many it has; 0 where its structure does not tell.
+        earlier: images in the data before it.
+        forward_fn: as for `calibrate`.
+    """
+
+    model: nn.Module
+    batch: Any
+    images: int
+    earlier: int
+    forward_fn: ForwardFn | None = None
+
+    def run(self, call: Callable[[Arguments], object] | None = None) -> None:
+        """Run the model, where there is no `forward_fn` by `call` if that is given."""
+        with explained(self.model, self.batch):
             if self.forward_fn is not None:
-                count = images_in(model, batch, self.forward_fn)
-                with explained(model, batch):
-                    self.forward_fn(model, batch)
+                self.forward_fn(self.model, self.batch)
+            elif call is not None:
+                call(self.batch)
             else:
-                most = None if self.max_images is None else self.max_images - earlier
-                arguments = arguments_of(model, batch).head(most)
-                count = arguments.images
-                arguments = arguments.to(device, copy=True)
-                with explained(model, arguments):
-                    call(arguments)
-        except NonFiniteError as error:
-            if error.samples != (count or samples.length):
-                raise
-            raise NonFiniteError(error.site, error.item, earlier + error.item) from None
-        return count or samples.length
+                self.model(*self.batch.args, **self.batch.kwargs)
+
+    def head(self, most: int) -> FedBatch:
+        """Copy the first `most` images; a batch for a `forward_fn` comes whole, and as it is."""
+        if self.forward_fn is not None:
+            return replace(self)
+        copied = self.batch.head(most).to(None, copy=True)
+        return replace(self, batch=copied, images=min(self.images, most))
+
+    def placed(self, error: NonFiniteError, samples: int) -> NonFiniteError:
+        """Say where in the data it is, if the site gets a sample for each image.
+
+        Args:
+            error: with a place in the batch.
+            samples: what the first site got, the number of images if nothing else tells it.
+        """
+        if error.samples != (self.images or samples):
+            return error
+        return NonFiniteError(error.site, error.item, self.earlier + error.item)
 
 
 class _Done(BaseException):

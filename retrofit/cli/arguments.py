@@ -170,8 +170,8 @@ def _describe_demo(parser: argparse.ArgumentParser) -> None:
 
 
 ADAPTED = (
-    " of a new domain, layer by layer (they are read once for each BatchNorm), prepared as convert "
-    "had them"
+    " of a new domain, layer by layer (those beyond 2 GiB of activations are read once for each "
+    "BatchNorm), prepared as convert had them"
 )
 # name: what it asks for, the help, what adds its options, and more of the description.
 COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], None], str]] = {

@@ -321,14 +321,6 @@ def test_layer_by_layer_a_batchnorm_may_be_called_more_often_for_some_batches():
     assert_are_moments_of(statistics(model), inputs_of_norms(model.eval(), data))
 
 
-def test_layer_by_layer_each_pass_ends_at_its_batchnorm():
-    model = nets.build(Net)
-    calls = []
-    model.linear.register_forward_hook(lambda *_: calls.append(1))
-    recalibrate(model, [X], layerwise=True)
-    assert len(calls) == 2  # for the order, and for the BatchNorm after it
-
-
 def test_a_batchnorm_that_the_data_never_reaches_keeps_its_statistics_and_is_named():
     class Half(nn.Module):
         def __init__(self):
@@ -448,12 +440,18 @@ class OnceOnly:
             {"layerwise": True},
             "data is a generator.*a list or a DataLoader",
         ),
-        (Net(), OnceOnly([X]), {"layerwise": True}, "42 images in 1 batches at first and 0 in 0"),
+        (
+            Net(),
+            OnceOnly(X.split(21)),
+            {"layerwise": True, "max_memory": 0},
+            "42 images in 2 batches at first and 0 in 0",
+        ),
         (Net(), X.split(41), {}, r"third got a single value for each channel.*drop_last"),
         (Net(), [X[:1]], {"layerwise": True}, "third got a single value .* in all the data"),
         (Net().half(), [X.half() * 1e4], {"layerwise": True}, r"of first reaches .* torch.float16"),
         (Net(), [X], {"prior": -1}, "prior must be a number of images from 0 up, not -1"),
         (Net(), [X], {"max_images": 0}, "max_images must be positive"),
+        (Net(), [X], {"max_memory": -1}, "max_memory must be a number of bytes from 0 up, not -1"),
         (Net(), [X], {"device": "meta"}, "device meta cannot be used here"),
     ],
     ids=lambda value: None if isinstance(value, str) else "",

@@ -1,0 +1,223 @@
+"""A whole sample on its way through a model, halted at one BatchNorm after another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from retrofit.calibration.feeding import Fed, FedBatch, Feed
+from retrofit.calibration.held_memory import HeldMemory
+from retrofit.calibration.norm_inputs import hooked
+from retrofit.calibration.paused_pass import PausedPass, pause
+from retrofit.calibration.processes import digest
+from retrofit.calibration.running_statistics import Norms
+from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.numerics.batch_table import BatchTable
+from retrofit.numerics.channel_statistics import ChannelStatistics
+from retrofit.numerics.reductions import Samples, finite
+from retrofit.running.nested import first_tensor
+from retrofit.running.progress import images_bar
+
+END = ""  # of the model, which no BatchNorm is called
+MOST = 1024  # batches that wait: each has a stack
+
+
+class _Stop(NamedTuple):
+    """Where a pass waits: before a call of a BatchNorm, with what that gets."""
+
+    path: str
+    x: Tensor
+
+
+class _Run:
+    """The pass of one batch, which stops at every call but the first ones of settled BatchNorms."""
+
+    def __init__(self, batch: FedBatch, settled: Collection[str]) -> None:
+        self.batch, self.settled = batch, settled
+        self.calls: Counter[str] = Counter()
+        self.digest = _digest(batch)
+        self.passing = PausedPass(batch.run)
+
+    def at(self, path: str, x: Tensor) -> None:
+        """Stop there, or pass."""
+        self.calls[path] += 1
+        if path not in self.settled or self.calls[path] > 1:
+            pause(_Stop(path, x))
+
+
+class HaltedSample:
+    """All batches of a sample, which go from one BatchNorm that is not settled to the next.
+
+    Those that fit into the memory wait there; the others, at the end of the data, run anew each
+    time. The first batch always waits.
+
+    Args:
+        model, norms, feed: what runs, its BatchNorms, and the batches.
+        device: of the model.
+        max_memory: bytes that waiting batches may take.
+
+    Attributes:
+        settled: BatchNorms to pass. A batch that calls one again stops there.
+        final: BatchNorms to pass at every call.
+        places: where the batches are: at one BatchNorm if all is well, or at the `END`.
+        fed: how much data there is.
+        passes: how often the data was gone through.
+        held: the most bytes that waiting batches took, estimated from one image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: Norms,
+        feed: Feed,
+        device: torch.device | None,
+        max_memory: float,
+    ) -> None:
+        self.model, self.norms, self.feed, self.device = model, norms, feed, device
+        self.max_memory = max_memory
+        self.settled: set[str] = set()
+        self.final: set[str] = set()
+        self.places: set[str] = set()
+        self._arrived: dict[str, list[Samples]] = {}
+        self.fed, self.passes, self.held = Fed(), 0, 0
+        self._waiting: list[_Run] = []
+        self._others: list[str] = []  # digests of batches that do not wait
+        self._running: _Run | None = None
+
+    @contextmanager
+    def halting(self) -> Iterator[None]:
+        """Halt at BatchNorms in the block; at its end nothing waits."""
+
+        def look(path: str, _: _BatchNorm, x: Tensor) -> None:
+            if self._running is not None and path not in self.final:
+                self._running.at(path, x.detach())
+
+        try:
+            with hooked(self.norms, look):
+                yield
+        finally:
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Let all batches begin again."""
+        for run in self._waiting:
+            run.passing.leave()
+        self._waiting, self._others = [], []
+
+    def to_next(self) -> None:
+        """Bring all batches to the next BatchNorm."""
+        self.places, self._arrived = set(), {}
+        if self._waiting:
+            self._advance()
+        else:
+            self._begin()
+
+    def arrived(self, path: str) -> ChannelStatistics | None:
+        """Give the statistics of what this BatchNorm got; None if that was nothing."""
+        if path not in self._arrived:
+            return None
+        table = BatchTable.of([self._arrived[path]])
+        return ChannelStatistics.empty(table.rows.mean.shape[1]).add(table)
+
+    def _begin(self) -> None:
+        """Bring the batches to the first BatchNorm, and let wait what fits."""
+        images = batches = each = 0
+        stage, shown = "first pass", self.feed.progress and not self.passes
+        with images_bar(stage, self.feed.data, self.feed.max_images, shown=shown) as bar:
+            for batch in self.feed.batches(self.model, self.device):
+                each = each or self._bytes_of_an_image(batch)
+                run = self._brought(_Run(batch, self.settled))
+                images, batches = images + batch.images, batches + 1
+                bar.update(batch.images)
+                fits = images * each <= self.max_memory and batches <= MOST
+                if batches == 1 or (fits and not self._others):
+                    self._waiting.append(run)
+                    self.held = max(self.held, images * each)
+                else:
+                    run.passing.leave()
+                    self._others.append(run.digest)
+        self.fed, self.passes = Fed(images, batches), self.passes + 1
+
+    def _bytes_of_an_image(self, batch: FedBatch) -> int:
+        """Measure what an image takes where a BatchNorm is called, where that is most."""
+        try:
+            return self._bytes_of(batch.head(1))
+        except Exception:  # noqa: BLE001 - the model may want more; else it fails on the batch, too
+            return self._bytes_of(batch.head(batch.images))
+
+    def _bytes_of(self, one: FedBatch) -> int:
+        memory, most, images = HeldMemory(), 0, one.images
+
+        def look(_path: str, _norm: _BatchNorm, x: Tensor) -> None:
+            nonlocal most, images
+            images = images or len(x)
+            most = max(most, memory.bytes)
+
+        with hooked(self.norms, look), memory:
+            one.run()
+        given = sum(t.nbytes for t in tree_leaves(one.batch) if isinstance(t, Tensor))
+        return (most + given) // max(1, images)
+
+    def _advance(self) -> None:
+        """Bring the batches from one BatchNorm to the next."""
+        for run in self._waiting:
+            self._brought(run)
+        if self._others:
+            self._run_others()
+
+    def _run_others(self) -> None:
+        """Run the batches that do not wait up to where the others are."""
+        seen, images, batches = [], 0, 0
+        for number, batch in enumerate(self.feed.batches(self.model, self.device)):
+            if number < len(self._waiting):
+                batch.images = self._waiting[number].batch.images
+            else:
+                run = self._brought(_Run(batch, self.settled))
+                run.passing.leave()
+                seen.append(run.digest)
+            images, batches = images + batch.images, number + 1
+        if (images, seen) != (self.fed.images, self._others):
+            raise RetrofitError(
+                f"data gave {self.fed.images} images in {self.fed.batches} batches at first and "
+                f"{images} in {batches} then, or others: layerwise=True needs the same each time, "
+                "unless all fit into max_memory"
+            )
+        self.passes += 1
+
+    def _brought(self, run: _Run) -> _Run:
+        """Let a batch run to where it stops next, and reduce what arrives there."""
+        self._running = run
+        try:
+            stop = run.passing.resume()
+            self.places.add(END if stop is None else stop.path)
+            if stop is not None:
+                run.batch.images = run.batch.images or len(stop.x)
+                self._learn(run.batch, *stop)
+        except BaseException:
+            run.passing.leave()
+            raise
+        finally:
+            self._running = None
+        return run
+
+    def _learn(self, batch: FedBatch, path: str, x: Tensor) -> None:
+        if not x.numel():
+            return
+        try:
+            samples = finite(x, path)
+        except NonFiniteError as error:
+            raise batch.placed(error, len(x)) from None
+        self._arrived.setdefault(path, []).append(samples)
+
+
+def _digest(batch: FedBatch) -> str:
+    """Tell a batch from others by its first sample."""
+    x = first_tensor(batch.batch)
+    return digest(x[:1] if x is not None and x.dim() else x)

@@ -1,0 +1,77 @@
+"""A forward pass that stops in the middle, and goes on from there later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from greenlet import getcurrent, greenlet
+
+DEVICES = ("cpu", "cuda")
+
+
+class PausedPass:
+    """Runs a function that may stop: many of them take turns in one thread.
+
+    In a thread of its own each would have a pool of workers in torch, and none of the settings of
+    the thread that is asked for it; so they are greenlets.
+
+    Args:
+        run: a function without arguments, in which `pause` may be called.
+    """
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._greenlet = greenlet(run)
+        self._settings = Settings.current()
+
+    def resume(self) -> Any:
+        """Go on to the next pause, and return what was given there; None at the end.
+
+        What `run` raises is raised here.
+        """
+        outside = Settings.current()
+        self._settings.apply()
+        try:
+            found = self._greenlet.switch()
+        finally:
+            self._settings = Settings.current()
+            outside.apply()
+        return None if self._greenlet.dead else found
+
+    def leave(self) -> None:
+        """End it where it is, as an exception would that nothing catches."""
+        outside = Settings.current()
+        try:
+            self._greenlet.throw()
+        finally:
+            outside.apply()
+
+
+def pause(value: object) -> bool:
+    """Stop the pass that this is called in; False, and nothing happens, where it is in none."""
+    outside = getcurrent().parent
+    if outside is None:
+        return False
+    outside.switch(value)
+    return True
+
+
+class Settings(NamedTuple):
+    """What a forward pass may have switched for a while: gradients and autocast."""
+
+    gradients: bool
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+
+    @classmethod
+    def current(cls) -> Settings:
+        """Read those that hold now."""
+        found = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES]
+        return cls(torch.is_grad_enabled(), tuple(found))
+
+    def apply(self) -> None:
+        """Let them hold from now on."""
+        torch.set_grad_enabled(self.gradients)
+        for device, (enabled, dtype) in zip(DEVICES, self.autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)

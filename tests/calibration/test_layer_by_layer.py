@@ -1,0 +1,217 @@
+"""`recalibrate(layerwise=True)`, against a pass over all data for each BatchNorm in turn."""
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import retrofit
+from retrofit import RetrofitError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the statistics (of|are)")  # of so few images
+
+X = nets.images(24, 3, 9, 9) + torch.linspace(-2, 2, 24).view(-1, 1, 1, 1)
+INPUT = 3 * 9 * 9 * 4  # bytes of a picture
+
+
+class Residual(nn.Module):
+    """With a shortcut, so that more than one activation waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.body, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.last = nn.BatchNorm1d(4)
+        stale(self)
+
+    def forward(self, x):
+        x = F.relu(self.first(self.stem(x)))
+        x = x + self.second(self.body(x)).exp()
+        return self.last(x.mean((2, 3)))
+
+
+class Shared(Residual):
+    def forward(self, x):
+        x = F.relu(self.first(self.stem(x)))
+        x = x + self.second(self.body(x)).exp()
+        return self.last(self.second(self.body(x)).tanh().amax((2, 3)) + self.first(x).mean((2, 3)))
+
+
+class ByBrightness(Residual):
+    """Which BatchNorms are called, and in what order, depends on the batch."""
+
+    def forward(self, x):
+        dark = x.mean() < 0
+        x = F.relu(self.stem(x))
+        if dark:
+            return self.last(self.second(self.first(x)).mean((2, 3)))
+        return self.last(self.first(self.second(x) ** 2).mean((2, 3)))
+
+
+class Switching(Residual):
+    """What it switches on for a while must not reach the batches that run meanwhile."""
+
+    def forward(self, x):
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            x = F.relu(self.first(self.stem(x)))
+        assert not torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        x = x.float() + self.second(self.body(x.float()))
+        return self.last(x.mean((2, 3)))
+
+
+NETS = [Residual, Shared, ByBrightness, Switching]
+
+
+def stale(model):
+    for norm in norms(model).values():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 2)
+
+
+def norms(model):
+    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def in_turn(model, data, prior):
+    """Settle each BatchNorm in a pass over all data, in the order of first calls; in float64."""
+    seen, order = {}, []
+
+    def look(path):
+        def hook(_norm, args):
+            if path not in order:
+                order.append(path)
+            seen.setdefault(path, []).append(args[0].double().movedim(1, 0).flatten(1))
+
+        return hook
+
+    handles = [n.register_forward_pre_hook(look(path)) for path, n in norms(model).items()]
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+        for path in order:
+            seen.clear()
+            for batch in data:
+                model(batch)
+            inputs, norm = torch.cat(seen[path], 1), norms(model)[path]
+            new = len(X) / (len(X) + prior)
+            norm.running_mean.lerp_(inputs.mean(1).float(), new)
+            norm.running_var.lerp_(inputs.var(1).float(), new)
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+def layerwise(model, data, **options):
+    return retrofit.recalibrate(model, data, layerwise=True, progress=False, **options)
+
+
+def assert_same_statistics(ours, theirs):
+    for path, norm in norms(theirs).items():
+        found, sigma = norms(ours)[path], norm.running_var.sqrt()
+        assert ((found.running_mean - norm.running_mean).abs() <= 2e-6 * sigma).all(), path
+        torch.testing.assert_close(found.running_var, norm.running_var, rtol=5e-6, atol=0)
+
+
+@given(
+    st.sampled_from(NETS),
+    st.lists(st.integers(2, 9), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) <= 22),
+    st.sampled_from([0, 5, 64]),
+    st.sampled_from([0, 10_000, 20_000, 1e9]),
+)
+def test_the_statistics_are_those_of_a_pass_for_each(build, sizes, prior, max_memory):
+    data = X.split([*sizes, 24 - sum(sizes)])
+    ours, theirs = nets.build(build).eval(), nets.build(build).eval()
+    order = in_turn(theirs, data, prior)
+    found = layerwise(ours, data, prior=prior, max_memory=max_memory)
+    assert_same_statistics(ours, theirs)
+    assert list(found.layers) == order
+    assert (found.images, found.batches) == (24, len(data))
+    assert not any(m._forward_pre_hooks for m in ours.modules())
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_every_picture_passes_once():
+    model, pictures = nets.build(Residual), []
+    model.stem.register_forward_hook(lambda _m, args, _y: pictures.append(len(args[0])))
+    found = layerwise(model, X.split(5))
+    assert sum(pictures) == 24 + 1  # one of them first alone, to see what it takes
+    assert found.passes == 1
+    # At `second`: the output of the stem's ReLU, that of the body, and the picture itself.
+    assert found.held == 24 * (INPUT + 2 * 4 * 7 * 7 * 4)
+
+
+@pytest.mark.parametrize(("waiting", "passes"), [(10, 4), (0, 4), (24, 1)])
+def test_what_does_not_fit_into_the_memory_runs_for_each_batchnorm(waiting, passes):
+    model, bodies = nets.build(Residual), []
+    model.body.register_forward_hook(lambda _m, args, _y: bodies.append(len(args[0])))
+    each = INPUT + 2 * 4 * 7 * 7 * 4
+    found = layerwise(model, X.split(5), max_memory=waiting * each)
+    waits = max(waiting, 5)  # one batch in any case
+    # The others end at each BatchNorm, those before them passed, and in the end run to the end.
+    assert sum(bodies) == 1 + waits + 3 * (24 - waits)
+    assert (found.passes, found.held) == (passes, waits * each)
+
+
+def test_a_batchnorm_called_again_has_a_pass_of_its_own():
+    found = layerwise(nets.build(Shared), X.split(5))
+    # Each of these is called again once in vain: `second`, `first`, and `second` behind that.
+    assert found.passes == 1 + 3 * 2
+    assert repr(found) == "Recalibration(3 BatchNorms on 24 images in 5 batches, 7 times)"
+
+
+def test_other_batches_in_another_pass_are_refused_where_not_all_wait():
+    class Shuffled:
+        def __init__(self):
+            self.batches = list(X.split(6))
+
+        def __iter__(self):
+            self.batches.append(self.batches.pop(0))
+            return iter(self.batches)
+
+    model = nets.build(Residual)
+    before = {path: norm.running_mean.clone() for path, norm in norms(model).items()}
+    with pytest.raises(RetrofitError, match=r"24 images in 4 batches at first and .* or others"):
+        layerwise(model, Shuffled(), max_memory=0)
+    assert all(torch.equal(norms(model)[path].running_mean, old) for path, old in before.items())
+    layerwise(model, Shuffled())
+
+
+def test_what_fails_in_a_batch_that_waited_leaves_nothing_behind():
+    model = nets.build(Residual).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batches = list(X.split(8))
+    original = model.body.forward
+
+    def failing(x):
+        if float(x.mean()) > float(threshold):
+            raise ValueError("too bright")
+        return original(x)
+
+    threshold = torch.tensor(1.0)
+    model.body.forward = failing
+    batches[1] = batches[1] + 100
+    with pytest.raises(ValueError, match="too bright"):
+        layerwise(model, batches)
+    del model.body.forward
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_that_takes_no_single_picture_is_measured_all_the_same():
+    class Pairs(Residual):
+        def forward(self, x):
+            return super().forward(x.view(-1, 2, *x.shape[1:]).mean(1))
+
+    ours, theirs = nets.build(Pairs).eval(), nets.build(Pairs).eval()
+    data = X.split(8)
+    in_turn(theirs, data, 0)
+    assert layerwise(ours, data).passes == 1
+    assert_same_statistics(ours, theirs)
