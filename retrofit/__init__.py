@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retrofit.calibration.adapting import Adapting, adapting
     from retrofit.calibration.calibrate import calibrate
     from retrofit.calibration.observer import MomentObserver, channel_moments
     from retrofit.calibration.recalibrate import Recalibration, recalibrate
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from retrofit.version import __version__
 
 __all__ = [
+    "Adapting",
     "BatchDrift",
     "Calibration",
     "ChannelMoments",
@@ -59,6 +61,7 @@ __all__ = [
     "SiteSample",
     "Verification",
     "__version__",
+    "adapting",
     "add_batchnorm",
     "calibrate",
     "channel_moments",
@@ -85,6 +88,7 @@ __all__ = [
 # The same modules again: each is imported when one of its names is first asked for, so that
 # `import retrofit`, the help of the command and its errors about arguments wait for no torch.
 _NAMES = {
+    "calibration.adapting": ("Adapting", "adapting"),
     "calibration.calibrate": ("calibrate",),
     "calibration.observer": ("MomentObserver", "channel_moments"),
     "calibration.recalibrate": ("Recalibration", "recalibrate"),

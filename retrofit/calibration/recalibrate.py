@@ -187,7 +187,9 @@ def recalibrate(
             for norm, was in old.values():
                 restore(norm, was)
             raise
-    error = share(found.fed, prior) * standard_error(found.measured.values(), found.fed.images)
+    error = share(found.fed.images, prior) * standard_error(
+        found.measured.values(), found.fed.images
+    )
     if processes.rank == 0:
         _warn(norms, found, error)
     return Recalibration(found, old, error)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from retrofit.calibration.feeding import Fed
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
+from retrofit.numerics.moments import Moments
 from retrofit.numerics.tensor_checks import are_statistics
 
 Norms = Mapping[str, _BatchNorm]
@@ -70,27 +71,38 @@ def settle(
             f"{path} got a single value for each channel in all the data: a variance needs at "
             "least 2 images"
         )
-    if prior and not are_statistics(
-        norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    ):
-        raise RetrofitError(
-            f"the running statistics of {path} hold a NaN, an Inf or a negative variance: they "
-            "cannot count as images: leave the prior out"
-        )
-    for name, new in {"running_mean": moments.mean, "running_var": moments.var}.items():
-        buffer = norm.get_buffer(name)
-        if prior:
-            new = buffer.to(new).lerp(new, share(fed, prior))  # noqa: PLW2901
-        buffer.copy_(new)
-        if not bool(buffer.isfinite().all()):
-            raise RetrofitError(
-                f"the {name} of {path} reaches {float(new.abs().max()):.3g}, more than "
-                f"{buffer.dtype} holds: keep the BatchNorms in float32"
-            )
+    if prior:
+        refuse_as_prior(path, norm)
+    blend(path, norm, buffers(norm), moments, share(fed.images, prior))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.fill_(fed.batches)
 
 
-def share(fed: Fed, prior: float) -> float:
-    """Say how much the new statistics count beside the old ones."""
-    return fed.images / (fed.images + prior)
+def refuse_as_prior(path: str, norm: _BatchNorm) -> None:
+    """Raise RetrofitError for statistics that cannot count beside others."""
+    if not are_statistics(norm.get_buffer("running_mean"), norm.get_buffer("running_var")):
+        raise RetrofitError(
+            f"the running statistics of {path} hold a NaN, an Inf or a negative variance: they "
+            "cannot count as images: leave the prior out"
+        )
+
+
+def blend(path: str, norm: _BatchNorm, old: Buffers, new: Moments, weight: float) -> None:
+    """Let `new` count `weight` and `old` the rest, in the running statistics of a BatchNorm.
+
+    Raises RetrofitError where these leave its dtype.
+    """
+    for name, tensor in {"running_mean": new.mean, "running_var": new.var}.items():
+        buffer = norm.get_buffer(name)
+        # Where the old ones do not count, they may be NaN.
+        buffer.copy_(tensor if weight == 1 else old[name].to(tensor).lerp(tensor, weight))
+        if not bool(buffer.isfinite().all()):
+            raise RetrofitError(
+                f"the {name} of {path} reaches {float(tensor.abs().max()):.3g}, more than "
+                f"{buffer.dtype} holds: keep the BatchNorms in float32"
+            )
+
+
+def share(images: float, prior: float) -> float:
+    """Say how much new statistics count beside old ones that count as `prior` images."""
+    return images / (images + prior)

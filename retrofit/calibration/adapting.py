@@ -1,0 +1,178 @@
+"""Running statistics that follow what passes through the model, batch after batch."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from typing_extensions import Self
+
+from retrofit.calibration.norm_inputs import hooked
+from retrofit.calibration.running_statistics import (
+    Buffers,
+    blend,
+    buffers,
+    refuse_as_prior,
+    restore,
+    share,
+    tracking,
+)
+from retrofit.errors import RetrofitError
+from retrofit.numerics.batch_table import BatchTable
+from retrofit.numerics.moments import Moments, merged, pooled
+from retrofit.numerics.reductions import finite
+from retrofit.option_checks import check_models, check_number
+from retrofit.running.modes import eager, evaluating
+
+_FOLLOWING: WeakSet[_BatchNorm] = WeakSet()
+
+
+@dataclass
+class _Stream:
+    """What has passed one BatchNorm.
+
+    Attributes:
+        old: its own statistics.
+        moments: of what has passed, the older the lighter.
+        images: as how many it counts.
+        passed: how many there were.
+    """
+
+    old: Buffers
+    moments: Moments | None = None
+    images: float = 0.0
+    passed: int = 0
+
+    def add(self, new: Moments, images: int, window: float) -> None:
+        """Add a batch, after what was there has lost some of its weight."""
+        kept = math.exp(-images / window)
+        if self.moments is not None:
+            before = self.moments
+            lighter = Moments(before.count * kept, before.mean, before.M2 * kept)
+            new = pooled(lighter, new)
+        self.moments, self.images = new, self.images * kept + images
+        self.passed += images
+
+
+class Adapting:
+    """A model that follows a stream, until `remove()` or the end of `with adapting(...)`.
+
+    Attributes:
+        model: what `adapting` was given.
+        layers: paths of the BatchNorms that follow the stream.
+    """
+
+    def __init__(self, model: nn.Module, prior: float, window: float) -> None:
+        self.model = model
+        self._prior, self._window = prior, window
+        self._norms = tracking(model)
+        self.layers = tuple(self._norms)
+        for path, norm in self._norms.items():
+            if prior:
+                refuse_as_prior(path, norm)
+            if norm in _FOLLOWING:
+                raise RetrofitError(f"{path} follows a stream already: remove() that first")
+        self._streams = {path: _Stream(buffers(norm)) for path, norm in self._norms.items()}
+        with ExitStack() as stack:
+            for context in (evaluating(model), eager(), hooked(self._norms, self._follow)):
+                stack.enter_context(context)
+            self._until_removed = stack.pop_all()
+        _FOLLOWING.update(self._norms.values())
+
+    @property
+    def images(self) -> int:
+        """How many images have passed since the beginning, or since `reset()`."""
+        return max(stream.passed for stream in self._streams.values())
+
+    def reset(self) -> None:
+        """Forget what has passed: the model has the statistics it came with, bit for bit."""
+        for path, norm in self._norms.items():
+            old = self._streams[path].old
+            restore(norm, old)
+            self._streams[path] = _Stream(old)
+
+    def remove(self) -> None:
+        """Leave the model as it was: statistics, modes and hooks. Once is enough."""
+        self.reset()
+        self._until_removed.close()
+        for norm in self._norms.values():
+            _FOLLOWING.discard(norm)
+        self._norms = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Adapting({len(self.layers)} BatchNorms, after {self.images} images)"
+
+    def _follow(self, path: str, norm: _BatchNorm, x: Tensor) -> None:
+        """Settle a BatchNorm on what has passed, this batch included, before it computes."""
+        if norm is not self._norms.get(path):
+            return  # a copy of the model, with its hooks
+        if norm.training:
+            raise RetrofitError(
+                f"{path} is in training mode, where it follows no stream: call model.eval() again, "
+                "or end adapting before you train"
+            )
+        if not x.numel():
+            return
+        stream = self._streams[path]
+        with torch.no_grad():
+            table = BatchTable.of([[finite(x.detach(), path)]])
+            stream.add(merged(table.rows), len(x), self._window)
+            if stream.moments is None or bool((stream.moments.count < 2).any()):
+                return  # one value has no variance
+            blend(path, norm, stream.old, stream.moments, share(stream.images, self._prior))
+
+
+def adapting(model: nn.Module, *, prior: float = 64, window: float | None = None) -> Adapting:
+    """Let the BatchNorms of `model` follow what passes through it: test-time adaptation.
+
+    From now on each forward pass, of any number of images down to one, is in eval mode, and each
+    BatchNorm normalises with a blend of the statistics that it came with and of those of all that
+    has passed since, this batch included. A BatchNorm is settled before it computes, so that those
+    behind it see what it gives. The first pass gives what `recalibrate(layerwise=True, prior=)` on
+    its batch would; later ones add to that, without going through the old data again. No labels are
+    needed, and nothing but running_mean and running_var changes meanwhile.
+
+    Args:
+        model: any module with BatchNorms that keep running statistics. What DataParallel or
+            DistributedDataParallel hold is followed without them.
+        prior: the old statistics count as this many images, as for `recalibrate`. 64 is safe from
+            the first image on; 0 lets the stream alone count, which for single images is noise.
+        window: the older, the less an image counts: 1/e after `window` others, so that all that has
+            passed counts as `window` images at most. By default all count alike, for ever. (Where a
+            BatchNorm is called several times in a pass, what each call gets counts as images.)
+
+    Returns:
+        A handle: `handle.remove()`, or the end of `with adapting(...):`, restores the model bit for
+        bit; `handle.reset()` does so for the statistics, and the stream begins anew, as when
+        another camera comes on. `handle.images` tells how many have passed.
+
+    Raises:
+        RetrofitError: no BatchNorm, or none with running statistics; one that follows a stream
+            already; a negative prior, or one for old statistics that are not finite; a window below
+            1. In a pass: a BatchNorm in training mode.
+        NonFiniteError: in a pass, NaN or Inf at a BatchNorm, which does not learn from it.
+
+    Example:
+        >>> with retrofit.adapting(model, prior=64):
+        ...     answers = [model(picture) for picture in camera]
+    """
+    check_models("adapting", model)
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    wanted = "be a number of images from 0 up"
+    check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
+    if window is not None:
+        check_number("window", window, "be a number of images from 1 up", lambda n: n >= 1)
+    return Adapting(model, prior, math.inf if window is None else window)
