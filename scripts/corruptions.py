@@ -5,10 +5,10 @@
 CIFAR10 is a folder with test/<class>/*.jpg; the one that `make demo` leaves is large enough. The
 network of `retrofit demo` gets BatchNorm, calibrated on the training pictures packed with it. For
 each corruption of CIFAR-10-C, severity and seed it is tested on 1,000 corrupted pictures as it is,
-and after `recalibrate` on others under the same corruption, without their labels. The seed chooses
-the pictures and draws the corruption. The accuracies are written to OUTPUT/corruptions.csv one by
-one, so that a study that was interrupted goes on where it was, and at last as tables (.md) and
-figures (.svg).
+after `recalibrate` on others under the same corruption, without their labels, and while `adapting`
+follows them one by one. The seed chooses the pictures and draws the corruption. The accuracies are
+written to OUTPUT/corruptions.csv one by one, so that a study that was interrupted goes on where it
+was, and at last as tables (.md) and figures (.svg).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from corruptions_tables import (
     MAIN,
     MANY,
     PRIORS,
+    STREAM,
     Adaptation,
     Corruption,
     Row,
@@ -111,6 +112,12 @@ def adapted_accuracy(
         return accuracy(model, test, labels, batch_size=100)
 
 
+def streaming_accuracy(model: nn.Module, prior: int, test: Tensor, labels: Tensor) -> float:
+    """Measure the accuracy of answers that are given one by one, adapted to what came so far."""
+    with retrofit.adapting(model, prior=prior):
+        return accuracy(model, test, labels, batch_size=1)
+
+
 def demo_network() -> nn.Module:
     """Return the demo's VGG with BatchNorm, calibrated on the pictures packed with it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +154,10 @@ def study(
         test, labels, target = task.corrupted(*cell)
         for key in keys:
             count, prior = key[3:]
-            right = adapted_accuracy(task.model, target[:count], prior, test, labels)
+            if count == STREAM:
+                right = streaming_accuracy(task.model, prior, test, labels)
+            else:
+                right = adapted_accuracy(task.model, target[:count], prior, test, labels)
             record.append(Row(len(task.pictures), task.test_pictures, *key, right))
     return [row for row in record.runs if row.key in wanted]
 

@@ -14,11 +14,13 @@ Adaptation = tuple[int, int]  # pictures and prior
 CLEAN: Corruption = ("none", 0)
 PLAIN: Adaptation = (0, 0)
 FEW, MANY = 16, 500
+STREAM = -1  # in the place of a number: to the test pictures themselves, as they come one by one
 PRIORS = 16, 64
 MAIN: dict[str, Adaptation] = {  # the columns of the tables
     "plain": PLAIN,
     f"adapted on {MANY}": (MANY, 0),
     **{f"on {FEW}, prior {prior}": (FEW, prior) for prior in PRIORS},
+    f"streaming, prior {PRIORS[-1]}": (STREAM, PRIORS[-1]),
 }
 
 
@@ -26,8 +28,8 @@ MAIN: dict[str, Adaptation] = {  # the columns of the tables
 class Row:
     """One line of the CSV.
 
-    pictures, prior: adapted to so many, beside a prior of so many; without pictures the accuracy
-    is that of the network as it is.
+    pictures, prior: adapted to so many (or -1, to the test pictures themselves one by one), beside
+    a prior of so many; without pictures the accuracy is that of the network as it is.
     """
 
     folder_pictures: int
@@ -59,7 +61,7 @@ class Results:
     def counts(self, prior: int) -> list[int]:
         """Return the numbers of pictures to which all corruptions were adapted beside `prior`."""
         rows = self.by_key.values()
-        found = {r.pictures for r in rows if r.severity and r.prior == prior and r.pictures}
+        found = {r.pictures for r in rows if r.severity and r.prior == prior and r.pictures > 0}
         return sorted(found)
 
     def of_seed(
@@ -97,7 +99,8 @@ def conclusions(results: Results) -> str:
     about = (
         f"Accuracy in per cent on {results.test_pictures:,} test pictures, means over "
         f"{len(results.seeds)} seeds, ± half of the range over the seeds. *On 16, prior "
-        "64*: adapted on 16 pictures, beside which the old statistics count as 64.\n"
+        "64*: adapted on 16 pictures, beside which the old statistics count as 64. *Streaming*: "
+        "each test picture is answered by itself, adapted to it and to those before it.\n"
     )
     lines = [about, f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
     for name, adaptation in list(MAIN.items())[1:]:
