@@ -4,8 +4,9 @@
 
 What is compared sees the same images in the same process, one after another in each repetition, so
 that ratios hold on a machine whose speed drifts. Peak memory is that of a process of its own.
-`benchmark_passes.py` has what is compared, `benchmark_sections.py` the measurements, and
-`benchmark_tables.py` how they are written.
+`benchmark_passes.py` has what is compared, `benchmark_sections.py` and what it imports the
+measurements, and `benchmark_tables.py` how they are written. A network that has BatchNorm is folded
+first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from benchmark_sections import PRECISIONS, SECTIONS, Options, measured
+from benchmark_options import PRECISIONS, Options
+from benchmark_sections import SECTIONS, measured
 from benchmark_tables import Table, rendered
 
 import retrofit

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 import retrofit
@@ -142,11 +143,39 @@ def fvcore_update_bn_stats(model: nn.Module, images: list[Tensor]) -> Pass:
     return run
 
 
+def with_batchnorms(model: nn.Module, images: list[Tensor]) -> nn.Module:
+    return retrofit.add_batchnorm(model, images[:2], progress=False)
+
+
+def recalibrated(model: nn.Module, images: list[Tensor], *, layerwise: bool) -> Pass:
+    network = with_batchnorms(model, images)
+
+    def run() -> None:
+        retrofit.recalibrate(network, images, layerwise=layerwise, progress=False).remove()
+
+    return run
+
+
+def adapted(model: nn.Module, images: list[Tensor]) -> Pass:
+    network = with_batchnorms(model, images)
+
+    def run() -> None:
+        with retrofit.adapting(network):
+            forward(network, images)()
+
+    return run
+
+
+def drifted(model: nn.Module, images: list[Tensor]) -> Pass:
+    network = with_batchnorms(model, images)
+    return lambda: retrofit.drift(model, network, images)
+
+
 PLAIN, FLOOR = "plain forward, NCHW", "plain forward, channels_last"
 BFLOAT16, OURS = "plain forward, channels_last, bfloat16 autocast", "retrofit.calibrate"
-FVCORE = "fvcore update_bn_stats"
+HOOKS, FVCORE = "hooks with var_mean", "fvcore update_bn_stats"
 PEERS: dict[str, Contender] = {
-    "hooks with var_mean": var_mean_hooks,
+    HOOKS: var_mean_hooks,
     "RepVGG-style moving average": repvgg_style,
     "torch.optim.swa_utils.update_bn": swa_update_bn,
     FVCORE: fvcore_update_bn_stats,
@@ -157,6 +186,14 @@ CONTENDERS: dict[str, Contender] = {
     BFLOAT16: bfloat16_forward,
     OURS: ours,
     **PEERS,
+}
+AT_ONCE, LAYERWISE = "recalibrate, one pass", "recalibrate, layerwise"
+ADAPTING, DRIFT = "adapting", "drift, batches of 8, 32 and 128"
+WITH_BATCHNORM: dict[str, Contender] = {
+    AT_ONCE: functools.partial(recalibrated, layerwise=False),
+    LAYERWISE: functools.partial(recalibrated, layerwise=True),
+    ADAPTING: adapted,
+    DRIFT: drifted,
 }
 
 # The tricks of calibrate: what to replace, and by what, to switch one off. All but the early exit
@@ -200,7 +237,7 @@ class Workload:
         """
         nchw = self.device == "cpu" or self.contender == PLAIN
         memory_format = "NCHW" if nchw else "channels_last"
-        run = {**CONTENDERS, **WITHOUT}[self.contender](
+        run = {**CONTENDERS, **WITHOUT, **WITH_BATCHNORM}[self.contender](
             network(self.model, self.device, memory_format),
             pictures(self.device, self.images, self.batch_size, self.size, memory_format),
         )
@@ -212,6 +249,8 @@ def network(model: str, device: str, memory_format: str = "NCHW") -> nn.Module:
     """Build the model with random weights, always the same. It is shared: do not change it."""
     torch.manual_seed(0)
     built = build(model).eval().to(device)
+    if any(isinstance(module, _BatchNorm) for module in built.modules()):
+        built = retrofit.fold(built)
     return built.to(memory_format=FORMATS[memory_format])
 
 

@@ -1,34 +1,29 @@
-"""The sections of `benchmark.py`: each measures, and yields tables of plain figures."""
+"""The sections of `benchmark.py`: each measures, and yields tables of plain figures.
+
+Here are those on calibration; the others have modules of their own.
+"""
 
 from __future__ import annotations
 
-import copy
 import functools
-import random
-import resource
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
+from benchmark_batchnorms import drift, inference, recalibration
+from benchmark_options import PRECISIONS, Options, batches_of, side_by_side
 from benchmark_passes import (
     BFLOAT16,
     CONTENDERS,
     EARLY_EXIT,
     FLOOR,
-    FORMATS,
     FVCORE,
     OURS,
     PEERS,
     PLAIN,
     WITHOUT,
-    Alone,
     Precision,
-    Workload,
-    alone,
-    forward,
     has_fvcore,
     in_precision,
     interleaved,
@@ -36,38 +31,12 @@ from benchmark_passes import (
     now,
     pictures,
 )
+from benchmark_processes import busy, start_up
 from benchmark_tables import Row, Spread, Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import retrofit
-
-PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    "cpu": ("float32",),
-    "cuda": ("float32", "TF32", "bfloat16"),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command, and the precision of the moment."""
-
-    model: str
-    device: str
-    size: int
-    batch_size: int
-    batches: int
-    repeat: int
-    forwards: int
-    sizes: Sequence[int]
-    convs: Sequence[int]
-    threads: int
-    precision: Precision = "float32"
-
-    def workload(self, contender: str, images: int, batch_size: int, size: int) -> Workload:
-        where = (self.model, self.device, self.precision)
-        return Workload(contender, *where, images, batch_size, size, self.threads)
-
 
 # --- calibration -------------------------------------------------------------------------------
 
@@ -76,19 +45,6 @@ def calibration(options: Options) -> Iterator[Table]:
     """Compare all contenders, and then `calibrate` with and without each of its tricks."""
     yield contenders(options)
     yield tricks(options)
-
-
-def side_by_side(
-    options: Options, names: Iterable[str]
-) -> tuple[dict[str, list[float]], dict[str, Alone]]:
-    """Measure the seconds of interleaved passes, and what each takes in a process of its own."""
-    images = options.batches * options.batch_size
-    workloads = {
-        name: options.workload(name, images, options.batch_size, options.size) for name in names
-    }
-    passes = {name: workload.ready() for name, workload in workloads.items()}
-    seconds = interleaved(passes, options.repeat, options.device)
-    return seconds, {name: alone(workload) for name, workload in workloads.items()}
 
 
 def contenders(options: Options) -> Table:
@@ -150,11 +106,6 @@ def tricks(options: Options) -> Table:
         "what a trick brings is how far its line is above 1."
     )
     return Table("Calibration without each of its tricks", text, rows, {})
-
-
-def batches_of(options: Options) -> str:
-    shape = f"{options.batch_size} x 3 x {options.size} x {options.size}"
-    return f"{options.batches} batches of {shape}."
 
 
 def bfloat16_gap(options: Options) -> Row:
@@ -318,149 +269,14 @@ def scaled(
     return Table(title, text, rows, {})
 
 
-# --- inference ---------------------------------------------------------------------------------
-
-
-def inference(options: Options) -> Iterator[Table]:
-    """Compare the network as it was, with BatchNorm, and folded again."""
-    device, size = options.device, options.sizes[0]
-    batch_size = 1 if device == "cpu" else options.batch_size
-    plain = network(options.model, device)
-    images = pictures(device, 2 * batch_size, batch_size, size)
-    retrofitted = retrofit.add_batchnorm(plain, images, progress=False)
-    networks = {
-        "plain": plain,
-        "plain once more": plain,
-        "retrofitted": retrofitted,
-        "folded": retrofit.fold(retrofitted),
-    }
-    speed: list[Row] = []
-    parity: list[Row] = []
-    for memory_format, layout in FORMATS.items():
-        inputs = [x.contiguous(memory_format=layout) for x in images]
-        times = forward_times(options, networks, layout, inputs[0])
-        for table, rows in ((speed, times), (parity, parities(options, networks, layout, inputs))):
-            table += [{"memory format": memory_format, **row} for row in rows]
-    yield Table(
-        "Inference",
-        f"One batch of {batch_size} x 3 x {size} x {size}. Each repetition takes new copies of the "
-        "networks, since it matters where in memory they lie, and the median of "
-        f"{options.forwards} interleaved forward passes. The second plain network shows what the "
-        "measurement itself is worth.",
-        speed,
-        {},
-    )
-    yield Table(
-        "Parity",
-        "`retrofit.verify` of the same networks: the largest difference at an output; and, relative"
-        " to the root mean square, at an output or a BatchNorm.",
-        parity,
-        {},
-    )
-
-
-def forward_times(
-    options: Options, networks: Mapping[str, nn.Module], layout: torch.memory_format, batch: Tensor
-) -> Iterator[Row]:
-    ratios: dict[str, list[float]] = {name: [] for name in networks}
-    milliseconds: dict[str, list[float]] = {name: [] for name in networks}
-    for repetition in range(options.repeat):
-        order = random.Random(repetition).sample(list(networks), len(networks))  # noqa: S311
-        passes = {}
-        for name in order:
-            model = copy.deepcopy(networks[name]).to(memory_format=layout)
-            run = forward(model, [batch])
-            passes[name] = in_precision(options.precision, options.device, run)
-        seconds = interleaved(passes, options.forwards, options.device)
-        for name, taken in seconds.items():
-            ratios[name].append(Spread.ratio(taken, seconds["plain"]).median)
-            milliseconds[name].append(1e3 * statistics.median(taken))
-    for name in networks:
-        ms = statistics.median(milliseconds[name])
-        yield {"network": name, "time / plain": Spread.of(ratios[name]), "ms": ms}
-
-
-def parities(
-    options: Options,
-    networks: Mapping[str, nn.Module],
-    layout: torch.memory_format,
-    images: list[Tensor],
-) -> Iterator[Row]:
-    models = {n: copy.deepcopy(m).to(memory_format=layout) for n, m in networks.items()}
-    for name in ("retrofitted", "folded"):
-        compare = functools.partial(retrofit.verify, models["plain"], models[name], images)
-        report = in_precision(options.precision, options.device, compare)().summary()
-        yield {
-            "network": name,
-            "images": report["images"],
-            "equal bit for bit": report["exact"],
-            "largest difference": report["max_abs"],
-            "relative": report["worst_relative"],
-            "same top-1": report["top1_agreement"],
-        }
-
-
-# --- start-up ----------------------------------------------------------------------------------
-
-
-def start_up(options: Options) -> Iterator[Table]:
-    """Compare processes that import torch or torchvision with the command, and time the import."""
-    programs = {code: ["-c", code] for code in ("import torch", "import torchvision")}
-    for words in ("plan resnet81", "--help", "plan --help", "--version", "paln"):
-        programs[f"retrofit {words}"] = ["-m", "retrofit", *words.split()]
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    added: list[float] = []
-    for repetition in range(options.repeat + 1):
-        order = random.Random(repetition).sample(list(programs), len(programs))  # noqa: S311
-        taken = {name: processor_seconds(programs[name]) for name in order}
-        milliseconds = 1e3 * import_seconds()
-        if repetition:
-            added.append(milliseconds)
-            for name in programs:
-                seconds[name].append(taken[name])
-    rows: list[Row] = [
-        {
-            "process": name,
-            "time / import torch": Spread.ratio(times, seconds["import torch"]),
-            "time / import torchvision": Spread.ratio(times, seconds["import torchvision"]),
-            "seconds": Spread.of(times),
-        }
-        for name, times in seconds.items()
-    ]
-    yield Table(
-        "Start-up",
-        "Python processes from their start to their end, in seconds of the processor, which other "
-        "work on the machine disturbs less. `resnet81` is misspelt, as only torchvision can tell.",
-        rows,
-        {"import retrofit, after import torch, in ms": Spread.of(added)},
-    )
-
-
-def processor_seconds(words: Sequence[str]) -> float:
-    """Measure a Python process, which may find a mistake in what it is asked for."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, *words]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
-    assert done.returncode in (0, 2), done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def import_seconds() -> float:
-    """Measure the import of retrofit in a process that has imported torch."""
-    code = (
-        "import time, torch; start = time.process_time(); "
-        "import retrofit; print(time.process_time() - start)"
-    )
-    command = [sys.executable, "-c", code]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)  # noqa: S603
-
-
 SECTIONS: dict[str, Callable[[Options], Iterator[Table]]] = {
     "calibration": calibration,
     "preparation": preparation,
     "scaling": scaling,
     "inference": inference,
+    "recalibration": recalibration,
+    "drift": drift,
+    "busy": busy,
     "start-up": start_up,
 }
 

@@ -86,6 +86,13 @@ def test_the_other_sections_have_a_row_for_each_size_that_was_asked_for(done):
     assert [row["batch size"] for row in rows(figures, "scaling", 2)] == [1, 2, 4, 8]
     assert len(rows(figures, "inference", 0)) == 8
     assert all(row["equal bit for bit"] for row in rows(figures, "inference", 1))
+    recalibrated = rows(figures, "recalibration")
+    assert [row["batch size"] for row in recalibrated[::4]] == [16, 4, 1]
+    passes = ["recalibrate, one pass", "recalibrate, layerwise", "adapting"]
+    assert [row["pass"] for row in recalibrated[1:4]] == passes
+    assert [row["time / plain"]["median"] for row in recalibrated[::4]] == [1, 1, 1]
+    assert rows(figures, "drift")[1]["time / plain"]["median"] > 1
+    assert rows(figures, "busy")[-1]["pass"] == "retrofit.calibrate"
     processes = [row["process"] for row in rows(figures, "start-up")]
     assert processes[:3] == ["import torch", "import torchvision", "retrofit plan resnet81"]
 
