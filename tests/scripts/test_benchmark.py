@@ -92,7 +92,7 @@ def test_the_other_sections_have_a_row_for_each_size_that_was_asked_for(done):
     assert [row["pass"] for row in recalibrated[1:4]] == passes
     assert [row["time / plain"]["median"] for row in recalibrated[::4]] == [1, 1, 1]
     assert rows(figures, "drift")[1]["time / plain"]["median"] > 1
-    assert rows(figures, "busy")[-1]["pass"] == "retrofit.calibrate"
+    assert rows(figures, "busy")[-1]["pass"] == "retrofit.calibrate"  # noqa: S105
     processes = [row["process"] for row in rows(figures, "start-up")]
     assert processes[:3] == ["import torch", "import torchvision", "retrofit plan resnet81"]
 
