@@ -22,6 +22,7 @@ from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import Samples, finite
+from retrofit.running.memory import memory_of
 from retrofit.running.nested import first_tensor
 from retrofit.running.progress import images_bar
 
@@ -61,7 +62,7 @@ class HaltedSample:
     Args:
         model, norms, feed: what runs, its BatchNorms, and the batches.
         device: of the model.
-        max_memory: bytes that waiting batches may take.
+        max_memory: bytes that waiting batches may take; a quarter of what there is by default.
 
     Attributes:
         settled: BatchNorms to pass. A batch that calls one again stops there.
@@ -78,10 +79,10 @@ class HaltedSample:
         norms: Norms,
         feed: Feed,
         device: torch.device | None,
-        max_memory: float,
+        max_memory: float | None,
     ) -> None:
         self.model, self.norms, self.feed, self.device = model, norms, feed, device
-        self.max_memory = max_memory
+        self.max_memory = memory_of(device) / 4 if max_memory is None else max_memory
         self.settled: set[str] = set()
         self.final: set[str] = set()
         self.places: set[str] = set()

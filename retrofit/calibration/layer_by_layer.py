@@ -48,7 +48,7 @@ class LayerByLayer:
         feed: Feed,
         prior: float,
         processes: Processes,
-        max_memory: float,
+        max_memory: float | None,
     ) -> None:
         self.model, self.norms, self.old, self.feed = model, norms, old, feed
         self.prior, self.processes = prior, processes

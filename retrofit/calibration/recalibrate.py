@@ -34,8 +34,6 @@ from retrofit.running.modes import batch_statistics
 
 UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
-MEMORY = 2 << 30  # bytes
-
 
 class Recalibration:
     """What one call of `recalibrate` did, and the way back.
@@ -90,7 +88,7 @@ def recalibrate(
     *,
     layerwise: bool = False,
     prior: float = 0,
-    max_memory: float = MEMORY,
+    max_memory: float | None = None,
     device: torch.device | str | None = None,
     max_images: int | None = None,
     process_group: distributed.ProcessGroup | None = None,
@@ -135,8 +133,9 @@ def recalibrate(
             For a handful of images, and best with `layerwise`, where each BatchNorm is measured
             behind blended ones. By default the old statistics count nothing.
         max_memory: bytes that the activations of waiting batches may take, with `layerwise`; by
-            default 2 GiB. Batches beyond are run anew for each BatchNorm, at half a pass each. One
-            batch waits in any case. The handle's `held` and `passes` tell what came of it.
+            default a quarter of the device's memory. Batches beyond are run anew for each
+            BatchNorm, at half a pass each. One batch waits in any case. The handle's `held` and
+            `passes` tell what came of it.
         device: as for `calibrate`.
         max_images: as for `calibrate`.
         process_group: recalibrate with these processes together, each on data of its own, as for
@@ -196,14 +195,16 @@ def recalibrate(
 
 
 def _refuse_bad_request(
-    data: Iterable[Any], layerwise: bool, prior: float, max_memory: float
+    data: Iterable[Any], layerwise: bool, prior: float, max_memory: float | None
 ) -> None:
     check_data(data)
     if layerwise:
         _refuse_iterator(data)
     wanted = "be a number of images from 0 up"
     check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
-    check_number("max_memory", max_memory, "be a number of bytes from 0 up", lambda n: n >= 0)
+    if max_memory is not None:
+        wanted = "be a number of bytes from 0 up"
+        check_number("max_memory", max_memory, wanted, lambda n: n >= 0)
 
 
 def _agree(

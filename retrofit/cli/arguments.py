@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
-from retrofit.cli.requests import DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
+from retrofit.cli.requests import ADAPT_IMAGES, DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.tables import one_line
@@ -137,7 +137,7 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
     text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
     parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
     parser.add_argument("--device", help="default: cpu")
-    _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+    _add_data(parser, images=ADAPT_IMAGES, default=str(ADAPT_IMAGES))
 
 
 def _describe_restore(parser: argparse.ArgumentParser) -> None:
@@ -170,8 +170,8 @@ def _describe_demo(parser: argparse.ArgumentParser) -> None:
 
 
 ADAPTED = (
-    " of a new domain, layer by layer (those beyond 2 GiB of activations are read once for each "
-    "BatchNorm), prepared as convert had them"
+    " of a new domain, layer by layer (what does not fit into a quarter of the memory is read once "
+    "for each BatchNorm), prepared as convert had them"
 )
 # name: what it asks for, the help, what adds its options, and more of the description.
 COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], None], str]] = {

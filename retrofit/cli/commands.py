@@ -131,6 +131,7 @@ def run_adapt(request: AdaptRequest) -> int:
             [
                 ("adapted on", f"{found.images} {sample.kind} in {seconds:.1f} s{weighed}"),
                 ("BatchNorms", f"{len(found.layers)} of them, one after another"),
+                *([("passes", f"{found.passes} over pictures")] if found.passes > 1 else []),
                 ("standard error", error_in_words(found.standard_error)),
                 ("written", str(request.output)),
             ]

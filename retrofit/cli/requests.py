@@ -8,6 +8,7 @@ from pathlib import Path
 from retrofit.plans import LayoutName, Placement
 
 DEFAULT_IMAGES = 1024
+ADAPT_IMAGES = 256  # on CIFAR-10-C 500 are no better: docs/results.md
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
 
