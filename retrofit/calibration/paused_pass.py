@@ -43,7 +43,8 @@ class PausedPass:
         """End it where it is, as an exception would that nothing catches."""
         outside = Settings.current()
         try:
-            self._greenlet.throw()
+            if not self._greenlet.dead:
+                self._greenlet.throw()
         finally:
             outside.apply()
 
