@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 import retrofit
+from retrofit.calibration import fused_bias, site_samples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -52,6 +53,50 @@ def test_moments_equal_two_passes_in_float64(dtype, memory_format):
     mean, var = (moment.cpu() for moment in two_pass(batches))
     assert ((found.mean - mean).abs() / var.sqrt()).max() < 1e-5
     assert ((found.var - var).abs() / var).max() < 1e-5
+
+
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_the_kernel_for_biases_gives_what_pytorch_does(dtype):
+    pytest.importorskip("triton")
+    assert fused_bias._is_right(torch.device("cuda", 0), dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_with_the_kernel_for_biases_every_layer_gets_the_same_bits(
+    dtype, memory_format, monkeypatch
+):
+    """And the sites the same moments, although no activation is read again."""
+    pytest.importorskip("triton")
+    layers = [nn.Conv2d(3, 40, 3), nn.ReLU(inplace=True), nn.Conv2d(40, 33, 3, 2), nn.ReLU()]
+    net = nn.Sequential(*layers).eval().cuda().to(dtype, memory_format=memory_format)
+    batches = [
+        images(n, 3, 131, 127, seed=n).cuda().to(dtype, memory_format=memory_format) for n in (5, 2)
+    ]
+    inputs, found = {}, {}
+    for used in (False, True):
+        prepared = retrofit.prepare(net)
+        for module in prepared.modules():
+            if isinstance(module, nn.Conv2d | nn.ReLU):
+                module.register_forward_pre_hook(
+                    lambda _, args, used=used: inputs.setdefault(used, []).append(args[0].clone())
+                )
+        with monkeypatch.context() as patch:
+            if used:
+                patch.setattr(site_samples, "reduced", None)
+            else:
+                patch.setattr(fused_bias, "_kernel", lambda: None)
+            retrofit.calibrate(prepared, batches, progress=False)
+        found[used] = retrofit.channel_moments(prepared)
+    assert len(inputs[True]) == len(inputs[False]) > 4
+    assert all(torch.equal(a, b) for a, b in zip(inputs[True], inputs[False], strict=True))
+    for site, (mean, var) in found[True].items():
+        theirs = found[False][site]
+        assert ((mean - theirs.mean).abs() <= 1e-5 * theirs.var.sqrt()).all()
+        assert ((var - theirs.var).abs() <= 2e-5 * theirs.var).all()
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from retrofit.calibration.feeding import leaving_after
+from retrofit.calibration.fused_bias import bias_with_moments, observed_convolutions
 from retrofit.calibration.kept_memory import kept_memory
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.site_samples import SiteSamples
@@ -22,7 +23,8 @@ from retrofit.running.call_arguments import Arguments
 class ForwardPass:
     """Runs a prepared model up to its last site; a context, in which freed memory is reused.
 
-    On a CPU in channels_last, if the model can; on a GPU in as many parts as its memory asks for.
+    On a CPU in channels_last, if the model can; on a GPU in as many parts as its memory asks for,
+    and with the biases of convolutions added by a kernel that computes the moments, too.
 
     Args:
         model, plan: prepared by this plan.
@@ -38,6 +40,7 @@ class ForwardPass:
         self.model, self.samples, self.part_done = model, samples, part_done
         # None if it is not known which call is the last.
         self.last = next((site for site in plan.inserted if site.path == plan.last), None)
+        self.convolutions = observed_convolutions(model, plan)
         self.most: int | None = None  # images at once
         self.held = ExitStack()
         self.first = True
@@ -114,7 +117,7 @@ class ForwardPass:
         copied: Arguments = tree_map_only(Tensor, self._copy, arguments)
         self.samples.checks = checks
         try:
-            with self._leaving():
+            with self._leaving(), self._with_moments(checks):
                 self.model(*copied.args, **copied.kwargs)
         finally:
             self.samples.checks = True
@@ -124,6 +127,12 @@ class ForwardPass:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         fast = self.channels_last and x.device.type == "cpu" and x.dim() in formats
         return x.clone(memory_format=formats[x.dim()]) if fast else x.clone()
+
+    def _with_moments(self, checks: bool) -> AbstractContextManager[None]:
+        """Leave the moments to one kernel, but where each activation is looked at."""
+        if checks:
+            return nullcontext()
+        return bias_with_moments(self.convolutions, self.samples)
 
     def _leaving(self) -> AbstractContextManager[None]:
         if self.last is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -30,6 +31,7 @@ class SiteSamples:
     def clear(self) -> None:
         """Forget the batch."""
         self.length = 0
+        self._expected: tuple[weakref.ref[Tensor], int, Samples] | None = None
         self._forget_calls()
 
     def _forget_calls(self) -> None:
@@ -42,8 +44,20 @@ class SiteSamples:
         Raises NonFiniteError where `checks` asks for it.
         """
         self.length = self.length or len(x)
-        self.calls[site].append(finite(x, site) if self.checks else reduced(x))
+        found = finite(x, site) if self.checks else self._known(x) or reduced(x)
+        self.calls[site].append(found)
         self._table = None
+
+    def expect(self, x: Tensor, found: Samples) -> None:
+        """Let `take` use what is known of x, if that comes next, and as it is now."""
+        self._expected = weakref.ref(x), x._version, found
+
+    def _known(self, x: Tensor) -> Samples | None:
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return None
+        tensor, version, found = expected
+        return found if tensor() is x and x._version == version else None
 
     def are_finite(self) -> bool:
         """Tell whether no NaN or Inf came to any site, in one read."""
