@@ -2,6 +2,7 @@
 
     python scripts/finetune.py --data CIFAR10 --output docs/results
     python scripts/finetune.py --data CIFAR10 --output docs/results --study settings
+    python scripts/finetune.py --data CIFAR10 --output docs/results --study sample
 
 CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. The network of `retrofit demo`
 is fine-tuned on some of the training pictures, inverted, and tested on the inverted test pictures.
@@ -38,6 +39,7 @@ from retrofit.files.model_sources import build
 class Variant:
     """What a study compares: the BatchNorm that the network gets, and how it is trained.
 
+    tolerance: of the calibration; by default it uses all pictures.
     frozen: share of the steps, from the first, under frozen statistics.
     decay_all: weight decay on BatchNorm and biases too.
     recalibrated: after the last step, on the pictures of the training.
@@ -46,6 +48,7 @@ class Variant:
 
     batchnorm: Literal["none", "uncalibrated", "calibrated"] = "calibrated"
     source: bool = False  # calibrated on upright pictures, such as the network was trained on
+    tolerance: float | None = None
     momentum: float = 0.1
     frozen: float = 0.0
     weight_decay: float = 5e-4
@@ -76,10 +79,15 @@ STUDIES: Mapping[str, Mapping[str, Variant]] = {
         "decay 5e-3": Variant(weight_decay=5e-3),
         "decay 5e-3 on everything": Variant(weight_decay=5e-3, decay_all=True),
     },
+    "sample": {
+        "all pictures": Variant(),
+        **{f"tolerance {t:.0%}": Variant(tolerance=t) for t in (0.01, 0.02, 0.03, 0.05, 0.1)},
+    },
 }
 RATES = {
     "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
     "settings": [0.1],
+    "sample": [0.03, 0.1],
 }
 
 
@@ -102,9 +110,20 @@ def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module
     if variant.batchnorm == "uncalibrated":
         return retrofit.insert(model, momentum=variant.momentum)
     if variant.batchnorm == "calibrated":
-        batches = normalise(255 - pictures if variant.source else pictures).split(128)
-        return retrofit.add_batchnorm(model, batches, momentum=variant.momentum, progress=False)
+        return retrofit.add_batchnorm(
+            model,
+            sample(variant, pictures),
+            momentum=variant.momentum,
+            tolerance=variant.tolerance,
+            progress=False,
+        )
     return model
+
+
+def sample(variant: Variant, pictures: Tensor) -> tuple[Tensor, ...]:
+    """Make batches to calibrate on, small where the calibration may stop after any."""
+    chosen = normalise(255 - pictures if variant.source else pictures)
+    return chosen.split(16 if variant.tolerance else 128)
 
 
 def train(
@@ -233,6 +252,22 @@ def drifts(task: Task, protocol: Protocol) -> str:
     return markdown_table(["same answer in batches of", *map(str, sizes)], lines)
 
 
+def samples_used(task: Task, protocol: Protocol, seeds: int) -> str:
+    """Tabulate how many pictures a tolerance needs."""
+    lines = []
+    for name, variant in STUDIES["sample"].items():
+        counts = []
+        for seed in range(seeds):
+            pictures, _ = chosen(task, protocol, seed)
+            prepared = retrofit.prepare(build(protocol.model).eval())
+            batches = sample(variant, pictures)
+            tolerance = variant.tolerance
+            found = retrofit.calibrate(prepared, batches, tolerance=tolerance, progress=False)
+            counts.append(found.images)
+        lines.append([name, *(f"{count:,}" for count in counts)])
+    return markdown_table(["calibrated on", *(f"seed {seed}" for seed in range(seeds))], lines)
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -253,7 +288,7 @@ def parsed() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train/<class>/ and test/<class>/")
     add("--output", type=Path, required=True, metavar="FOLDER")
-    add("--study", choices=STUDIES, default="rates", help="learning rates, or what else matters")
+    add("--study", choices=STUDIES, default="rates", help="what is compared")
     add("--quick", action="store_true", help="a few short runs: minutes on a CPU")
     add("--learning-rates", type=float, nargs="+", metavar="RATE")
     add("--seeds", type=int, help="3; if quick 1")
@@ -306,6 +341,8 @@ def main() -> None:
     if arguments.study == "rates":
         table += "\n" + usable(runs)
         draw(runs).savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    elif arguments.study == "sample":
+        table += "\n" + samples_used(task, protocol, arguments.seeds)
     else:
         table += "\n" + drifts(task, protocol)
     file.with_suffix(".md").write_text(table)
