@@ -122,8 +122,9 @@ def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module
 
 def sample(variant: Variant, pictures: Tensor) -> tuple[Tensor, ...]:
     """Make batches to calibrate on, small where the calibration may stop after any."""
-    chosen = normalise(255 - pictures if variant.source else pictures)
-    return chosen.split(16 if variant.tolerance else 128)
+    x = normalise(255 - pictures if variant.source else pictures)
+    batches: tuple[Tensor, ...] = x.split(16 if variant.tolerance else 128)
+    return batches
 
 
 def train(
