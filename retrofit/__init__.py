@@ -18,10 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrofit.calibration.adapting import Adapting, adapting
+    from retrofit.adaptation.adapting import Adapting, adapting
+    from retrofit.adaptation.recalibrate import Recalibration, recalibrate
     from retrofit.calibration.calibrate import calibrate
     from retrofit.calibration.observer import MomentObserver, channel_moments
-    from retrofit.calibration.recalibrate import Recalibration, recalibrate
     from retrofit.calibration.sample_errors import Calibration, SiteSample
     from retrofit.checking.drift import BatchDrift, Drift, drift
     from retrofit.checking.verify import Verification, verify
@@ -88,10 +88,10 @@ __all__ = [
 # The same modules again: each is imported when one of its names is first asked for, so that
 # `import retrofit`, the help of the command and its errors about arguments wait for no torch.
 _NAMES = {
-    "calibration.adapting": ("Adapting", "adapting"),
+    "adaptation.adapting": ("Adapting", "adapting"),
     "calibration.calibrate": ("calibrate",),
     "calibration.observer": ("MomentObserver", "channel_moments"),
-    "calibration.recalibrate": ("Recalibration", "recalibrate"),
+    "adaptation.recalibrate": ("Recalibration", "recalibrate"),
     "calibration.sample_errors": ("Calibration", "SiteSample"),
     "checking.drift": ("BatchDrift", "Drift", "drift"),
     "checking.verify": ("Verification", "verify"),

@@ -1,1 +1,1 @@
-"""Data through a model: the moments at each site, how sure they are; running statistics anew."""
+"""Data through a model: the moments at each site, and how sure they are."""

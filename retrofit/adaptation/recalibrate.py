@@ -12,11 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
-from retrofit.calibration.feeding import Fed, Feed
-from retrofit.calibration.layer_by_layer import LayerByLayer
-from retrofit.calibration.norm_inputs import Estimate, fed_by_all, measured, measured_by_all
-from retrofit.calibration.processes import Processes, digests
-from retrofit.calibration.running_statistics import (
+from retrofit.adaptation.layer_by_layer import LayerByLayer
+from retrofit.adaptation.norm_inputs import Estimate, fed_by_all, measured, measured_by_all
+from retrofit.adaptation.running_statistics import (
     Buffers,
     Norms,
     buffers,
@@ -25,6 +23,8 @@ from retrofit.calibration.running_statistics import (
     share,
     tracking,
 )
+from retrofit.calibration.feeding import Fed, Feed
+from retrofit.calibration.processes import Processes, digests
 from retrofit.calibration.sample_errors import standard_error
 from retrofit.errors import RetrofitError, warn
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number

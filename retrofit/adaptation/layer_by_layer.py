@@ -8,9 +8,8 @@ from dataclasses import replace
 from torch import nn
 from tqdm import tqdm
 
-from retrofit.calibration.feeding import Fed, Feed
-from retrofit.calibration.halted_sample import END, HaltedSample
-from retrofit.calibration.norm_inputs import (
+from retrofit.adaptation.halted_sample import END, HaltedSample
+from retrofit.adaptation.norm_inputs import (
     Estimate,
     Measured,
     fed_by_all,
@@ -18,8 +17,9 @@ from retrofit.calibration.norm_inputs import (
     measured,
     measured_by_all,
 )
+from retrofit.adaptation.running_statistics import Buffers, Norms, restore, settle
+from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes
-from retrofit.calibration.running_statistics import Buffers, Norms, restore, settle
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.running.modes import evaluating

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retrofit.adaptation.running_statistics import Norms
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes
-from retrofit.calibration.running_statistics import Norms
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics

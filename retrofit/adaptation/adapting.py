@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from typing_extensions import Self
 
-from retrofit.calibration.norm_inputs import hooked
-from retrofit.calibration.running_statistics import (
+from retrofit.adaptation.norm_inputs import hooked
+from retrofit.adaptation.running_statistics import (
     Buffers,
     blend,
     buffers,

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from retrofit.adaptation.held_memory import HeldMemory
+from retrofit.adaptation.norm_inputs import hooked
+from retrofit.adaptation.paused_pass import PausedPass, pause
+from retrofit.adaptation.running_statistics import Norms
 from retrofit.calibration.feeding import Fed, FedBatch, Feed
-from retrofit.calibration.held_memory import HeldMemory
-from retrofit.calibration.norm_inputs import hooked
-from retrofit.calibration.paused_pass import PausedPass, pause
 from retrofit.calibration.processes import digest
-from retrofit.calibration.running_statistics import Norms
 from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
