@@ -60,22 +60,20 @@ class LayerByLayer:
     def run(self) -> Estimate:
         """Settle all that the data reaches."""
         feed = self.feed
-        with (
-            evaluating(self.model),
-            feed.opened(self.model) as device,
-            progress_bar(feed.stage, len(self.norms), "layer", shown=feed.progress) as bar,
-        ):
+        with evaluating(self.model), feed.opened(self.model) as device:
             sample = HaltedSample(self.model, self.norms, feed, device, self.max_memory)
             with sample.halting():
-                alike = self._together(sample, bar)
-            if not alike:
-                self._one_by_one(bar)
+                sample.to_next()
+                layers = len(self.norms)
+                with progress_bar(feed.stage, layers, "layer", shown=feed.progress) as bar:
+                    if not self._together(sample, bar):
+                        sample.start_anew()
+                        self._one_by_one(bar)
         return Estimate(self.fed, self.measured, self.passes + sample.passes, sample.held)
 
     def _together(self, sample: HaltedSample, bar: tqdm[None]) -> bool:
         """Settle them with all batches at once; False if these are not at the same BatchNorm."""
         while True:
-            sample.to_next()
             everywhere = self.processes.gather(sample.places)
             places = {place for one in everywhere for place in one}
             if not self.fed.images:
@@ -97,6 +95,7 @@ class LayerByLayer:
                 return False
             bar.n = len(self.measured)
             bar.refresh()
+            sample.to_next()
 
     def _one_by_one(self, bar: tqdm[None]) -> None:
         """Settle them in a pass over all data for each."""
