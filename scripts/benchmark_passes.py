@@ -72,7 +72,7 @@ def ours_without(trick: str, model: nn.Module, images: list[Tensor]) -> Pass:
     target, replacement = TRICKS[trick]
 
     def run_without() -> None:
-        with patch(f"retrofit.calibration.{target}", replacement):
+        with patch(f"retrofit.{target}", replacement):
             run()
 
     return run_without
@@ -200,9 +200,10 @@ WITH_BATCHNORM: dict[str, Contender] = {
 # are for CPUs.
 EARLY_EXIT = "early exit"
 TRICKS: Mapping[str, tuple[str, object]] = {
-    "kept memory": ("forward_pass.kept_memory", no_context),
-    "channels_last": ("forward_pass.ForwardPass.channels_last", False),
-    EARLY_EXIT: ("forward_pass.leaving_after", no_context),
+    "kept memory": ("calibration.forward_pass.kept_memory", no_context),
+    "channels_last": ("calibration.forward_pass.ForwardPass.channels_last", False),
+    "reductions on one thread": ("numerics.threads._changeable", lambda: False),
+    EARLY_EXIT: ("calibration.forward_pass.leaving_after", no_context),
 }
 WITHOUT: dict[str, Contender] = {
     f"without {trick}": functools.partial(ours_without, trick) for trick in TRICKS

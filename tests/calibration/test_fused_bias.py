@@ -20,6 +20,7 @@ from retrofit.calibration import fused_bias, site_samples
 from retrofit.numerics.reductions import Samples
 
 
+@pytest.mark.slow
 def test_the_kernel_in_tritons_interpreter():
     pytest.importorskip("triton")
     here = Path(__file__).with_name("interpreted_kernel.py")
