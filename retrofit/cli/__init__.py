@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     request, debug = parse(argv)
     try:
         with _warnings_in_one_line(), _terminable():
-            say(f"reading {reading(request)}")
+            if sys.stderr.isatty():  # in a log a bad request is one line
+                say(f"reading {reading(request)}")
             # Not before: it imports torch, which takes seconds, and what was asked for is right.
             from retrofit.cli.commands import carry_out  # noqa: PLC0415
 

@@ -56,7 +56,7 @@ def test_a_network_finds_its_way_in_fog_without_labels(run, here, tmp_path):
         "fog.safetensors", *SIZE,
     )  # fmt: skip
     assert (code, err) == (0, [])
-    assert "adapted on          300 pictures" in out
+    assert "adapted on          256 pictures" in out
     assert "BatchNorms          8 of them" in out
     before = retrofit.load(here / "bn.safetensors", demo.trained_vgg())
     after = retrofit.load(tmp_path / "fog.safetensors", demo.trained_vgg())

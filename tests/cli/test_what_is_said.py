@@ -1,5 +1,6 @@
 """What the commands say on stderr while they work; stdout is the result alone."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,8 @@ from retrofit.demo import trained_vgg
 NET = "retrofit.demo:trained_vgg"
 DATA = "--data pictures --crop 32 --workers 0 --batch-size 8"
 SAYS = {
-    f"plan {NET} --data pictures": ["reading {net}, pictures"],
+    f"plan {NET} --data pictures": [],
     f"convert {NET} {DATA} --output out.safetensors --report out.html": [
-        "reading {net}, pictures",
         "40 pictures of 32 x 32 pixels, on cpu",
         "calibrate: 40 images",
         "verify: 16 images",
@@ -25,28 +25,24 @@ SAYS = {
         "writing out.html",
     ],
     f"verify bn.safetensors --model {NET} {DATA} --images 9": [
-        "reading bn.safetensors, {net}, pictures",
         "9 pictures of 32 x 32 pixels, on cpu",
         "verify: 9 images",
     ],
     f"adapt bn.safetensors --model {NET} {DATA} --output out.pth --images 9": [
-        "reading bn.safetensors, {net}, pictures",
         "9 pictures of 32 x 32 pixels, on cpu",
         "first pass: 9 images",
         "recalibrate: 8 layers",
         "writing out.pth",
     ],
     f"fold bn.safetensors --model {NET} --output out.pth": [
-        "reading bn.safetensors, {net}",
         "writing out.pth",
     ],
     f"report bn.safetensors --model {NET} {DATA} --output out.html": [
-        "reading bn.safetensors, {net}, pictures",
         "40 pictures of 32 x 32 pixels, on cpu",
         "drift: 40 images",
         "writing out.html",
     ],
-    "inspect bn.safetensors": ["reading bn.safetensors"],
+    "inspect bn.safetensors": [],
 }
 STAGES = ("calibrate", "verify", "drift", "first pass", "recalibrate")
 pytestmark = pytest.mark.filterwarnings("ignore:the ")  # statistics of nine pictures
@@ -70,7 +66,15 @@ def test_before_each_wait_a_line_says_what_it_is_for(words, capsys):
 
 
 @pytest.mark.usefixtures("folder")
+def test_at_a_terminal_the_first_line_comes_before_torch_is_imported(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["plan", NET, "--data", "pictures"]) == 0
+    assert capsys.readouterr().err == f"retrofit: reading {NET}, pictures ...\n"
+
+
+@pytest.mark.usefixtures("folder")
 def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("RANK", "1")
     assert main(["inspect", "bn.safetensors"]) == 0
     assert capsys.readouterr().err == ""

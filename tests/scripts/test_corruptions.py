@@ -127,7 +127,7 @@ def test_what_does_not_exist_is_refused_by_name(cifar10c, photos, name, severity
 
 # --- the study ---------------------------------------------------------------------------------
 
-MAIN = [(0, 0), (500, 0), (16, 16), (16, 64)]
+MAIN = [(0, 0), (500, 0), (16, 16), (16, 64), (-1, 64)]
 PLAN = {("none", 0): MAIN, ("inverted", 0): MAIN, ("fog", 5): [*MAIN, (16, 0), (500, 16)]}
 
 
@@ -146,7 +146,7 @@ def task(corruptions, normalise):
 
 def test_the_study_writes_every_accuracy_once_and_goes_on_where_it_was(corruptions, task, tmp_path):
     whole = corruptions.study(task, PLAN, 2, tmp_path / "whole.csv")
-    assert len(whole) == len({row.key for row in whole}) == 2 * 14
+    assert len(whole) == len({row.key for row in whole}) == 2 * 17
     file = tmp_path / "stopped.csv"
     written = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
     file.write_text("".join(written[:6]))

@@ -465,7 +465,6 @@ def test_the_command_refuses_a_model_in_which_nothing_can_be_folded(weights, cap
     assert main(["fold", "none.pth", "--model", "net.py:none", "--output", "out.pth"]) == 2
     err = capsys.readouterr().err
     assert err == (
-        "retrofit: reading none.pth, net.py:none ...\n"
         "retrofit: none.pth has no BatchNorm that can be folded: 1 of 1 BatchNorms stay: 1: it "
         "follows ReLU, no convolution or Linear layer\n"
     )
