@@ -152,7 +152,7 @@ def test_the_study_writes_every_accuracy_once_and_goes_on_where_it_was(corruptio
     file.write_text("".join(written[:6]))
     assert corruptions.study(task, PLAN, 2, file) == whole
     assert file.read_text() == "".join(written)
-    assert corruptions.study(task, PLAN, 1, file) == whole[:14]
+    assert corruptions.study(task, PLAN, 1, file) == whole[:17]
     assert file.read_text() == "".join(written)
 
 
