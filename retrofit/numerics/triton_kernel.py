@@ -86,6 +86,15 @@ def _add_and_reduce(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _partial_moments(first, tile, channels, inside):  # type: ignore[no-untyped-def]
+    at = first + tile.to(tl.int64) * 3 * channels
+    centre = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    rest = tl.load(at + channels, mask=inside, other=0.0).to(tl.float64)
+    squares = tl.load(at + 2 * channels, mask=inside, other=0.0).to(tl.float64)
+    return centre, rest, squares
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
     partial,
     mean,
@@ -105,21 +114,16 @@ def _merge(  # type: ignore[no-untyped-def]
     for start in range(0, tiles, many):
         tile = start + tl.arange(0, many)[:, None]
         inside = (tile < tiles) & known
-        at = first + tile.to(tl.int64) * 3 * channels
         count = tl.minimum(length - tile * rows, rows).to(tl.float64)
-        centre = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-        rest = tl.load(at + channels, mask=inside, other=0.0).to(tl.float64)
+        centre, rest, _ = _partial_moments(first, tile, channels, inside)
         total += tl.sum(tl.where(inside, centre * count + rest, 0.0), 0, keep_dims=True)
     middle = total / length
     total = tl.zeros((1, width), tl.float64)
     for start in range(0, tiles, many):
         tile = start + tl.arange(0, many)[:, None]
         inside = (tile < tiles) & known
-        at = first + tile.to(tl.int64) * 3 * channels
         count = tl.minimum(length - tile * rows, rows).to(tl.float64)
-        centre = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-        rest = tl.load(at + channels, mask=inside, other=0.0).to(tl.float64)
-        squares = tl.load(at + 2 * channels, mask=inside, other=0.0).to(tl.float64)
+        centre, rest, squares = _partial_moments(first, tile, channels, inside)
         off = centre - middle
         # About the middle: the deviations from the centre, each moved by `off`.
         about = squares + 2.0 * off * rest + count * off * off
