@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 
 import torch
-from benchmark_options import Options, side_by_side
+from benchmark_options import Options, side_by_side, timing
 from benchmark_passes import (
     ADAPTING,
     AT_ONCE,
@@ -123,9 +123,7 @@ def recalibration(options: Options) -> Iterator[Table]:
         rows += [
             {
                 "batch size": batch_size,
-                "pass": name,
-                "time / plain": Spread.ratio(seconds[name], seconds[PLAIN]),
-                "seconds": Spread.of(seconds[name]),
+                **timing(name, seconds, PLAIN, "plain"),
                 "MiB above plain": found.peak - apart[PLAIN].peak,
             }
             for name, found in apart.items()
@@ -146,9 +144,7 @@ def drift(options: Options) -> Iterator[Table]:
     seconds, apart = side_by_side(options, (PLAIN, DRIFT), (images, options.batch_size, size))
     rows: list[Row] = [
         {
-            "pass": name,
-            "time / plain": Spread.ratio(seconds[name], seconds[PLAIN]),
-            "seconds": Spread.of(seconds[name]),
+            **timing(name, seconds, PLAIN, "plain"),
             "MiB above plain": found.peak - apart[PLAIN].peak,
         }
         for name, found in apart.items()

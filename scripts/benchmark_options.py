@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmark_passes import Alone, Precision, Workload, alone, interleaved
+from benchmark_tables import Row, Spread
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("float32",),
@@ -54,6 +55,15 @@ def side_by_side(
     names = list(names)
     seconds = timed(options, names, shape)
     return seconds, {name: alone(w) for name, w in workloads(options, names, shape).items()}
+
+
+def timing(name: str, seconds: Mapping[str, list[float]], reference: str, called: str) -> Row:
+    """Make the cells that say how long a pass takes, beside that of a reference."""
+    return {
+        "pass": name,
+        f"time / {called}": Spread.ratio(seconds[name], seconds[reference]),
+        "seconds": Spread.of(seconds[name]),
+    }
 
 
 def workloads(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from benchmark_options import Options, batches_of, timed
+from benchmark_options import Options, batches_of, timed, timing
 from benchmark_passes import FLOOR, HOOKS, OURS, PLAIN
 from benchmark_tables import Row, Spread, Table
 
@@ -78,14 +78,7 @@ def busy(options: Options) -> Iterator[Table]:
     """Compare `calibrate` with plain passes while other processes compute with torch."""
     with others(2):
         seconds = timed(options, (PLAIN, FLOOR, HOOKS, OURS))
-    rows: list[Row] = [
-        {
-            "pass": name,
-            "time / plain": Spread.ratio(taken, seconds[PLAIN]),
-            "seconds": Spread.of(taken),
-        }
-        for name, taken in seconds.items()
-    ]
+    rows = [timing(name, seconds, PLAIN, "plain") for name in seconds]
     text = f"{batches_of(options)} Two other processes multiply matrices all the time with torch."
     yield Table("On a busy machine", text, rows, {})
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from benchmark_batchnorms import drift, inference, recalibration
-from benchmark_options import PRECISIONS, Options, batches_of, side_by_side
+from benchmark_options import PRECISIONS, Options, batches_of, side_by_side, timing
 from benchmark_passes import (
     BFLOAT16,
     CONTENDERS,
@@ -56,9 +56,7 @@ def contenders(options: Options) -> Table:
     seconds, apart = side_by_side(options, [name for name in CONTENDERS if not missing.get(name)])
     rows: list[Row] = [
         {
-            "pass": name,
-            "time / plain": Spread.ratio(seconds[name], seconds[PLAIN]),
-            "seconds": Spread.of(seconds[name]),
+            **timing(name, seconds, PLAIN, "plain"),
             "besides convolution": found.besides_convolution,
             "peak memory / plain": found.peak / apart[PLAIN].peak,
             "peak MiB": found.peak,
@@ -94,9 +92,7 @@ def tricks(options: Options) -> Table:
     seconds, apart = side_by_side(options, [OURS, *without])
     rows: list[Row] = [
         {
-            "pass": name,
-            "time / whole": Spread.ratio(seconds[name], seconds[OURS]),
-            "seconds": Spread.of(seconds[name]),
+            **timing(name, seconds, OURS, "whole"),
             "peak memory / whole": found.peak / apart[OURS].peak,
         }
         for name, found in apart.items()
