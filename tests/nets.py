@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Residual(nn.Module):
@@ -253,6 +254,18 @@ def vgg(name):
         else:
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def norms(model):
+    """The BatchNorms of a model, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def make_stale(model):
+    """Give the BatchNorms of a model other numbers than those of its data."""
+    for norm in norms(model).values():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 2)
 
 
 def batchnorm(identity, eps):

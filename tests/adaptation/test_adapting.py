@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import norms
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import retrofit
 from retrofit import NonFiniteError, RetrofitError
@@ -24,17 +24,11 @@ class Net(nn.Module):
         self.conv, self.first = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
         self.deep, self.second = nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
         self.drop, self.last = nn.Dropout(0.5), nn.BatchNorm1d(8)
-        for norm in norms(self).values():
-            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                nn.init.uniform_(tensor, 0.5, 2)
+        nets.make_stale(self)
 
     def forward(self, x):
         x = F.relu(self.first(self.conv(x)))
         return self.last(self.drop(F.relu(self.second(self.deep(x)))).mean((2, 3)))
-
-
-def norms(model):
-    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 class Reference:

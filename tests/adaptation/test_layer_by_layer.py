@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import norms
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import retrofit
 from retrofit import RetrofitError
@@ -26,7 +26,7 @@ class Residual(nn.Module):
         self.stem, self.first = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.body, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.last = nn.BatchNorm1d(4)
-        stale(self)
+        nets.make_stale(self)
 
     def forward(self, x):
         x = F.relu(self.first(self.stem(x)))
@@ -65,16 +65,6 @@ class Switching(Residual):
 
 
 NETS = [Residual, Shared, ByBrightness, Switching]
-
-
-def stale(model):
-    for norm in norms(model).values():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 2)
-
-
-def norms(model):
-    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def in_turn(model, data, prior):

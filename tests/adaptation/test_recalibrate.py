@@ -7,8 +7,8 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import norms
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import retrofit
@@ -26,9 +26,7 @@ class Net(nn.Module):
         self.deep, self.second = nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
         self.drop = nn.Dropout(0.5)
         self.linear, self.third = nn.Linear(8, 5), nn.BatchNorm1d(5)
-        for norm in norms(self).values():
-            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                nn.init.uniform_(tensor, 0.5, 2)
+        nets.make_stale(self)
 
     def forward(self, x):
         x = F.relu(self.first(self.conv(x)))
@@ -38,10 +36,6 @@ class Net(nn.Module):
 
 X = nets.images(42, 3, 10, 10) + torch.linspace(-2, 2, 42).view(-1, 1, 1, 1)  # "sorted by class"
 ORDER = torch.randperm(42, generator=torch.Generator().manual_seed(0))
-
-
-def norms(model):
-    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def recalibrate(model, data, **options):
