@@ -89,9 +89,9 @@ __all__ = [
 # `import retrofit`, the help of the command and its errors about arguments wait for no torch.
 _NAMES = {
     "adaptation.adapting": ("Adapting", "adapting"),
+    "adaptation.recalibrate": ("Recalibration", "recalibrate"),
     "calibration.calibrate": ("calibrate",),
     "calibration.observer": ("MomentObserver", "channel_moments"),
-    "adaptation.recalibrate": ("Recalibration", "recalibrate"),
     "calibration.sample_errors": ("Calibration", "SiteSample"),
     "checking.drift": ("BatchDrift", "Drift", "drift"),
     "checking.verify": ("Verification", "verify"),

@@ -10,7 +10,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from typing_extensions import Self
 
 from retrofit.adaptation.norm_inputs import hooked
@@ -18,10 +17,12 @@ from retrofit.adaptation.running_statistics import (
     Buffers,
     blend,
     buffers,
+    check_prior,
     refuse_as_prior,
     restore,
     share,
     tracking,
+    unwrapped,
 )
 from retrofit.errors import RetrofitError
 from retrofit.numerics.batch_table import BatchTable
@@ -49,8 +50,8 @@ class _Stream:
     images: float = 0.0
     passed: int = 0
 
-    def add(self, new: Moments, images: int, window: float) -> None:
-        """Add a batch, after what was there has lost some of its weight."""
+    def add(self, new: Moments, images: int, window: float) -> Moments:
+        """Add a batch, after what was there has lost some of its weight; return what there is."""
         kept = math.exp(-images / window)
         if self.moments is not None:
             before = self.moments
@@ -58,13 +59,14 @@ class _Stream:
             new = pooled(lighter, new)
         self.moments, self.images = new, self.images * kept + images
         self.passed += images
+        return new
 
 
 class Adapting:
     """A model that follows a stream, until `remove()` or the end of `with adapting(...)`.
 
     Attributes:
-        model: what `adapting` was given.
+        model: what `adapting` was given, without a wrapper.
         layers: paths of the BatchNorms that follow the stream.
     """
 
@@ -128,10 +130,10 @@ class Adapting:
         stream = self._streams[path]
         with torch.no_grad():
             table = BatchTable.of([[finite(x.detach(), path)]])
-            stream.add(merged(table.rows), len(x), self._window)
-            if stream.moments is None or bool((stream.moments.count < 2).any()):
+            moments = stream.add(merged(table.rows), len(x), self._window)
+            if bool((moments.count < 2).any()):
                 return  # one value has no variance
-            blend(path, norm, stream.old, stream.moments, share(stream.images, self._prior))
+            blend(path, norm, stream.old, moments, share(stream.images, self._prior))
 
 
 def adapting(model: nn.Module, *, prior: float = 64, window: float | None = None) -> Adapting:
@@ -169,10 +171,7 @@ def adapting(model: nn.Module, *, prior: float = 64, window: float | None = None
         ...     answers = [model(picture) for picture in camera]
     """
     check_models("adapting", model)
-    while isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
-    wanted = "be a number of images from 0 up"
-    check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
+    check_prior(prior)
     if window is not None:
         check_number("window", window, "be a number of images from 1 up", lambda n: n >= 1)
-    return Adapting(model, prior, math.inf if window is None else window)
+    return Adapting(unwrapped(model), prior, math.inf if window is None else window)

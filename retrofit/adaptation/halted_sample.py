@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from retrofit.adaptation.held_memory import HeldMemory
-from retrofit.adaptation.norm_inputs import hooked
+from retrofit.adaptation.norm_inputs import hooked, other_data
 from retrofit.adaptation.paused_pass import PausedPass, pause
 from retrofit.adaptation.running_statistics import Norms
 from retrofit.calibration.feeding import Fed, FedBatch, Feed
 from retrofit.calibration.processes import digest
-from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.errors import NonFiniteError
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import Samples, finite
@@ -90,6 +90,7 @@ class HaltedSample:
         self.fed, self.passes, self.held = Fed(), 0, 0
         self._waiting: list[_Run] = []
         self._others: list[str] = []  # digests of batches that do not wait
+        self._each = 0  # bytes of an image, once they are known
         self._running: _Run | None = None
 
     @contextmanager
@@ -129,18 +130,18 @@ class HaltedSample:
 
     def _begin(self) -> None:
         """Bring the batches to the first BatchNorm, and let wait what fits."""
-        images = batches = each = 0
+        images = batches = 0
         stage, shown = "first pass", self.feed.progress and not self.passes
         with images_bar(stage, self.feed.data, self.feed.max_images, shown=shown) as bar:
             for batch in self.feed.batches(self.model, self.device):
-                each = each or self._bytes_of_an_image(batch)
+                self._each = self._each or self._bytes_of_an_image(batch)
                 run = self._brought(_Run(batch, self.settled))
                 images, batches = images + batch.images, batches + 1
                 bar.update(batch.images)
-                fits = images * each <= self.max_memory and batches <= MOST
+                fits = images * self._each <= self.max_memory and batches <= MOST
                 if batches == 1 or (fits and not self._others):
                     self._waiting.append(run)
-                    self.held = max(self.held, images * each)
+                    self.held = max(self.held, images * self._each)
                 else:
                     run.passing.leave()
                     self._others.append(run.digest)
@@ -185,11 +186,7 @@ class HaltedSample:
                 seen.append(run.digest)
             images, batches = images + batch.images, number + 1
         if (images, seen) != (self.fed.images, self._others):
-            raise RetrofitError(
-                f"data gave {self.fed.images} images in {self.fed.batches} batches at first and "
-                f"{images} in {batches} then, or others: layerwise=True needs the same each time, "
-                "unless all fit into max_memory"
-            )
+            raise other_data(self.fed, Fed(images, batches), ", unless all fit into max_memory")
         self.passes += 1
 
     def _brought(self, run: _Run) -> _Run:

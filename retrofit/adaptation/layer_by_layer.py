@@ -16,11 +16,11 @@ from retrofit.adaptation.norm_inputs import (
     hooked,
     measured,
     measured_by_all,
+    other_data,
 )
 from retrofit.adaptation.running_statistics import Buffers, Norms, restore, settle
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes
-from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.running.modes import evaluating
 from retrofit.running.progress import progress_bar
@@ -64,6 +64,7 @@ class LayerByLayer:
             sample = HaltedSample(self.model, self.norms, feed, device, self.max_memory)
             with sample.halting():
                 sample.to_next()
+                self.fed = fed_by_all(self.processes, sample.fed)
                 layers = len(self.norms)
                 with progress_bar(feed.stage, layers, "layer", shown=feed.progress) as bar:
                     if not self._together(sample, bar):
@@ -76,8 +77,6 @@ class LayerByLayer:
         while True:
             everywhere = self.processes.gather(sample.places)
             places = {place for one in everywhere for place in one}
-            if not self.fed.images:
-                self.fed = fed_by_all(self.processes, sample.fed)
             if places <= {END}:
                 return True
             again = next((path for path in self.measured if path in places), None)
@@ -99,8 +98,8 @@ class LayerByLayer:
 
     def _one_by_one(self, bar: tqdm[None]) -> None:
         """Settle them in a pass over all data for each."""
-        for path in list(self.measured)[:1]:
-            self._forget_from(path)
+        if self.measured:
+            self._forget_from(next(iter(self.measured)))
         called: dict[str, None] = {}
         with hooked(self.norms, lambda path, _norm, _x: called.setdefault(path)):
             measured(self.model, self.norms, (), replace(self.feed, progress=False))
@@ -118,10 +117,7 @@ class LayerByLayer:
         self.passes += 1
         total = fed_by_all(self.processes, fed)
         if total != self.fed:
-            raise RetrofitError(
-                f"data gave {self.fed.images} images in {self.fed.batches} batches at first and "
-                f"{total.images} in {total.batches} then: layerwise=True needs the same each time"
-            )
+            raise other_data(self.fed, total)
         self._settle(path, found.get(path))
 
     def _settle(self, path: str, statistics: ChannelStatistics | None) -> None:

@@ -16,7 +16,6 @@ from retrofit.calibration.processes import Processes
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
-from retrofit.running.call_arguments import Arguments
 from retrofit.running.nested import first_tensor
 
 Measured = dict[str, ChannelStatistics]  # by path of the BatchNorm
@@ -39,11 +38,7 @@ class Estimate(NamedTuple):
 
 
 def measured(
-    model: nn.Module,
-    norms: Norms,
-    paths: Collection[str],
-    feed: Feed,
-    call: Callable[[Arguments], object] | None = None,
+    model: nn.Module, norms: Norms, paths: Collection[str], feed: Feed
 ) -> tuple[Fed, Measured]:
     """Run the data; measure what is fed to the BatchNorms at `paths`, over all their calls.
 
@@ -71,7 +66,7 @@ def measured(
         return False
 
     with hooked(norms, measure):
-        fed = feed.run(model, samples, call=call, until=learn)
+        fed = feed.run(model, samples, until=learn)
     by_path = samples.split(statistics)
     return fed, {path: by_path[path] for path in called}
 
@@ -93,6 +88,14 @@ def hooked(norms: Norms, look: Callable[[str, _BatchNorm, Tensor], None]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def other_data(first: Fed, then: Fed, unless: str = "") -> RetrofitError:
+    """Say that a later pass over the data got something else than the first."""
+    return RetrofitError(
+        f"data gave {first.images} images in {first.batches} batches at first and {then.images} in "
+        f"{then.batches} then, or others: layerwise=True needs the same each time{unless}"
+    )
 
 
 def fed_by_all(processes: Processes, fed: Fed) -> Fed:

@@ -49,13 +49,11 @@ class PausedPass:
             outside.apply()
 
 
-def pause(value: object) -> bool:
-    """Stop the pass that this is called in; False, and nothing happens, where it is in none."""
+def pause(value: object) -> None:
+    """Stop the pass that this is called in, and give a value to who resumed it."""
     outside = getcurrent().parent
-    if outside is None:
-        return False
+    assert outside is not None, "only a pass that was resumed can pause"
     outside.switch(value)
-    return True
 
 
 class Settings(NamedTuple):

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from retrofit.adaptation.layer_by_layer import LayerByLayer
@@ -18,10 +16,12 @@ from retrofit.adaptation.running_statistics import (
     Buffers,
     Norms,
     buffers,
+    check_prior,
     restore,
     settle,
     share,
     tracking,
+    unwrapped,
 )
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes, digests
@@ -53,14 +53,15 @@ class Recalibration:
     def __init__(
         self,
         found: Estimate,
-        old: Mapping[str, tuple[_BatchNorm, Buffers]],
+        norms: Norms,
+        old: Mapping[str, Buffers],
         standard_error: float,
     ) -> None:
         self.images, self.batches = found.fed.images, found.fed.batches
         self.layers = tuple(found.measured)
         self.standard_error = standard_error
         self.passes, self.held = found.passes, found.held
-        self._old = [old[path] for path in self.layers]
+        self._old = [(norms[path], old[path]) for path in self.layers]
 
     def remove(self) -> None:
         """Give the BatchNorms back the statistics they had, bit for bit. Once is enough."""
@@ -162,8 +163,7 @@ def recalibrate(
         >>> retrofit.recalibrate(averaged.module, loader, max_images=10_000)
     """
     check_models("recalibrate", model)
-    while isinstance(model, (nn.DataParallel, DistributedDataParallel)):
-        model = model.module
+    model = unwrapped(model)
     processes = Processes(process_group)
     feed = Feed(
         data, device, max_images, forward_fn, progress and processes.rank == 0, "recalibrate"
@@ -173,25 +173,24 @@ def recalibrate(
         check_forward_fn(forward_fn)
         _refuse_bad_request(data, layerwise, prior, max_memory)
         norms = tracking(model)
-        old = {path: (norm, buffers(norm)) for path, norm in norms.items()}
+        old = {path: buffers(norm) for path, norm in norms.items()}
         _agree(processes, model, norms, feed, layerwise, prior)
         try:
             if layerwise:
-                before = {path: was for path, (_, was) in old.items()}
-                found = LayerByLayer(model, norms, before, feed, prior, processes, max_memory).run()
-                _refuse_nothing(found.fed, feed)
+                found = LayerByLayer(model, norms, old, feed, prior, processes, max_memory).run()
             else:
                 found = _at_once(model, norms, feed, prior, processes)
+            _refuse_nothing(found.fed, feed)
         except BaseException:
-            for norm, was in old.values():
-                restore(norm, was)
+            for path, was in old.items():
+                restore(norms[path], was)
             raise
     error = share(found.fed.images, prior) * standard_error(
         found.measured.values(), found.fed.images
     )
     if processes.rank == 0:
         _warn(norms, found, error)
-    return Recalibration(found, old, error)
+    return Recalibration(found, norms, old, error)
 
 
 def _refuse_bad_request(
@@ -200,8 +199,7 @@ def _refuse_bad_request(
     check_data(data)
     if layerwise:
         _refuse_iterator(data)
-    wanted = "be a number of images from 0 up"
-    check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
+    check_prior(prior)
     if max_memory is not None:
         wanted = "be a number of bytes from 0 up"
         check_number("max_memory", max_memory, wanted, lambda n: n >= 0)
@@ -237,7 +235,6 @@ def _at_once(
     with batch_statistics(model, frozen=True):
         fed, found = measured(model, norms, norms, feed)
     fed, found = fed_by_all(processes, fed), measured_by_all(processes, found)
-    _refuse_nothing(fed, feed)
     for path, statistics in found.items():
         settle(path, norms[path], statistics, fed, prior)
     return Estimate(fed, found)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from retrofit.calibration.feeding import Fed
@@ -13,9 +15,23 @@ from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import Moments
 from retrofit.numerics.tensor_checks import are_statistics
+from retrofit.option_checks import check_number
 
 Norms = Mapping[str, _BatchNorm]
 Buffers = dict[str, Tensor]  # the running statistics of a BatchNorm
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Take what DataParallel or DistributedDataParallel hold, which have BatchNorms elsewhere."""
+    while isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+def check_prior(prior: object) -> None:
+    """Raise RetrofitError for what old statistics cannot count as."""
+    wanted = "be a number of images from 0 up"
+    check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
 
 
 def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -73,7 +89,8 @@ def settle(
         )
     if prior:
         refuse_as_prior(path, norm)
-    blend(path, norm, buffers(norm), moments, share(fed.images, prior))
+    old = dict(norm.named_buffers(recurse=False))
+    blend(path, norm, old, moments, share(fed.images, prior))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.fill_(fed.batches)
 

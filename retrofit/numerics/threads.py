@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-FEW = 4
+FEW = 4  # threads
+LARGE = 1 << 18  # elements
 
 
 @contextmanager
-def threads_for(elements: int, large: int = 1 << 18) -> Iterator[None]:
+def threads_for(elements: int) -> Iterator[None]:
     """Let torch's operations in the block use one thread, or all where that is worth it.
 
     Every parallel step waits for all of its threads. On a machine that is busy one of them is often
@@ -20,11 +21,11 @@ def threads_for(elements: int, large: int = 1 << 18) -> Iterator[None]:
     an activation waits for memory rather than for a core.
 
     Args:
-        elements: what one operation reads. Fewer than `large` take one thread; and so do more where
-            torch has few threads in all.
+        elements: what one operation reads. Few take one thread; and so do many where torch has few
+            threads in all.
     """
     before = torch.get_num_threads()
-    if before == 1 or not _changeable() or (before > FEW and elements >= large):
+    if before == 1 or not _changeable() or (before > FEW and elements >= LARGE):
         yield
         return
     torch.set_num_threads(1)
