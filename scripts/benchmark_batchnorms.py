@@ -14,9 +14,11 @@ from benchmark_passes import (
     ADAPTING,
     AT_ONCE,
     DRIFT,
+    DRIFT_SIZES,
     FORMATS,
     LAYERWISE,
     PLAIN,
+    TRAIN_MODE,
     forward,
     in_precision,
     interleaved,
@@ -139,9 +141,10 @@ def recalibration(options: Options) -> Iterator[Table]:
 
 
 def drift(options: Options) -> Iterator[Table]:
-    """Compare `drift` with plain forward passes."""
+    """Compare `drift` with plain forward passes, and with those in train mode."""
     images, size = 256, options.sizes[0]
-    seconds, apart = side_by_side(options, (PLAIN, DRIFT), (images, options.batch_size, size))
+    names = (PLAIN, TRAIN_MODE, DRIFT)
+    seconds, apart = side_by_side(options, names, (images, options.batch_size, size))
     rows: list[Row] = [
         {
             **timing(name, seconds, PLAIN, "plain"),
@@ -149,5 +152,9 @@ def drift(options: Options) -> Iterator[Table]:
         }
         for name, found in apart.items()
     ]
-    text = f"{images} images of 3 x {size} x {size}, in batches of {options.batch_size}."
+    text = (
+        f"{images} images of 3 x {size} x {size}, in batches of {options.batch_size}. *Train mode* "
+        "are the passes that `drift` is about, with BatchNorm and in batches of "
+        f"{', '.join(map(str, DRIFT_SIZES))}."
+    )
     yield Table("Drift", text, rows, {})

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -53,6 +53,27 @@ def channels_last_forward(model: nn.Module, images: list[Tensor]) -> Pass:
         with torch.no_grad():
             for x in images:
                 model(x.contiguous(memory_format=torch.channels_last))
+
+    return run
+
+
+class _LastReached(Exception):  # noqa: N818 - no error
+    """The last convolution has run."""
+
+
+def convolutions_forward(model: nn.Module, images: list[Tensor]) -> Pass:
+    """Make a pass that ends behind the last convolution: no moments, so what they cost is known."""
+    plan = retrofit.plan(model)
+    last = model.get_submodule(plan.last or plan.inserted[-1].path)
+
+    def leave(*_: object) -> None:
+        raise _LastReached
+
+    def run() -> None:
+        with last.register_forward_hook(leave), torch.no_grad():
+            for x in images:
+                with suppress(_LastReached):
+                    model(x.contiguous(memory_format=torch.channels_last))
 
     return run
 
@@ -166,12 +187,24 @@ def adapted(model: nn.Module, images: list[Tensor]) -> Pass:
     return run
 
 
+def in_train_mode(model: nn.Module, images: list[Tensor]) -> Pass:
+    """Make a pass in train mode for each batch size of `drift`: with less it cannot be measured."""
+    network = with_batchnorms(model, images).train()
+
+    def run() -> None:
+        for size in DRIFT_SIZES:
+            forward(network, list(torch.cat(images).split(size)))()
+
+    return run
+
+
 def drifted(model: nn.Module, images: list[Tensor]) -> Pass:
     network = with_batchnorms(model, images)
-    return lambda: retrofit.drift(model, network, images)
+    return lambda: retrofit.drift(model, network, images, DRIFT_SIZES)
 
 
 PLAIN, FLOOR = "plain forward, NCHW", "plain forward, channels_last"
+CONVOLUTIONS = "the same up to the last convolution"
 BFLOAT16, OURS = "plain forward, channels_last, bfloat16 autocast", "retrofit.calibrate"
 HOOKS, FVCORE = "hooks with var_mean", "fvcore update_bn_stats"
 PEERS: dict[str, Contender] = {
@@ -183,16 +216,20 @@ PEERS: dict[str, Contender] = {
 CONTENDERS: dict[str, Contender] = {
     PLAIN: forward,
     FLOOR: channels_last_forward,
+    CONVOLUTIONS: convolutions_forward,
     BFLOAT16: bfloat16_forward,
     OURS: ours,
     **PEERS,
 }
 AT_ONCE, LAYERWISE = "recalibrate, one pass", "recalibrate, layerwise"
-ADAPTING, DRIFT = "adapting", "drift, batches of 8, 32 and 128"
+ADAPTING = "adapting"
+DRIFT_SIZES = 8, 32, 128
+DRIFT, TRAIN_MODE = "drift", "train mode"
 WITH_BATCHNORM: dict[str, Contender] = {
     AT_ONCE: functools.partial(recalibrated, layerwise=False),
     LAYERWISE: functools.partial(recalibrated, layerwise=True),
     ADAPTING: adapted,
+    TRAIN_MODE: in_train_mode,
     DRIFT: drifted,
 }
 

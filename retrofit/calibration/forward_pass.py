@@ -12,12 +12,13 @@ from typing_extensions import Self
 
 from retrofit.calibration.feeding import leaving_after
 from retrofit.calibration.fused_bias import bias_with_moments, observed_convolutions
-from retrofit.calibration.kept_memory import kept_memory
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import NonFiniteError, warn
 from retrofit.plans import Plan
 from retrofit.running.call_arguments import Arguments
+from retrofit.running.freed_memory import kept_memory
+from retrofit.running.memory_format import in_channels_last
 
 
 class ForwardPass:
@@ -114,19 +115,14 @@ class ForwardPass:
 
     def _run(self, arguments: Arguments, *, checks: bool) -> None:
         # A copy for each run: the model may write to it, and another run may follow.
-        copied: Arguments = tree_map_only(Tensor, self._copy, arguments)
+        copy = in_channels_last if self.channels_last else Tensor.clone
+        copied: Arguments = tree_map_only(Tensor, copy, arguments)
         self.samples.checks = checks
         try:
             with self._leaving(), self._with_moments(checks):
                 self.model(*copied.args, **copied.kwargs)
         finally:
             self.samples.checks = True
-
-    def _copy(self, x: Tensor) -> Tensor:
-        """Copy to the memory format that is the faster one on a CPU, where x has pictures."""
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        fast = self.channels_last and x.device.type == "cpu" and x.dim() in formats
-        return x.clone(memory_format=formats[x.dim()]) if fast else x.clone()
 
     def _with_moments(self, checks: bool) -> AbstractContextManager[None]:
         """Leave the moments to one kernel, but where each activation is looked at."""

@@ -25,6 +25,8 @@ from retrofit.option_checks import check_count, check_flags, check_forward_fn, c
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.devices import on_device
+from retrofit.running.freed_memory import give_back
+from retrofit.running.memory_format import in_channels_last
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.progress import images_bar
 from retrofit.tables import table
@@ -92,7 +94,8 @@ def drift(
 
     That is what the first step of fine-tuning sees. Dropout stays off, and modes and running
     statistics are afterwards as they were. The original runs once over the data, and the converted
-    model once for each batch size; no more images are held than are in the largest batch.
+    model once for each batch size, on a CPU in channels_last if both can; no more images are held
+    than are in the largest batch.
 
     Args:
         original: as for `verify`.
@@ -124,8 +127,8 @@ def drift(
     if max_images is not None:
         check_count("max_images", max_images)
     sizes = sorted(_checked_sizes(batch_sizes))
-    measures = [_Measure(original, converted, size) for size in sizes]
-    total, first, kept = 0, None, False
+    measures = [_Measure(original, converted, s, largest=s == sizes[-1]) for s in sizes]
+    total, first, kept, fast = 0, None, False, False
     with (
         images_bar("drift", data, max_images, shown=progress) as bar,
         on_device(device, original, converted),
@@ -133,13 +136,17 @@ def drift(
         for batch in data:
             most = None if max_images is None else max_images - total
             images = regroupable(original, batch, forward_fn).part(0, most)
-            if first is not None and images.shape != first.shape:
+            if first is None:
+                first = images
+                fast = _run_in_channels_last(images, original, converted)
+            elif images.shape != first.shape:
                 raise RetrofitError(
                     "the images have several sizes: they cannot be regrouped into batches"
                 )
-            expected = _outputs(original, images)
-            if first is None:
-                first = images
+            if fast:
+                images = images.copied(in_channels_last)
+            expected = _outputs(original, images.copied())
+            if total == 0:
                 _refuse_unfit(original, images, expected)
                 _warn_without_batchnorm(converted)
                 kept = _are_for_each(original, images, expected)
@@ -169,18 +176,30 @@ def _outputs(original: nn.Module, images: Images) -> dict[str, Tensor]:
         return images.run(original)
 
 
+def _run_in_channels_last(images: Images, *models: nn.Module) -> bool:
+    """Tell whether models take an image in channels_last; those that call `view` may not."""
+    if any(tensor.device.type != "cpu" for tensor in images.inputs):
+        return False
+    try:
+        for model in models:
+            _outputs(model, images.part(0, 1).copied(in_channels_last))
+    except Exception:  # noqa: BLE001 - the model's own: it runs as the images came
+        return False
+    return True
+
+
 def _refuse_unfit(original: nn.Module, images: Images, outputs: dict[str, Tensor]) -> None:
     """Raise RetrofitError for a model that returns no tensors, or others each time."""
     if not any(tensor.numel() for tensor in outputs.values()):
         raise no_outputs(original)
     with torch.no_grad(), evaluating(original):
-        refuse_random(original, images.batch, images.forward_fn, outputs)
+        refuse_random(original, images.copied().batch, images.forward_fn, outputs)
 
 
 def _are_for_each(original: nn.Module, images: Images, outputs: dict[str, Tensor]) -> bool:
     """Tell whether outputs are one for each image, and so can be regrouped like these."""
     one = images.part(0, 1)
-    few = joined([one, one]) if len(images) == 1 else one
+    few = joined([one, one] if len(images) == 1 else [one])
     try:
         others = _outputs(original, few)
     except Exception:  # noqa: BLE001 - it takes batches of one size alone
@@ -198,8 +217,11 @@ class _Measure:
         images: how many were measured.
     """
 
-    def __init__(self, original: nn.Module, converted: nn.Module, size: int) -> None:
-        self.original, self.converted, self.size = original, converted, size
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, size: int, *, largest: bool
+    ) -> None:
+        self.original, self.converted = original, converted
+        self.size, self.largest = size, largest
         self.images = 0
         self.waiting: list[Images] = []
         self.errors: dict[str, Comparison] = defaultdict(Comparison)
@@ -224,7 +246,9 @@ class _Measure:
         return joined(taken)
 
     def _measure(self, images: Images) -> None:
-        expected = images.expected or _outputs(self.original, images)
+        if self.largest:  # smaller ones leave pieces of memory behind, where this one has no room
+            give_back()
+        expected = images.expected or _outputs(self.original, images.copied())
         actual = _under_batch_statistics(self.converted, images)
         refuse_other_structure(expected, actual)
         for name, tensor in expected.items():

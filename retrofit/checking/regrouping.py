@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +42,15 @@ class Images:
 
     @property
     def batch(self) -> Any:
-        """Put a batch together; of copies, since a model may write to its input."""
-        return tree_unflatten([tensor.clone() for tensor in self.inputs], self.form)
+        """Put a batch together; a model may write to it, so one that is needed again is copied."""
+        return tree_unflatten(list(self.inputs), self.form)
+
+    def copied(self, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Images:
+        """Return copies of the images."""
+        return replace(self, inputs=tuple(map(copy, self.inputs)))
 
     def run(self, model: nn.Module) -> dict[str, Tensor]:
-        """List what a model returns for them, in the mode that it is in."""
+        """List what a model returns for them, in the mode that it is in; it may write to them."""
         with torch.no_grad():
             return tensors(call_model(model, self.batch, self.forward_fn), "output")
 
@@ -57,9 +62,7 @@ class Images:
 
 
 def joined(parts: list[Images]) -> Images:
-    """Put images together to one batch."""
-    if len(parts) == 1:
-        return parts[0]
+    """Put copies of images together to one batch."""
     inputs = tuple(map(torch.cat, zip(*(part.inputs for part in parts), strict=True)))
     names = parts[0].expected
     expected = {name: torch.cat([part.expected[name] for part in parts]) for name in names}

@@ -195,9 +195,10 @@ def test_drift_runs_the_original_once_and_holds_no_more_than_a_batch(given):
         assert one.images == other.images
         assert one.error == pytest.approx(other.error, rel=1e-5)
         assert one.top1 == other.top1
-    # The first batch once more, whether that is random, and an image or two, for the outputs' axis.
-    assert seen["original"] == 40 + given + (2 if given == 1 else 1)
-    assert seen["converted"] == 40 + 32
+    # The first batch once more, whether that is random; one image in channels_last; one or two, for
+    # the outputs' axis.
+    assert seen["original"] == 40 + given + 1 + (2 if given == 1 else 1)
+    assert seen["converted"] == 40 + 32 + 1
     assert max(alive) <= 16 // given + 2
 
 
@@ -321,7 +322,26 @@ def test_drift_is_right_for_outputs_far_from_zero(scale, offset):
         expected = model(X)
         actual = torch.cat([trained(x) for x in X.split(8)])
     error = (actual - expected).square().mean().sqrt() / expected.std(correction=0)
-    assert row.error == pytest.approx(float(error), rel=1e-6)
+    assert row.error == pytest.approx(float(error), rel=1e-5)
+
+
+def test_drift_runs_a_model_that_cannot_in_channels_last_as_its_images_came():
+    class Viewing(nets.Residual):
+        def forward(self, x):
+            return super().forward(x) + 0 * x.view(len(x), -1).sum()
+
+    def look(_, args):
+        fast.append(args[0].is_contiguous(memory_format=torch.channels_last))
+
+    found = {}
+    for net in (nets.Residual, Viewing):
+        fast: list[bool] = []
+        model, converted = pair(net)
+        converted.register_forward_pre_hook(look)
+        found[net] = retrofit.drift(model, converted, X.split(10), [8]).rows[0].error, fast
+    assert found[Viewing][0] == pytest.approx(found[nets.Residual][0], rel=1e-5)
+    assert not any(found[Viewing][1])
+    assert all(found[nets.Residual][1])
 
 
 def test_in_drift_each_of_several_outputs_varies_about_its_own_mean():

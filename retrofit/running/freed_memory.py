@@ -1,4 +1,4 @@
-"""Memory of large tensors, kept from one layer to the next."""
+"""Memory of freed tensors: kept from one layer to the next, or given back to the system."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         _set(libc, _USUAL)
+        libc.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Return what is free to the system, under Linux with glibc.
+
+    Tensors of less than 32 MiB leave it with the process, in pieces that no larger one fits into.
+    """
+    libc = _glibc()
+    if libc is not None:
         libc.malloc_trim(0)
 
 

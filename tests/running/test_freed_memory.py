@@ -1,4 +1,4 @@
-"""Large tensors reuse memory while calibrating, and the process behaves as usual afterwards."""
+"""Freed memory is reused in a block, and goes back to the system when asked to or afterwards."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit.calibration.kept_memory import kept_memory
+from retrofit.running.freed_memory import give_back, kept_memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 
@@ -29,7 +29,7 @@ def in_a_process_of_its_own(function, **environment):
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
     subprocess.run(
-        [sys.executable, "-c", f"import test_kept_memory as t; t.{function.__name__}()"],
+        [sys.executable, "-c", f"import test_freed_memory as t; t.{function.__name__}()"],
         check=True,
         env={**os.environ, **environment, "PYTHONPATH": path},
     )
@@ -69,6 +69,16 @@ def test_memory_goes_back_to_the_system_at_the_end_and_after_an_error():
     with pytest.raises(KeyError), kept_memory():
         filled_and_failed()
     assert resident() < before + (100 << 20)
+
+
+@glibc
+def test_what_lies_between_tensors_that_live_goes_back_too():
+    torch.empty(16 << 18).fill_(1)  # from now on what is smaller has no mapping of its own
+    tensors = [torch.ones(1 << 18) for _ in range(200)]
+    del tensors[:199]
+    before = resident()
+    give_back()
+    assert resident() < before - (100 << 20)
 
 
 @glibc
