@@ -31,6 +31,8 @@ from retrofit.option_checks import check_flags, check_forward_fn, check_models, 
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import batch_statistics
+from retrofit.running.random_order import in_random_order
+from retrofit.sample_sizes import RECALIBRATION_IMAGES
 
 UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
@@ -138,7 +140,8 @@ def recalibrate(
             BatchNorm, at half a pass each. One batch waits in any case. The handle's `held` and
             `passes` tell what came of it.
         device: as for `calibrate`.
-        max_images: as for `calibrate`.
+        max_images: stop after this many (of each process); by default after 256 of a DataLoader
+            that shuffles, else at the end of the data.
         process_group: recalibrate with these processes together, each on data of its own, as for
             `calibrate`. Every process ends with the same statistics, those of all the data, bit for
             bit. In the default pass each normalises with its own batches, SyncBatchNorm too.
@@ -165,6 +168,8 @@ def recalibrate(
     check_models("recalibrate", model)
     model = unwrapped(model)
     processes = Processes(process_group)
+    if max_images is None and in_random_order(data):
+        max_images = RECALIBRATION_IMAGES
     feed = Feed(
         data, device, max_images, forward_fn, progress and processes.rank == 0, "recalibrate"
     )

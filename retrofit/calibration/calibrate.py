@@ -27,6 +27,8 @@ from retrofit.plans import Plan
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
+from retrofit.running.random_order import in_random_order
+from retrofit.sample_sizes import TOLERANCE
 from retrofit.tables import few
 
 
@@ -60,7 +62,8 @@ def calibrate(
         tolerance: stop as soon as 99 % of all channels have standard errors, of their mean and of
             their standard deviation, below this many of their standard deviations: 0.02 for 2 %.
             What to expect is two standard errors: moments within 4 % of those of all the data.
-            Needs data in random order. A warning tells if the data ended before.
+            Needs data in random order. A warning tells if the data ended before. By default 0.05
+            for a DataLoader that shuffles, without `max_images`; else 0, which uses all data.
         state: a file to which the observers and the place in the data are written now and then,
             and always at the end; if it is there, the calibration goes on from it, and ends with
             the moments that it would have had. The data has to come again in the same batches;
@@ -83,7 +86,7 @@ def calibrate(
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
-            that cannot be used, a tolerance that is not between 0 and 1, max_images below 1, a
+            that cannot be used, a tolerance that is not from 0 to 1, max_images below 1, a
             state file of another model, plan or data, or a model that `prepare` did not make.
         NonFiniteError: NaN or Inf at a site, with the site and the image.
         PeerError: another process failed or died, or has another model or other options.
@@ -98,7 +101,10 @@ def calibrate(
     with processes.failing_together():
         check_data(data)
         _check_options(tolerance, state, forward_fn, progress)
-        rounds, feed = _wrapped(prepared, plan, processes, state, feed, tolerance)
+        enough = tolerance
+        if tolerance is None and max_images is None and in_random_order(data):
+            enough = TOLERANCE
+        rounds, feed = _wrapped(prepared, plan, processes, state, feed, enough or None)
         learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:
             learned = _run_data(prepared, plan, samples, feed, learned, rounds.after_batch)
@@ -123,7 +129,7 @@ def _check_options(tolerance: object, state: object, forward_fn: object, progres
     """Raise RetrofitError for values that they cannot have; `Feed` checks the others."""
     if tolerance is not None:
         wanted = "lie between 0 and 1 (0.02: 2 %)"
-        check_number("tolerance", tolerance, wanted, lambda t: 0 < t < 1)
+        check_number("tolerance", tolerance, wanted, lambda t: 0 <= t < 1)
     if state is not None:
         check_path("state", state)
     check_forward_fn(forward_fn)
@@ -234,7 +240,7 @@ def _warn(report: Calibration, tolerance: float | None) -> None:
             f"the {report.images} calibration images: the network is dead there, and BatchNorm has "
             "nothing to normalise"
         )
-    if tolerance is not None and report.standard_error > tolerance:
+    if tolerance and report.standard_error > tolerance:
         warn(
             f"the calibration ended after {report.images} images at a standard error of "
             f"{report.standard_error:.2%}: a tolerance of {tolerance:.2%} needs about "

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
-from retrofit.cli.requests import ADAPT_IMAGES, DEFAULT_IMAGES, DRIFT_IMAGES, TEST_IMAGES
+from retrofit.cli.requests import DRIFT_IMAGES, TEST_IMAGES
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
+from retrofit.sample_sizes import RECALIBRATION_IMAGES, TOLERANCE
 from retrofit.tables import one_line
 from retrofit.version import __version__
 
@@ -34,7 +35,10 @@ DATA = (
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
 MOST_PIXELS = 16_384  # of a side: such a picture is 3 GB of floats
-TOLERANCE = "stop when the standard errors of 99 %% of the channels are below T of their sigma"
+TOLERANCE_HELP = (
+    "stop when the standard errors of 99 %% of the channels are below T of their sigma; default: "
+    f"{TOLERANCE:g}, and with --images 0, which uses all"
+)
 DEBUG = "show where an error came from"
 
 R = TypeVar("R")
@@ -104,7 +108,7 @@ def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add("model", help=MODEL)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
     add("--device", help="for the calibration and the drift; default: cpu")
-    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
+    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE_HELP)
     text = "kept while calibrating; a killed run goes on from it"
     add("--state", type=Path, metavar="FILE", help=text)
     text = "leave out layers that no picture reaches, rather than refuse"
@@ -113,7 +117,7 @@ def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="FILE.html", help=text)
     _add_plan(parser)
     _add_weights(parser)
-    _add_data(parser, images=None, default=f"{DEFAULT_IMAGES}; with --tolerance: all")
+    _add_data(parser, images=None, default="as many as --tolerance takes")
 
 
 def _describe_verify(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +141,7 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
     text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
     parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
     parser.add_argument("--device", help="default: cpu")
-    _add_data(parser, images=ADAPT_IMAGES, default=str(ADAPT_IMAGES))
+    _add_data(parser, images=RECALIBRATION_IMAGES, default=str(RECALIBRATION_IMAGES))
 
 
 def _describe_restore(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +151,8 @@ def _describe_restore(parser: argparse.ArgumentParser) -> None:
     _add_weights_key(parser, "FILE")
     _add_output(parser, OUTPUT)
     add("--device", help="for the calibration; default: cpu")
-    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE)
-    _add_data(parser, images=DEFAULT_IMAGES, default=str(DEFAULT_IMAGES))
+    add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE_HELP)
+    _add_data(parser, images=None, default="as many as --tolerance takes")
 
 
 def _describe_inspect(parser: argparse.ArgumentParser) -> None:
@@ -342,6 +346,6 @@ def _finite(text: str) -> float:
 
 def _fraction(text: str) -> float:
     number = _number(text)
-    if not 0 < number < 1:
+    if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (0.02: 2 %)")
     return number

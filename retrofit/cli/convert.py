@@ -18,12 +18,12 @@ from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.norm_table import norm_table
 from retrofit.cli.requests import (
-    DEFAULT_IMAGES,
     DRIFT_IMAGES,
     TEST_IMAGES,
     ConvertRequest,
     PictureOptions,
     PlanOptions,
+    may_end_early,
 )
 from retrofit.cli.sample import (
     Sample,
@@ -96,8 +96,9 @@ def run_convert(request: ConvertRequest) -> int:
         _refuse_bad_files(request, processes)
         with if_stopped(f"{request.output} is not written"):
             sample = _sample(request, processes)
-            chosen = _chosen(request, sample, processes)
-            sample.announce(chosen, f", by {processes.size} processes" if processes.group else "")
+            chosen = _chosen(sample, processes)
+            by = f", by {processes.size} processes" if processes.group else ""
+            sample.announce(chosen, by, at_most=may_end_early(request))
             plan = planned(sample.model, sample.example(chosen), request.plan)
             if not plan.inserted:
                 if processes.rank > 0:
@@ -184,10 +185,9 @@ def _own_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
-def _chosen(request: ConvertRequest, sample: Sample, processes: Processes) -> Sequence[int]:
-    """Choose the pictures to calibrate on: with a tolerance as many as there are."""
-    most = len(sample.order) if request.tolerance else DEFAULT_IMAGES
-    chosen = sample.order[: request.pictures.images or most]
+def _chosen(sample: Sample, processes: Processes) -> Sequence[int]:
+    """Choose the pictures to calibrate on; there may be more than it takes."""
+    chosen = sample.chosen
     if len(chosen) < processes.size:
         raise RetrofitError(
             f"{processes.size} processes cannot share {len(chosen)} pictures: start fewer, or use "
@@ -215,10 +215,9 @@ def _calibrated(
             process_group=processes.group,
         )
     bad = [name for names in processes.gather(batches.bad) for name in names]
-    used = len(chosen)
-    if request.tolerance:  # it may have ended early, and each process be a batch ahead of the count
-        read = report.images + len(bad)
-        used = min(used, read + sample.options.batch_size * (processes.size - 1))
+    # It may have ended early, and each process be a batch ahead of the count.
+    ahead = sample.options.batch_size * (processes.size - 1)
+    used = min(len(chosen), report.images + len(bad) + ahead)
     return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from retrofit.plans import LayoutName, Placement
 
-DEFAULT_IMAGES = 1024
-ADAPT_IMAGES = 256  # on CIFAR-10-C 500 are no better: docs/results.md
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
 
@@ -124,6 +122,13 @@ class RestoreRequest:
     overwrite: bool
     tolerance: float | None
     pictures: PictureOptions
+
+
+def may_end_early(request: ConvertRequest | RestoreRequest) -> bool:
+    """Tell whether the calibration may end before the last picture."""
+    if request.tolerance is None:
+        return request.pictures.images is None
+    return request.tolerance > 0
 
 
 @dataclass(frozen=True)

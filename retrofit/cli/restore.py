@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import retrofit
-from retrofit.cli.requests import RestoreRequest
+from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
 from retrofit.cli.text import if_stopped, say
 from retrofit.files.checkpoint import check_output
@@ -18,7 +18,7 @@ def run_restore(request: RestoreRequest) -> int:
     check_device(request.pictures)
     architecture = build(request.model).eval()
     sample = sample_for(architecture, request.model, request.pictures)
-    sample.announce(sample.chosen)
+    sample.announce(sample.chosen, at_most=may_end_early(request))
     batches = sample.batches(sample.chosen)
     with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(

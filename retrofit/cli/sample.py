@@ -80,10 +80,11 @@ class Sample:
         )
         return f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
 
-    def announce(self, indices: Sequence[int], by: str = "") -> None:
+    def announce(self, indices: Sequence[int], by: str = "", *, at_most: bool = False) -> None:
         """Say how much there is to do before it is begun."""
         device = self.options.device or home(self.model) or "cpu"
-        say(f"{len(indices):,} {self.kind} of {self.size}, on {device}{by}")
+        number = f"up to {len(indices):,}" if at_most else f"{len(indices):,}"
+        say(f"{number} {self.kind} of {self.size}, on {device}{by}")
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""
@@ -96,6 +97,7 @@ class Sample:
             channels=self.channels,
             lists=takes_lists(self.model),
             skip_bad=self.options.skip_bad_images,
+            in_random_order=True,
             pin=(self.options.device or "").startswith("cuda") and torch.cuda.is_available(),
         )
 

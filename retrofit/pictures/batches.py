@@ -179,6 +179,7 @@ class PictureBatches:
         lists: the model takes pictures of different sizes, as a list; such a batch is one.
         skip_bad: leave unreadable pictures out, and list them in `bad`, instead of raising.
         pin: give batches in pinned memory, from which copies to a GPU need not be waited for.
+        in_random_order: the indices are, so that a calibration may end before the last of them.
 
     Attributes:
         names: of the pictures in the batch yielded last.
@@ -200,10 +201,12 @@ class PictureBatches:
         lists: bool = False,
         skip_bad: bool = False,
         pin: bool = False,
+        in_random_order: bool = False,
     ) -> None:
         self.dataset = _Items(pictures, indices, transform, channels)
         self.batch_size, self.workers, self.pin = batch_size, workers, pin
         self.lists, self.skip_bad = lists, skip_bad
+        self.in_random_order = in_random_order
         self.names: list[str] = []
         self.bad: list[str] = []
         self._done = 0  # batches of this iteration, those without a readable picture too

@@ -8,6 +8,7 @@ from typing import Any
 from retrofit.errors import RetrofitError
 from retrofit.running.batch_checks import nothing_in
 from retrofit.running.nested import tensors
+from retrofit.running.random_order import in_random_order
 
 
 def looked_into(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -39,6 +40,7 @@ class _Again:
     def __init__(self, data: Iterable[Any], taken: list[Any], rest: Iterator[Any]) -> None:
         self.taken, self.rest = taken, rest
         self.dataset = getattr(data, "dataset", None)  # for the length of the progress bar
+        self.in_random_order = in_random_order(data)
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.taken

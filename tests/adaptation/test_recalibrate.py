@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nets import norms
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
 import retrofit
 from retrofit import NonFiniteError, RetrofitError
@@ -409,6 +410,17 @@ def test_forward_fn_and_max_images_are_those_of_calibrate():
         recalibrate(half, (X * 0.5).split(16), layerwise=layerwise)
         assert furthest_apart(statistics(model), statistics(half)) == 0
     assert recalibrate(model, X.split(16), max_images=20).images == 20
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_of_a_loader_that_shuffles_256_images_are_enough(layerwise):
+    model = nets.build(Net)
+    data = TensorDataset(torch.cat([X] * 10))
+    for shuffle, images in ((True, 256), (False, len(data))):
+        loader = DataLoader(data, batch_size=50, shuffle=shuffle)
+        assert recalibrate(model, loader, layerwise=layerwise).images == images
+    loader = DataLoader(data, batch_size=50, shuffle=True)
+    assert recalibrate(model, loader, layerwise=layerwise, max_images=len(data)).images == len(data)
 
 
 class OnceOnly:

@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import retrofit
 from retrofit import MomentObserver, RetrofitError
@@ -253,10 +261,54 @@ def test_a_constant_channel_is_no_obstacle(constant, batch_size):
     assert report.disagreement < 0.3
 
 
-@pytest.mark.parametrize("tolerance", [0, 1, -0.02, 2, math.nan])
+@pytest.mark.parametrize("tolerance", [1, -0.02, 2, math.nan])
 def test_a_tolerance_that_is_none_is_refused_before_any_data_is_read(tolerance):
     with pytest.raises(RetrofitError, match=f"between 0 and 1 .*, not {tolerance}"):
         calibrated((pytest.fail("read") for _ in range(1)), tolerance=tolerance)
+
+
+def loader(x, **options):
+    return DataLoader(TensorDataset(x), batch_size=10, **options)
+
+
+def in_order(x):
+    return BatchSampler(SequentialSampler(x), 10, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    ("order", "fewer"),
+    [
+        (lambda x: loader(x, shuffle=True), True),
+        (lambda x: loader(x, sampler=SubsetRandomSampler(range(len(x)))), True),
+        (lambda x: loader(x, sampler=DistributedSampler(x, 1, 0)), True),
+        (lambda x: loader(x, sampler=DistributedSampler(x, 1, 0, shuffle=False)), False),
+        (loader, False),
+        (lambda x: DataLoader(TensorDataset(x), batch_sampler=in_order(x)), False),
+        (lambda x: x.split(10), False),
+        (lambda x: iter(x.split(10)), False),
+    ],
+)
+def test_by_default_images_in_random_order_are_used_until_it_is_enough_others_all(order, fewer):
+    x = nets.images(400, 3, 8, 8)
+    report = retrofit.calibrate(prepared(), order(x), progress=False)
+    assert report.images < 200 if fewer else report.images == 400
+    assert report.standard_error <= 0.05
+    assert retrofit.calibrate(prepared(), order(x), tolerance=0, progress=False).images == 400
+    assert retrofit.calibrate(prepared(), order(x), max_images=300, progress=False).images == 300
+
+
+def test_add_batchnorm_looks_into_a_loader_and_still_knows_that_it_shuffles():
+    x, seen = nets.images(400, 3, 8, 8), []
+    net = nets.Residual()
+    net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    retrofit.add_batchnorm(net, loader(x, shuffle=True), progress=False)
+    assert 20 < sum(seen) < 300
+
+
+def test_too_few_images_in_random_order_need_no_warning_if_no_tolerance_was_asked_for():
+    report = retrofit.calibrate(prepared(), loader(nets.images(20, 3, 8, 8), shuffle=True))
+    assert report.images == 20
+    assert report.standard_error > 0.05
 
 
 def test_a_single_image_is_too_little_for_any_tolerance():

@@ -17,7 +17,7 @@ DATA = "--data pictures --crop 32 --workers 0 --batch-size 8"
 SAYS = {
     f"plan {NET} --data pictures": [],
     f"convert {NET} {DATA} --output out.safetensors --report out.html": [
-        "40 pictures of 32 x 32 pixels, on cpu",
+        "up to 40 pictures of 32 x 32 pixels, on cpu",
         "calibrate: 40 images",
         "verify: 16 images",
         "writing out.safetensors",
