@@ -3,11 +3,14 @@
     python scripts/finetune.py --data CIFAR10 --output docs/results
     python scripts/finetune.py --data CIFAR10 --output docs/results --study settings
     python scripts/finetune.py --data CIFAR10 --output docs/results --study sample
+    python scripts/finetune.py --data CIFAR10 --output docs/results --study folded
+    python scripts/finetune.py --data CIFAR10 --output docs/results --study folded-turned
 
-CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. The network of `retrofit demo`
-is fine-tuned on some of the training pictures, inverted, and tested on the inverted test pictures.
-The seed chooses the pictures and their order; a learning rate and a seed are the same task for
-every variant. A study is written to OUTPUT/finetune-STUDY.csv run by run, so that one that was
+CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. A network of `retrofit demo`,
+the plain VGG or the folded ResNet, is fine-tuned on some of the training pictures, inverted or
+turned on their side, and tested on such test pictures; `finetune_variants.py` has what the studies
+compare. The seed chooses the pictures and their order; a learning rate and a seed are the same task
+for every variant. A study is written to OUTPUT/finetune-STUDY.csv run by run, so that one that was
 interrupted goes on where it was, and at last as a table (.md) and a figure (.svg).
 """
 
@@ -17,14 +20,14 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from finetune_tables import Protocol, Run, by_learning_rate, draw, usable
+from finetune_variants import STUDIES, TASKS, Variant, network, sample
 from markdown_table import markdown_table
 from pictures import accuracy, augment, normalise, read
 from recorded_runs import RecordedRuns
@@ -36,64 +39,8 @@ from retrofit.files.model_sources import build
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What a study compares: the BatchNorm that the network gets, and how it is trained.
-
-    tolerance: of the calibration; by default it uses all pictures.
-    frozen: share of the steps, from the first, under frozen statistics.
-    decay_all: weight decay on BatchNorm and biases too.
-    recalibrated: after the last step, on the pictures of the training.
-    augmented: these, shifted and mirrored as in training.
-    """
-
-    batchnorm: Literal["none", "uncalibrated", "calibrated"] = "calibrated"
-    source: bool = False  # calibrated on upright pictures, such as the network was trained on
-    tolerance: float | None = None
-    momentum: float = 0.1
-    frozen: float = 0.0
-    weight_decay: float = 5e-4
-    decay_all: bool = False
-    recalibrated: bool = False
-    augmented: bool = False
-
-
-STUDIES: Mapping[str, Mapping[str, Variant]] = {
-    "rates": {
-        "plain": Variant("none"),
-        "naive": Variant("uncalibrated"),
-        "retrofitted": Variant(),
-        "frozen first": Variant(frozen=0.25),
-    },
-    "settings": {
-        "default": Variant(),
-        "calibrated on upright pictures": Variant(source=True),
-        "momentum 0.01": Variant(momentum=0.01),
-        "momentum 0.01, recalibrated": Variant(momentum=0.01, recalibrated=True),
-        "momentum 0.01, recalibrated, augmented": Variant(
-            momentum=0.01, recalibrated=True, augmented=True
-        ),
-        "momentum 0.5": Variant(momentum=0.5),
-        "frozen for a quarter": Variant(frozen=0.25),
-        "frozen throughout": Variant(frozen=1.0),
-        "decay 5e-4 on everything": Variant(decay_all=True),
-        "decay 5e-3": Variant(weight_decay=5e-3),
-        "decay 5e-3 on everything": Variant(weight_decay=5e-3, decay_all=True),
-    },
-    "sample": {
-        "all pictures": Variant(),
-        **{f"tolerance {t:.0%}": Variant(tolerance=t) for t in (0.01, 0.02, 0.03, 0.05, 0.1)},
-    },
-}
-RATES = {
-    "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
-    "settings": [0.1],
-    "sample": [0.03, 0.1],
-}
-
-
-@dataclass(frozen=True)
 class Task:
-    """Pictures to train on and to test on, inverted."""
+    """Pictures to train on and to test on."""
 
     pictures: Tensor
     labels: Tensor
@@ -102,29 +49,6 @@ class Task:
 
 
 # --- training ----------------------------------------------------------------------------------
-
-
-def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module:
-    """Build the trained network with the variant's BatchNorm, calibrated on these pictures."""
-    model = build(protocol.model).eval()
-    if variant.batchnorm == "uncalibrated":
-        return retrofit.insert(model, momentum=variant.momentum)
-    if variant.batchnorm == "calibrated":
-        return retrofit.add_batchnorm(
-            model,
-            sample(variant, pictures),
-            momentum=variant.momentum,
-            tolerance=variant.tolerance,
-            progress=False,
-        )
-    return model
-
-
-def sample(variant: Variant, pictures: Tensor) -> tuple[Tensor, ...]:
-    """Make batches to calibrate on, small where the calibration may stop after any."""
-    x = normalise(255 - pictures if variant.source else pictures)
-    batches: tuple[Tensor, ...] = x.split(16 if variant.tolerance else 128)
-    return batches
 
 
 def train(
@@ -136,24 +60,29 @@ def train(
     labels: Tensor,
     device: str,
 ) -> list[float]:
-    """Train by SGD with momentum and torch's one-cycle schedule (30 % warm-up, then a cosine).
+    """Train with torch's one-cycle schedule (30 % warm-up, then a cosine); SGD has momentum 0.9.
 
     Returns the losses; training ends after one that is not finite.
     """
     groups = retrofit.param_groups(model, variant.weight_decay)
     if variant.decay_all:
         groups = [group | {"weight_decay": variant.weight_decay} for group in groups]
-    optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+    optimizer: torch.optim.Optimizer
+    if variant.optimizer == "SGD":
+        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    steps = protocol.steps * variant.longer
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=protocol.steps, cycle_momentum=False
+        optimizer, max_lr=learning_rate, total_steps=steps, cycle_momentum=False
     )
-    thaw = round(variant.frozen * protocol.steps)
+    thaw = round(variant.frozen * steps)
     if thaw:
         retrofit.freeze_statistics(model)
     losses: list[float] = []
     batches = shuffled_batches(len(pictures), protocol.batch_size)
     model.train()
-    for step, index in enumerate(itertools.islice(batches, protocol.steps)):
+    for step, index in enumerate(itertools.islice(batches, steps)):
         if step == thaw:
             retrofit.unfreeze_statistics(model)
         x = normalise(augment(pictures[index])).to(device)
@@ -163,6 +92,8 @@ def train(
             break
         optimizer.zero_grad()
         loss.backward()
+        if variant.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), variant.clip)
         optimizer.step()
         schedule.step()
     return losses
@@ -218,7 +149,7 @@ def study(
     task: Task,
     protocol: Protocol,
     variants: Mapping[str, Variant],
-    rates: list[float],
+    rates: Sequence[float],
     seeds: int,
     file: Path,
     device: str = "cpu",
@@ -226,7 +157,12 @@ def study(
     """Make all runs, seed by seed, except those that are in `file` already."""
     record = RecordedRuns(file, Run, asdict(protocol))
     done = {found.key for found in record.runs}
-    wanted = [(name, lr, seed) for seed in range(seeds) for lr in rates for name in variants]
+    wanted = [
+        (name, lr, seed)
+        for seed in range(seeds)
+        for name, variant in variants.items()
+        for lr in variant.rates or rates
+    ]
     for name, lr, seed in (bar := tqdm([key for key in wanted if key not in done], desc="runs")):
         bar.set_postfix_str(f"{name}, learning rate {lr:g}, seed {seed}")
         record.append(run(task, protocol, name, variants[name], lr, seed, device))
@@ -256,7 +192,7 @@ def drifts(task: Task, protocol: Protocol) -> str:
 def samples_used(task: Task, protocol: Protocol, seeds: int) -> str:
     """Tabulate how many pictures a tolerance needs."""
     lines = []
-    for name, variant in STUDIES["sample"].items():
+    for name, variant in STUDIES["sample"].variants.items():
         counts = []
         for seed in range(seeds):
             pictures, _ = chosen(task, protocol, seed)
@@ -272,16 +208,16 @@ def samples_used(task: Task, protocol: Protocol, seeds: int) -> str:
 # --- the command -------------------------------------------------------------------------------
 
 
-def loaded(folder: Path, *, quick: bool) -> Task:
-    """Read the pictures of a folder; to be quick, every fifth of the test pictures."""
+def loaded(folder: Path, task: str, test_every: int) -> Task:
+    """Read the pictures of a folder, as those of the task; only some of the test pictures."""
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise SystemExit(
                 f"{folder} has no folder {part}: --data is a folder with train and test"
             )
     pictures, labels = read(folder / "train")
-    test_pictures, test_labels = (t[:: 5 if quick else 1] for t in read(folder / "test"))
-    return Task(255 - pictures, labels, 255 - test_pictures, test_labels)
+    test_pictures, test_labels = (t[::test_every] for t in read(folder / "test"))
+    return Task(TASKS[task](pictures), labels, TASKS[task](test_pictures), test_labels)
 
 
 def parsed() -> argparse.Namespace:
@@ -293,17 +229,19 @@ def parsed() -> argparse.Namespace:
     add("--quick", action="store_true", help="a few short runs: minutes on a CPU")
     add("--learning-rates", type=float, nargs="+", metavar="RATE")
     add("--seeds", type=int, help="3; if quick 1")
-    add("--steps", type=int, help="300; if quick 40")
+    add("--steps", type=int, help="300, of folded networks 150; if quick 40")
     add("--images", type=int, help="to train on; 5,000; if quick 1,000")
     add("--batch-size", type=int, default=64)
-    add("--model", default="retrofit.demo:trained_vgg", help="as for `retrofit plan`")
+    add("--model", help="as for `retrofit plan`; default: that of the study")
     add("--device", default="cpu")
     arguments = parser.parse_args()
     quick = arguments.quick
     arguments.seeds = arguments.seeds or (1 if quick else 3)
-    arguments.steps = arguments.steps or (40 if quick else 300)
+    chosen = STUDIES[arguments.study]
+    arguments.model = arguments.model or chosen.model
+    arguments.steps = arguments.steps or (40 if quick else chosen.steps)
     arguments.images = arguments.images or (1000 if quick else 5000)
-    rates = RATES[arguments.study][:: 2 if quick else 1]
+    rates = chosen.rates[:: 2 if quick else 1]
     arguments.learning_rates = arguments.learning_rates or rates
     return arguments
 
@@ -315,7 +253,8 @@ def checked_task(arguments: argparse.Namespace) -> Task:
         raise SystemExit(f"--images {images} is less than --batch-size {batch_size}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
-    task = loaded(arguments.data, quick=arguments.quick)
+    chosen = STUDIES[arguments.study]
+    task = loaded(arguments.data, chosen.task, 5 if arguments.quick else chosen.test_every)
     if len(task.pictures) < images:
         raise SystemExit(
             f"{arguments.data / 'train'} has {len(task.pictures)} pictures: too few for "
@@ -336,10 +275,10 @@ def main() -> None:
         arguments.steps,
         arguments.batch_size,
     )
-    variants, rates = STUDIES[arguments.study], arguments.learning_rates
+    variants, rates = STUDIES[arguments.study].variants, arguments.learning_rates
     runs = study(task, protocol, variants, rates, arguments.seeds, file, arguments.device)
     table = by_learning_rate(runs)
-    if arguments.study == "rates":
+    if arguments.study not in ("sample", "settings"):
         table += "\n" + usable(runs)
         draw(runs).savefig(file.with_suffix(".svg"), metadata={"Date": None})
     elif arguments.study == "sample":

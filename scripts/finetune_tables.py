@@ -70,8 +70,11 @@ def by_learning_rate(runs: Sequence[Run]) -> str:
     rates = sorted({run.learning_rate for run in runs})
     lines = []
     for name, found in accuracies(runs).items():
-        lost = {rate: diverged[name, rate] for rate in rates}
-        cells = [spread(found[r]) + f" ({lost[r]} diverged)" * (lost[r] > 0) for r in rates]
+        cells = []
+        for rate in rates:
+            lost = diverged[name, rate]
+            cell = spread(found[rate]) if rate in found else ""
+            cells.append(cell + f" ({lost} diverged)" * (lost > 0))
         lines.append([name, *cells])
     return markdown_table(["variant", *(f"{rate:g}" for rate in rates)], lines)
 

@@ -1,13 +1,17 @@
-r"""Train the network of `retrofit demo` and pack the pictures it shows.
+r"""Train the networks of `retrofit demo` and pack the pictures it shows.
 
     python scripts/train_demo.py --data CIFAR10 --weights retrofit/demo/vgg-cifar10.safetensors \
         --pictures retrofit/demo/cifar10-sample.tar.xz
     python scripts/train_demo.py --data CIFAR10 --seed 1 \
         --weights notebooks/vgg-cifar10-1.safetensors
+    python scripts/train_demo.py --data CIFAR10 --network resnet --epochs 15 --lr 0.2 \
+        --weights notebooks/resnet-cifar10.safetensors \
+        --folded retrofit/demo/resnet-cifar10-folded.safetensors
 
 CIFAR10 is a folder with train/<class>/*.jpg and test/<class>/*.jpg. The weights are stored in
 float16; the accuracy of the weights as stored, on the whole test set, stands in the metadata. The
-pictures are some for calibration (from train, flat) and some for the test (by class).
+pictures are some for calibration (from train, flat) and some for the test (by class). The ResNet's
+weights are stored as they are trained, and once more with the BatchNorms folded away by torch.fx.
 """
 
 from __future__ import annotations
@@ -24,9 +28,12 @@ import torchvision
 from pictures import accuracy, augment, normalise, read
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from retrofit.demo.network import CLASSES, vgg_cifar10
+from retrofit.demo.network import CLASSES, resnet_cifar10, vgg_cifar10
+
+NETWORKS = {"vgg": vgg_cifar10, "resnet": resnet_cifar10}
 
 
 def train(model: nn.Module, pictures: Tensor, labels: Tensor, epochs: int, lr: float) -> None:
@@ -68,10 +75,32 @@ def pack(data: Path, file: Path, calibration: int, test: int) -> None:
                     tar.addfile(entry, io.BytesIO(content))
 
 
+def store(model: nn.Module, file: Path, data: Path, training: str) -> None:
+    """Write a network's weights, in float16; test what the file will hold."""
+    stored = {
+        name: t.half().contiguous() if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+    model.load_state_dict(stored)
+    result = accuracy(model, *read(data / "test"))
+    metadata = {
+        "format": "pt",
+        "test_accuracy": f"{result:.4f}",
+        "test_pictures": "10000",
+        "training": training,
+        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    save_file(stored, file, metadata)
+    print(f"{file}: {result:.2%} right of 10,000 test pictures, weights in float16")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--network", choices=NETWORKS, default="vgg")
     parser.add_argument("--weights", type=Path, help="file to write; default: no training")
+    parser.add_argument("--folded", type=Path, help="file to write, without BatchNorm")
     parser.add_argument("--pictures", type=Path, help="file to write; default: none")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--lr", type=float, default=0.05)
@@ -85,22 +114,12 @@ def main() -> None:
     if not args.weights:
         return
     torch.manual_seed(args.seed)
-    model = vgg_cifar10().to(memory_format=torch.channels_last)
+    model = NETWORKS[args.network]().to(memory_format=torch.channels_last)
     train(model, *read(args.data / "train"), args.epochs, args.lr)
-
-    stored = {name: t.half().contiguous() for name, t in model.state_dict().items()}
-    model.load_state_dict(stored)  # evaluate what the file will hold
-    result = accuracy(model, *read(args.data / "test"))
-    metadata = {
-        "format": "pt",
-        "test_accuracy": f"{result:.4f}",
-        "test_pictures": "10000",
-        "training": f"{args.epochs} epochs, SGD one-cycle to {args.lr}, seed {args.seed}",
-        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-    save_file(stored, args.weights, metadata)
-    print(f"accuracy on 10,000 test pictures, weights in float16: {result:.2%}")
+    training = f"{args.epochs} epochs, SGD one-cycle to {args.lr}, seed {args.seed}"
+    store(model, args.weights, args.data, training)
+    if args.folded:
+        store(fuse(model.eval()), args.folded, args.data, training)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retrofit.calibration.calibrate import calibrate
 from retrofit.checking.verify import verify
 from retrofit.conversion import convert, insert, prepare
-from retrofit.demo.network import CLASSES, MEAN, STD, vgg_cifar10
+from retrofit.demo.network import CLASSES, MEAN, STD, resnet_cifar10, vgg_cifar10
 from retrofit.files.checkpoint import load, save
 from retrofit.files.fitting import load_weights
 from retrofit.files.weights import read_weights
@@ -27,6 +27,7 @@ from retrofit.tables import table
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "vgg-cifar10.safetensors"
+FOLDED = HERE / "resnet-cifar10-folded.safetensors"
 PICTURES = HERE / "cifar10-sample.tar.xz"
 BATCH = 128
 
@@ -37,6 +38,17 @@ def trained_vgg() -> nn.Module:
     tensors, _ = read_weights(WEIGHTS)
     load_weights(model, tensors, str(WEIGHTS))
     model.eval()
+    return model
+
+
+def folded_resnet() -> nn.Module:
+    """Load the demo's ResNet-20, whose BatchNorms were folded away after training, in eval mode.
+
+    It has a bias in each convolution, and an Identity in the place of each BatchNorm.
+    """
+    model: nn.Module = fold(resnet_cifar10().eval())
+    tensors, _ = read_weights(FOLDED)
+    load_weights(model, tensors, str(FOLDED))
     return model
 
 

@@ -132,4 +132,4 @@ def test_the_highest_usable_rate_is_within_10_points_of_the_best_mean(finetune):
     tables = importlib.import_module("finetune_tables")
     accuracies = {0.01: [0.70, 0.72], 0.1: [0.80, 0.60], 0.3: [0.61, 0.63], 1.0: [0.90, 0.10]}
     assert tables.highest_usable(accuracies) == 0.3
-    assert finetune.STUDIES["rates"].keys() == set(VARIANTS)
+    assert finetune.STUDIES["rates"].variants.keys() == set(VARIANTS)
