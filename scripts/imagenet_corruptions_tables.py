@@ -99,10 +99,12 @@ def summary(rows: Sequence[Row]) -> str:
     )
     lines = [about, f"- uncorrupted {clean:.1f} %, corrupted {plain:.1f} %"]
     for way in WAYS[1:]:
-        share, error = results.won_back(results.cells, way)
-        mean = results.accuracy(results.cells, way)
+        won = ""
+        if plain < clean:
+            share, error = results.won_back(results.cells, way)
+            won = f", {share:.0f} ± {error:.0f} % of what was lost"
         lines.append(
-            f"- {way}: {mean:.1f} %, {share:.0f} ± {error:.0f} % of what was lost; uncorrupted "
+            f"- {way}: {results.accuracy(results.cells, way):.1f} %{won}; uncorrupted "
             f"{signed(results.gain([CLEAN], way))} points; it costs accuracy under "
             f"{costly(results, way)}"
         )
