@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,13 +61,13 @@ def measured(
         called[path] = None
         samples.take(path, x.detach())
 
-    def learn(_: Fed) -> bool:
+    def learn(_: Fed) -> float:
         nonlocal statistics
         statistics = samples.added_to(statistics)
-        return False
+        return math.inf
 
     with hooked(norms, measure):
-        fed = feed.run(model, samples, until=learn)
+        fed = feed.run(model, samples, needed=learn)
     by_path = samples.split(statistics)
     return fed, {path: by_path[path] for path in called}
 

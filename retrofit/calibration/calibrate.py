@@ -172,15 +172,16 @@ def _run_data(
         nonlocal known
         known = replace(known, statistics=samples.added_to(known.statistics))
 
-    def is_enough(fed: Fed) -> bool:
+    def needed(fed: Fed) -> float:
         nonlocal known
         learn()  # what a forward_fn has run
         known = after_batch(replace(known, fed=fed))
-        return known.ended
+        # An estimate ends nothing: that is for the next check.
+        return fed.images if known.ended else max(known.needed, fed.images + 1)
 
     run = ForwardPass(prepared, plan, samples, part_done=learn)
     with evaluating(prepared), run, _receiving(prepared, samples):
-        fed = feed.run(prepared, samples, call=run, start=start.fed, until=is_enough)
+        fed = feed.run(prepared, samples, call=run, start=start.fed, needed=needed)
     return replace(known, fed=fed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ class Feed:
         *,
         call: Callable[[Arguments], object] | None = None,
         start: Fed = Fed(),
-        until: Callable[[Fed], bool] = lambda _: False,
+        needed: Callable[[Fed], float] = lambda _: math.inf,
     ) -> Fed:
         """Run all batches through `model`, without gradients; modes are the caller's.
 
@@ -67,7 +68,8 @@ class Feed:
             samples: what hooks or observers in it fill.
             call: runs the model on arguments, in another way than to pass them.
             start: what was fed before; the rest is counted on from there.
-            until: asked after each batch, with all that was fed, whether that is enough.
+            needed: asked after each batch, with all that was fed, how many images that takes; it
+                ends when there were as many, and the bar expects no more.
 
         Raises:
             NonFiniteError: with the image's place in the data, if the site gets one sample for
@@ -83,7 +85,7 @@ class Feed:
             ) as bar,
             self.opened(model) as device,
         ):
-            batches = self.batches(model, device, start.images)
+            batches, there_are = self.batches(model, device, start.images), bar.total or math.inf
             while True:
                 asked = time.perf_counter()
                 batch = next(batches, None)
@@ -100,7 +102,9 @@ class Feed:
                 share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
                 bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
                 bar.update(batch.images)
-                if until(fed):
+                most = min(needed(fed), there_are)
+                bar.total = math.ceil(most) if math.isfinite(most) else None
+                if fed.images >= most:
                     break
         return fed
 

@@ -35,6 +35,7 @@ class Learned:
         statistics: of all sites, side by side.
         fed: how much that took.
         checked: images of all processes when the standard errors were checked last.
+        needed: images of this process that, as estimated then, are enough.
         ended: all data is used, or the sample is enough.
         seconds: how long it took, the runs before a kill included.
     """
@@ -42,6 +43,7 @@ class Learned:
     statistics: ChannelStatistics
     fed: Fed = field(default_factory=Fed)
     checked: int = 0
+    needed: float = math.inf
     ended: bool = False
     seconds: float = 0.0
 
@@ -120,10 +122,13 @@ class Rounds:
         due = self.file is not None and self.file.due
         news = self.processes.gather((learned.fed.images, done, due))
         images = sum(one for one, _, _ in news)
-        ended, checked = all(one for _, one, _ in news), learned.checked
-        if self.tolerance is not None and not ended and _checks(images) > _checks(checked):
-            checked, ended = images, self._is_enough(learned, images, self.tolerance)
-        learned = replace(learned, checked=checked, ended=ended)
+        ended = all(one for _, one, _ in news)
+        if self.tolerance is not None and not ended and _checks(images) > _checks(learned.checked):
+            share = self._share(learned, images, self.tolerance)
+            ended = share >= 1
+            needed = learned.fed.images / share if share else math.inf
+            learned = replace(learned, checked=images, needed=needed)
+        learned = replace(learned, ended=ended)
         if self.file is not None and self.data is not None and (news[0][2] or ended):
             elapsed = time.perf_counter() - self.begun
             state = _to_state(replace(learned, seconds=elapsed)) | {"data": self.data.state_dict()}
@@ -132,10 +137,13 @@ class Rounds:
                 self.file.write(self.described, content)
         return learned
 
-    def _is_enough(self, learned: Learned, images: int, tolerance: float) -> bool:
-        statistics = self._merged(learned.statistics)
-        enough = self.processes.rank == 0 and standard_error([statistics], images) <= tolerance
-        return self.processes.from_first(enough)
+    def _share(self, learned: Learned, images: int, tolerance: float) -> float:
+        """Estimate which share of the images needed there were; see `Calibration.images_needed`."""
+        statistics, share = self._merged(learned.statistics), 0.0
+        if self.processes.rank == 0:
+            error = standard_error([statistics], images)
+            share = (tolerance / error) ** 2 if error else math.inf
+        return self.processes.from_first(share)
 
     def _merged(self, own: ChannelStatistics) -> ChannelStatistics:
         """Merge the statistics of all processes, in their order; only the first one's are whole."""

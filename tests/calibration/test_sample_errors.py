@@ -20,11 +20,13 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
 )
+from tqdm import tqdm
 
 import retrofit
 from retrofit import MomentObserver, RetrofitError
 from retrofit.calibration.sample_errors import site_samples
 from retrofit.numerics.channel_statistics import ChannelStatistics
+from retrofit.running.progress import images_bar
 
 
 def observer(channels):
@@ -309,6 +311,23 @@ def test_too_few_images_in_random_order_need_no_warning_if_no_tolerance_was_aske
     report = retrofit.calibrate(prepared(), loader(nets.images(20, 3, 8, 8), shuffle=True))
     assert report.images == 20
     assert report.standard_error > 0.05
+
+
+def test_the_bar_expects_as_many_images_as_it_will_take(monkeypatch):
+    bars, expected = [], []
+
+    def kept(*args, **kwargs):
+        bars.append(images_bar(*args, **kwargs))
+        bars[0].update = lambda n: (expected.append(bars[0].total), tqdm.update(bars[0], n))
+        return bars[0]
+
+    monkeypatch.setattr("retrofit.calibration.feeding.images_bar", kept)
+    monkeypatch.setattr("retrofit.running.progress._draws_bars", lambda: True)
+    x = grey(1000)
+    report = retrofit.calibrate(prepared(), x.split(10), tolerance=0.1)
+    assert bars[0].n == bars[0].total == report.images < 900
+    assert expected[0] == 1000  # nothing is known yet
+    assert report.images / 2 < expected[len(expected) // 2] < report.images * 2
 
 
 def test_a_single_image_is_too_little_for_any_tolerance():
