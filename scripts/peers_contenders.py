@@ -250,7 +250,7 @@ CONTENDERS: dict[str, Contender] = {
         onnxsim_bn_recovery, "onnxsim.bn_recovery", "onnxsim", "PyPI: onnxsim>=0.8"
     ),
     "TinyNeuralNetwork model_restore_bn": TinyNeuralNetwork(tinynn_restore_bn),
-    f"the same, {PASSES} passes, nn.Conv2d named": TinyNeuralNetwork(
+    f"TinyNeuralNetwork, {PASSES} passes, nn.Conv2d named": TinyNeuralNetwork(
         functools.partial(tinynn_restore_bn, passes=PASSES, chosen=True)
     ),
     "RepVGG-style moving average": Contender(repvgg_style, distribution=""),
