@@ -280,7 +280,8 @@ def main() -> None:
     table = by_learning_rate(runs)
     if arguments.study not in ("sample", "settings"):
         table += "\n" + usable(runs)
-        draw(runs).savefig(file.with_suffix(".svg"), metadata={"Date": None})
+        drawn = [one for one in runs if one.variant in (STUDIES[arguments.study].drawn or variants)]
+        draw(drawn).savefig(file.with_suffix(".svg"), metadata={"Date": None})
     elif arguments.study == "sample":
         table += "\n" + samples_used(task, protocol, arguments.seeds)
     else:

@@ -81,6 +81,7 @@ class Study:
     task: str = "inverted"
     steps: int = 300
     test_every: int = 1  # of the 10,000 test pictures, every so many-th
+    drawn: tuple[str, ...] = ()  # variants in the figure; by default all
 
 
 FOLDED, RESTORED = Variant("none"), Variant("restored", tolerance=0.05)
@@ -106,6 +107,7 @@ OF_FOLDED = Study(
     model="retrofit.demo:folded_resnet",
     steps=150,
     test_every=5,
+    drawn=("folded", "folded, clipped", "folded, AdamW", "restored", "original"),
 )
 STUDIES: Mapping[str, Study] = {
     "rates": Study(
