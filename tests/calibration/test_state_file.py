@@ -297,6 +297,7 @@ def test_one_file_cannot_be_the_state_and_the_output(tmp_path, capsys):
     assert "--state and --output are both" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_removes_the_state_at_the_end_and_refuses_that_of_other_data(tmp_path, capsys):
     pictures(tmp_path)
     state = tmp_path / "state"

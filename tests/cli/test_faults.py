@@ -164,6 +164,7 @@ def test_a_signal_while_writing_leaves_nothing_behind(folder, words, number):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(folder):
     first = functools.partial(fault, 3, "orphans pids")
     assert command(folder, *CONVERT.split(), "--workers", 2, first=first).code == -signal.SIGKILL

@@ -67,7 +67,7 @@ def test_inspect_lists_the_batchnorms_of_the_file_by_name(capsys):
 
 BAD = [
     ("resnet34 --weights folded.pth", "has no layer1.2.conv1.weight"),
-    ("vgg11 --weights folded.pth", "this VGG has no BatchNorm to restore"),
+    ("squeezenet1_1 --weights folded.pth", "this SqueezeNet has no BatchNorm to restore"),
     ("resnet18 --weights plain.pth", "plain.pth loads as it is: all of its BatchNorms are there"),
     ("resnet18 --weights none.pth", "there is no file none.pth"),
     ("resnet81 --weights folded.pth", "torchvision has no model 'resnet81'"),

@@ -79,6 +79,7 @@ def test_a_resnet_from_an_onnx_file(dynamo):
     assert_close(variables["restored"], original, images[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_a_mobilenet_from_weights_on_the_command_line(capsys):
     folded = retrofit.fold(trained(timm.create_model("mobilenetv2_100")))

@@ -459,6 +459,7 @@ def test_a_state_file_with_other_entries_is_damage(tmp_path, change):
     assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
 
 
+@pytest.mark.slow
 def test_batchnorms_of_any_tensors_can_be_inspected(tmp_path):
     names = ("running_mean", "running_var", "weight", "bias")
     norms = {

@@ -133,6 +133,7 @@ def test_an_error_in_a_transform_of_ones_own_is_passed_on(workers):
         list(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OPEN_FILES.exists(), reason="needs /proc")
 def test_a_shard_that_the_system_cannot_read_is_named(tmp_path):
     (tmp_path / "a.tar").symlink_to("/proc/self/mem")

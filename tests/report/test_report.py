@@ -311,6 +311,7 @@ def test_too_few_pictures_for_the_drift_is_said_on_the_page(run, convertible, tm
     assert "could not be measured: 1 images are too few for the batch sizes [8, 32, 128]" in text
 
 
+@pytest.mark.slow
 def test_the_drift_is_measured_on_a_part_of_the_sample_or_beyond_it(run, convertible, tmp_path):
     """On the sample itself a batch as large as that would have no drift at all."""
     files = ("--output", "bn.pth", "--report", "page.html", "--overwrite")
@@ -326,6 +327,7 @@ def test_the_drift_is_measured_on_a_part_of_the_sample_or_beyond_it(run, convert
     assert sizes == [["8", "128"], ["32", "128"], ["128", "128"]]
 
 
+@pytest.mark.slow
 def test_drift_and_parity_are_measured_anew_on_request(run, convertible, report, tmp_path):
     assert run(*convertible, "--output", "bn.safetensors")[0] == 0
     model = nets.build(nets.Residual)
