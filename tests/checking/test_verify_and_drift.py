@@ -318,11 +318,12 @@ def test_drift_is_right_for_outputs_far_from_zero(scale, offset):
     model, converted = pair(Far)
     row = retrofit.drift(model, converted, X.split(10), [8]).rows[0]
     trained = copy.deepcopy(converted).train()
+    images = X.contiguous(memory_format=torch.channels_last)  # as drift has them: other roundings
     with torch.no_grad():
-        expected = model(X)
-        actual = torch.cat([trained(x) for x in X.split(8)])
+        expected = model(images)
+        actual = torch.cat([trained(x) for x in images.split(8)])
     error = (actual - expected).square().mean().sqrt() / expected.std(correction=0)
-    assert row.error == pytest.approx(float(error), rel=1e-5)
+    assert row.error == pytest.approx(float(error), rel=1e-6)
 
 
 def test_drift_runs_a_model_that_cannot_in_channels_last_as_its_images_came():
