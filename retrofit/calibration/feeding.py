@@ -102,9 +102,10 @@ class Feed:
                 share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
                 bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
                 bar.update(batch.images)
-                most = min(needed(fed), there_are)
-                bar.total = math.ceil(most) if math.isfinite(most) else None
-                if fed.images >= most:
+                enough = needed(fed)
+                expected = min(enough, there_are)
+                bar.total = math.ceil(expected) if math.isfinite(expected) else None
+                if fed.images >= enough:
                     break
         return fed
 

@@ -115,7 +115,12 @@ def run_adapt(request: AdaptRequest) -> int:
     start = time.perf_counter()
     with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
-            model, batches, layerwise=True, prior=request.prior, device=request.pictures.device
+            model,
+            batches,
+            layerwise=True,
+            prior=request.prior,
+            device=request.pictures.device,
+            max_images=request.pictures.images,
         )
     seconds = time.perf_counter() - start
     if (record := record_of(model)) is not None:

@@ -210,6 +210,7 @@ def _calibrated(
             prepared,
             batches,
             device=sample.options.device,
+            max_images=sample.options.images,
             tolerance=request.tolerance,
             state=request.state,
             process_group=processes.group,

@@ -26,6 +26,7 @@ def run_restore(request: RestoreRequest) -> int:
             request.weights,
             batches,
             device=request.pictures.device,
+            max_images=request.pictures.images,
             tolerance=request.tolerance,
             weights_key=request.weights_key,
         )

@@ -16,6 +16,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -297,6 +298,12 @@ def test_by_default_images_in_random_order_are_used_until_it_is_enough_others_al
     assert report.standard_error <= 0.05
     assert retrofit.calibrate(prepared(), order(x), tolerance=0, progress=False).images == 400
     assert retrofit.calibrate(prepared(), order(x), max_images=300, progress=False).images == 300
+
+
+def test_a_loader_that_draws_more_than_its_data_set_holds_is_used_to_its_end():
+    x = nets.images(50, 3, 8, 8)
+    often = DataLoader(TensorDataset(x), 10, sampler=RandomSampler(x, True, 120))
+    assert retrofit.calibrate(prepared(), often, tolerance=0, progress=False).images == 120
 
 
 def test_add_batchnorm_looks_into_a_loader_and_still_knows_that_it_shuffles():

@@ -1,6 +1,7 @@
 """The command line as a user types it: what it prints, writes, and how it exits."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -538,6 +539,33 @@ def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_pa
         assert code == 0
         assert count in out
         assert "verified on         16 other pictures" in out
+
+
+def test_as_many_pictures_are_used_as_asked_although_fewer_are_enough(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net(norm=nn.Identity):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Flatten(),"
+        " nn.Linear(400, 2))\n"
+        "def stock():\n    return net(nn.BatchNorm2d)\n"
+    )
+    values = np.random.default_rng(0).integers(0, 256, (400, 12, 12, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", values)
+    options = ("--data", "a.npy", "--crop", "12", "--workers", "0", "--mean", "0.5", "--std", "0.2")
+    net, bn, weights = ("--model", "mine.py:net"), "bn.safetensors", "weights.safetensors"
+    convert = ("convert", "mine.py:net", "--output", bn, "--overwrite", *options)
+    code, out, err = run(*convert)
+    assert (code, err) == (0, [])
+    assert int(re.search(r"calibrated on +(\d+) pictures", out)[1]) < 300
+    for images, counted in ((["--images", "350"], "350"), (["--tolerance", "0"], "400")):
+        assert f"calibrated on       {counted} pictures" in run(*convert, *images)[1]
+    for images, counted in (([], "256"), (["--images", "350"], "350")):
+        found = run("adapt", bn, *net, "--output", "new.pth", "--overwrite", *options, *images)
+        assert f"adapted on          {counted} pictures" in found[1]
+    assert run("fold", bn, *net, "--output", weights)[0] == 0
+    restore = ("restore", "mine.py:stock", "--weights", weights, "--output", "r.pth", "--overwrite")
+    found = run(*restore, *options, "--images", "350")
+    assert "statistics of 350 images" in found[1]
 
 
 def test_the_command_runs_in_a_thread_too(capsys):
