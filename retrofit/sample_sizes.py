@@ -1,6 +1,13 @@
 """How many images are enough by default: docs/results.md has what fewer and more of them bring."""
 
+from __future__ import annotations
+
 # Of the channel's standard deviation: standard errors that calibration may end at.
 TOLERANCE = 0.05
 # To re-estimate statistics on.
 RECALIBRATION_IMAGES = 256
+
+
+def default_tolerance(max_images: int | None) -> float:
+    """Choose for images in random order: 0, for all, where their number is asked for."""
+    return TOLERANCE if max_images is None else 0.0

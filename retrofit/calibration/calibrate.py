@@ -28,7 +28,7 @@ from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
 from retrofit.running.random_order import in_random_order
-from retrofit.sample_sizes import TOLERANCE
+from retrofit.sample_sizes import default_tolerance
 from retrofit.tables import few
 
 
@@ -86,7 +86,7 @@ def calibrate(
 
     Raises:
         RetrofitError: no data or fewer than 2 images, an input without a batch axis, a device
-            that cannot be used, a tolerance that is not from 0 to 1, max_images below 1, a
+            that cannot be used, a tolerance below 0 or not below 1, max_images below 1, a
             state file of another model, plan or data, or a model that `prepare` did not make.
         NonFiniteError: NaN or Inf at a site, with the site and the image.
         PeerError: another process failed or died, or has another model or other options.
@@ -102,8 +102,8 @@ def calibrate(
         check_data(data)
         _check_options(tolerance, state, forward_fn, progress)
         enough = tolerance
-        if tolerance is None and max_images is None and in_random_order(data):
-            enough = TOLERANCE
+        if tolerance is None and in_random_order(data):
+            enough = default_tolerance(max_images)
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, enough or None)
         learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrofit.plans import LayoutName, Placement
+from retrofit.sample_sizes import default_tolerance
 
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
@@ -126,9 +127,8 @@ class RestoreRequest:
 
 def may_end_early(request: ConvertRequest | RestoreRequest) -> bool:
     """Tell whether the calibration may end before the last picture."""
-    if request.tolerance is None:
-        return request.pictures.images is None
-    return request.tolerance > 0
+    tolerance = request.tolerance
+    return (default_tolerance(request.pictures.images) if tolerance is None else tolerance) > 0
 
 
 @dataclass(frozen=True)
