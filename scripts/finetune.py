@@ -20,7 +20,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retrofit
+from retrofit.demo.restoring import shuffled_batches
 from retrofit.files.model_sources import build
 
 
@@ -97,12 +98,6 @@ def train(
         optimizer.step()
         schedule.step()
     return losses
-
-
-def shuffled_batches(count: int, size: int) -> Iterator[Tensor]:
-    """Yield the indices of whole batches, in a new order for each epoch, without end."""
-    while True:
-        yield from torch.randperm(count)[: count // size * size].view(-1, size)
 
 
 def chosen(task: Task, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:

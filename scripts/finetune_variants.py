@@ -12,9 +12,7 @@ from pictures import normalise
 from torch import Tensor, nn
 
 import retrofit
-from retrofit.files.fitting import load_weights
-from retrofit.files.model_sources import build
-from retrofit.files.weights import read_weights
+from retrofit.files.model_sources import build, trained
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -85,22 +83,24 @@ class Study:
 
 
 FOLDED, RESTORED = Variant("none"), Variant("restored", tolerance=0.05)
-ADAMW = {
-    "optimizer": "AdamW",
-    "weight_decay": 0.01,
-    "rates": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1),
-}
+ADAMW_RATES = 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1
+
+
+def with_adamw(variant: Variant) -> Variant:
+    return replace(variant, optimizer="AdamW", weight_decay=0.01, rates=ADAMW_RATES)
+
+
 OF_FOLDED = Study(
     {
         "folded": FOLDED,
         "folded, clipped": replace(FOLDED, clip=1.0),
         "folded, three times as long": replace(FOLDED, longer=3, rates=(0.001, 0.003, 0.01)),
-        "folded, AdamW": replace(FOLDED, **ADAMW),  # type: ignore[arg-type]
+        "folded, AdamW": with_adamw(FOLDED),
         "new BatchNorm, uncalibrated": Variant("uncalibrated"),
         "add_batchnorm": Variant(tolerance=0.05),
         "restored": RESTORED,
         "restored, clipped": replace(RESTORED, clip=1.0),
-        "restored, AdamW": replace(RESTORED, **ADAMW),  # type: ignore[arg-type]
+        "restored, AdamW": with_adamw(RESTORED),
         "original": Variant("original"),
     },
     (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
@@ -153,7 +153,8 @@ STUDIES: Mapping[str, Study] = {
 def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module:
     """Build the trained network with the variant's BatchNorm, calibrated on these pictures."""
     if variant.batchnorm == "original":
-        return original(protocol.model)
+        before = ORIGINS[protocol.model]
+        return trained(before.architecture, str(before.weights))
     model = build(protocol.model).eval()
     if variant.batchnorm == "uncalibrated":
         return retrofit.insert(model, momentum=variant.momentum)
@@ -173,14 +174,6 @@ def network(variant: Variant, protocol: Protocol, pictures: Tensor) -> nn.Module
             tolerance=variant.tolerance,
             progress=False,
         )
-    return model
-
-
-def original(folded: str) -> nn.Module:
-    """Build the network as it was before its BatchNorms were folded away."""
-    architecture, weights = ORIGINS[folded]
-    model = build(architecture).eval()
-    load_weights(model, read_weights(weights)[0], str(weights))
     return model
 
 

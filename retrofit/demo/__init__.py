@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from retrofit.demo.converting import accuracy, convert_vgg
+from retrofit.demo.accuracy import accuracy
+from retrofit.demo.converting import convert_vgg
 from retrofit.demo.network import CLASSES, MEAN, STD, resnet_cifar10, vgg_cifar10
-from retrofit.demo.pictures import PICTURES, inverted, labelled, unpack
+from retrofit.demo.pictures import PICTURES, labelled, unpack
 from retrofit.demo.restoring import restore_resnet
 from retrofit.demo.trained import FOLDED, WEIGHTS, folded_resnet, trained_vgg
 
@@ -20,7 +21,6 @@ __all__ = [
     "WEIGHTS",
     "accuracy",
     "folded_resnet",
-    "inverted",
     "labelled",
     "resnet_cifar10",
     "run",

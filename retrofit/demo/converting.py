@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from retrofit.calibration.calibrate import calibrate
 from retrofit.checking.verify import verify
 from retrofit.conversion import convert, insert, prepare
+from retrofit.demo.accuracy import BATCH, accuracy
 from retrofit.demo.trained import trained_vgg
 from retrofit.files.checkpoint import load, save
 from retrofit.planning.plan import plan
-from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.progress import progress_bar
 from retrofit.surgery.folding import fold
 from retrofit.tables import table
-
-BATCH = 128
 
 
 def convert_vgg(
@@ -81,12 +78,3 @@ def _accuracies(
             bar.update()
     head = ("network", "statistics", "accuracy")
     return table(head, rows, right=head[2])
-
-
-def accuracy(model: nn.Module, x: Tensor, labels: Tensor, *, batchwise: bool = False) -> float:
-    """Compute the share of right answers, under running statistics or those of whole batches."""
-    if batchwise:
-        x = x[: len(x) // BATCH * BATCH]
-    with batch_statistics(model) if batchwise else evaluating(model), torch.no_grad():
-        answers = torch.cat([model(batch).argmax(1) for batch in x.split(BATCH)])
-    return float((answers == labels[: len(x)]).float().mean())

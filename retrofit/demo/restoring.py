@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retrofit.demo.accuracy import accuracy
 from retrofit.demo.network import resnet_cifar10
 from retrofit.demo.pictures import inverted
 from retrofit.demo.trained import folded_resnet
@@ -16,7 +18,6 @@ from retrofit.files.checkpoint import save
 from retrofit.finetuning import param_groups
 from retrofit.restoring.restoration import restoration_of
 from retrofit.restoring.restore import restore
-from retrofit.running.modes import evaluating
 from retrofit.running.progress import progress_bar
 from retrofit.tables import table
 
@@ -79,9 +80,10 @@ def fine_tuned(
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(param_groups(model, 5e-4), lr=RATE, momentum=0.9)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=STEPS // 10)
-    shares = [right(model, test, test_labels)]
+    shares = [accuracy(model, test, test_labels)]
+    batches = shuffled_batches(len(pictures), BATCH, torch.Generator().manual_seed(0))
     model.train()
-    for step, index in enumerate(shuffled_batches(len(pictures)), 1):
+    for step, index in enumerate(itertools.islice(batches, STEPS), 1):
         loss = F.cross_entropy(model(pictures[index]), labels[index])
         optimizer.zero_grad()
         loss.backward()
@@ -89,21 +91,14 @@ def fine_tuned(
         warm_up.step()
         after_step()
         if step % EVERY == 0:
-            shares.append(right(model, test, test_labels))
+            shares.append(accuracy(model, test, test_labels))
     return shares
 
 
-def shuffled_batches(count: int) -> list[Tensor]:
-    """Draw the indices of all steps' pictures, always the same."""
-    order = torch.Generator().manual_seed(0)
-    epochs = -(-STEPS // (count // BATCH))
-    whole = count // BATCH * BATCH
-    indices = [torch.randperm(count, generator=order)[:whole] for _ in range(epochs)]
-    return list(torch.cat(indices).split(BATCH))[:STEPS]
-
-
-def right(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
-    """Compute the share of right answers, in eval mode."""
-    with evaluating(model), torch.no_grad():
-        answers = torch.cat([model(batch).argmax(1) for batch in pictures.split(BATCH)])
-    return float((answers == labels).float().mean())
+def shuffled_batches(
+    count: int, size: int, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield the indices of whole batches, in a new order for each epoch, without end."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // size * size].view(-1, size)

@@ -18,11 +18,7 @@ FOLDED = HERE / "resnet-cifar10-folded.safetensors"
 
 def trained_vgg() -> nn.Module:
     """Load the demo's plain VGG with its trained weights, in eval mode."""
-    model: nn.Module = vgg_cifar10()
-    tensors, _ = read_weights(WEIGHTS)
-    load_weights(model, tensors, str(WEIGHTS))
-    model.eval()
-    return model
+    return _loaded(vgg_cifar10(), WEIGHTS)
 
 
 def folded_resnet() -> nn.Module:
@@ -30,7 +26,9 @@ def folded_resnet() -> nn.Module:
 
     It has a bias in each convolution, and an Identity in the place of each BatchNorm.
     """
-    model: nn.Module = fold(resnet_cifar10().eval())
-    tensors, _ = read_weights(FOLDED)
-    load_weights(model, tensors, str(FOLDED))
-    return model
+    return _loaded(fold(resnet_cifar10().eval()), FOLDED)
+
+
+def _loaded(model: nn.Module, file: Path) -> nn.Module:
+    load_weights(model, read_weights(file)[0], str(file))
+    return model.eval()
