@@ -13,18 +13,20 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
+import other_tools
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 import retrofit
+from retrofit.calibration.feeding import leaving_after
 from retrofit.files.model_sources import build
 
 T = TypeVar("T")
@@ -57,23 +59,16 @@ def channels_last_forward(model: nn.Module, images: list[Tensor]) -> Pass:
     return run
 
 
-class _LastReached(Exception):  # noqa: N818 - no error
-    """The last convolution has run."""
-
-
 def convolutions_forward(model: nn.Module, images: list[Tensor]) -> Pass:
     """Make a pass that ends behind the last convolution: no moments, so what they cost is known."""
     plan = retrofit.plan(model)
-    last = model.get_submodule(plan.last or plan.inserted[-1].path)
-
-    def leave(*_: object) -> None:
-        raise _LastReached
+    last = next((site for site in plan.inserted if site.path == plan.last), plan.inserted[-1])
+    layer = model.get_submodule(last.path)
 
     def run() -> None:
-        with last.register_forward_hook(leave), torch.no_grad():
-            for x in images:
-                with suppress(_LastReached):
-                    model(x.contiguous(memory_format=torch.channels_last))
+        for x in images:
+            with leaving_after(layer, last.calls), torch.no_grad():
+                model(x.contiguous(memory_format=torch.channels_last))
 
     return run
 
@@ -133,14 +128,10 @@ def var_mean_hooks(model: nn.Module, images: list[Tensor]) -> Pass:
 
 
 def repvgg_style(model: nn.Module, images: list[Tensor]) -> Pass:
-    """Do as RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
     running: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(site: retrofit.Site, y: Tensor) -> None:
-        mean = y.mean((0, 2, 3))
-        var = (y - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-        old_mean, old_var = running.get(site.path, (mean, var))
-        running[site.path] = (0.9 * old_mean + 0.1 * mean, 0.9 * old_var + 0.1 * var)
+        other_tools.repvgg_moving_average(running, site.path, y)
 
     return hooked(model, images, observe)
 
@@ -151,11 +142,7 @@ def swa_update_bn(model: nn.Module, images: list[Tensor]) -> Pass:
 
 
 def fvcore_update_bn_stats(model: nn.Module, images: list[Tensor]) -> Pass:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it uses torch.jit.script
-        from fvcore.nn import update_bn_stats  # noqa: PLC0415
-
-    inserted = retrofit.insert(model).train()
+    update_bn_stats, inserted = other_tools.fvcore_update_bn_stats(), retrofit.insert(model).train()
 
     def run() -> None:
         with torch.no_grad():

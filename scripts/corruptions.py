@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from corruptions_tables import (
 )
 from numpy.typing import NDArray
 from pictures import accuracy, normalise, read
+from recalibrated import recalibrated
 from recorded_runs import RecordedRuns
 from scipy import ndimage
 from torch import Tensor, nn
@@ -103,12 +103,7 @@ def adapted_accuracy(
     """
     if not len(target):
         return accuracy(model, test, labels, batch_size=100)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the statistics")  # are uncertain: the question here
-        handle = retrofit.recalibrate(
-            model, [target], layerwise=prior > 0, prior=prior, progress=False
-        )
-    with handle:
+    with recalibrated(model, [target], layerwise=prior > 0, prior=prior):
         return accuracy(model, test, labels, batch_size=100)
 
 

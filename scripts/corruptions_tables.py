@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corruption_dots import draw_dots
 from markdown_table import markdown_table
 
 Corruption = tuple[str, int]  # name and severity; 0 for those by hand
@@ -150,27 +151,16 @@ def by_hand(results: Results) -> str:
 
 def draw_by_corruption(rows: Sequence[Row], file: Path) -> None:
     """Draw, as dots, what each corruption costs and what adapting gives back."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
     results = Results(rows)
-    hardest = results.at(results.severities[-1])
-    names = [n for n, _ in sorted(hardest, key=lambda c: results.mean([c], PLAIN), reverse=True)]
-    clean = results.mean([CLEAN], PLAIN)
-    plt.style.use("retrofit.plots")
-    figure, panels = plt.subplots(
-        1, len(results.severities), sharex=True, sharey=True, squeeze=False, figsize=(8, 4.4)
+    draw_dots(
+        lambda name, severity, way: results.mean([(name, severity)], MAIN[way]),
+        [name for name, _ in results.at(results.severities[-1])],
+        results.severities,
+        list(MAIN),
+        results.mean([CLEAN], PLAIN),
+        "What does each corruption cost, and what does adapting give back?",
+        file,
     )
-    for axes, severity in zip(panels[0], results.severities, strict=True):
-        for label, adaptation in MAIN.items():
-            means = [results.mean([(name, severity)], adaptation) for name in names]
-            axes.plot(means, names, linestyle="", markersize=6, label=label)
-        axes.axvline(clean, color="black", linewidth=1, label="plain, uncorrupted")
-        axes.set(xlabel="accuracy (%)", title=f"severity {severity}")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    figure.suptitle("What does each corruption cost, and what does adapting give back?")
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
 
 
 def draw_by_pictures(rows: Sequence[Row], file: Path) -> None:

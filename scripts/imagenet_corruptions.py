@@ -17,9 +17,7 @@ it was, and at last as a table (.md) and a figure (.svg).
 from __future__ import annotations
 
 import argparse
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from imagenet_corruptions_tables import (
     summary,
 )
 from imagenet_networks import NETWORKS, Network, add_arguments, read_pictures
+from recalibrated import recalibrated
 from recorded_runs import RecordedRuns
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -93,20 +92,10 @@ def adapted(model: nn.Module, way: str, others: Tensor) -> AbstractContextManage
     if way == STREAMING:
         return retrofit.adapting(model, prior=PRIOR)
     if way == ADAPTED:
-        return recalibrated(model, others, prior=0)
+        return recalibrated(model, others.split(BATCH), layerwise=True, prior=0)
     if way == ON_FEW:
-        return recalibrated(model, others[:FEW], prior=PRIOR)
+        return recalibrated(model, others[:FEW].split(BATCH), layerwise=True, prior=PRIOR)
     return nullcontext()
-
-
-@contextmanager
-def recalibrated(model: nn.Module, others: Tensor, prior: int) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the statistics")  # are uncertain: the question here
-        batches = others.split(BATCH)
-        handle = retrofit.recalibrate(model, batches, layerwise=True, prior=prior, progress=False)
-    with handle:
-        yield
 
 
 def corrupted(pictures: Tensor, cell: Cell, seed: int) -> Tensor:

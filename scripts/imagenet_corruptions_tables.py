@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from corruption_dots import draw_dots
 from markdown_table import markdown_table
 from numpy.typing import NDArray
 
@@ -144,24 +145,13 @@ def cell(results: Results, cells: list[Cell], way: str) -> str:
 
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Draw, as dots, what each corruption costs and what adapting gives back."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
     results = Results(rows)
-    hardest = results.severities[-1]
-    names = sorted(results.corruptions, key=lambda n: -results.accuracy([(n, hardest)], PLAIN))
-    plt.style.use("retrofit.plots")
-    figure, panels = plt.subplots(
-        1, len(results.severities), sharex=True, sharey=True, squeeze=False, figsize=(8, 4.4)
+    draw_dots(
+        lambda name, severity, way: results.accuracy([(name, severity)], way),
+        results.corruptions,
+        results.severities,
+        WAYS,
+        results.accuracy([CLEAN], PLAIN),
+        f"{results.network}: what does adapting give back?",
+        file,
     )
-    for axes, severity in zip(panels[0], results.severities, strict=True):
-        for way in WAYS:
-            accuracies = [results.accuracy([(name, severity)], way) for name in names]
-            axes.plot(accuracies, names, linestyle="", markersize=6, label=way)
-        clean = results.accuracy([CLEAN], PLAIN)
-        axes.axvline(clean, color="black", linewidth=1, label="plain, uncorrupted")
-        axes.set(xlabel="accuracy (%)", title=f"severity {severity}")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    figure.suptitle(f"{results.network}: what does adapting give back?")
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)

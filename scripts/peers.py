@@ -41,14 +41,9 @@ INSERTED = "retrofit.insert(plain)"
 CLOSE = 1e-6  # what a class computes with weights that belong to it, of the largest output
 
 
-def squeezenet() -> nn.Module:
-    model: nn.Module = torchvision.models.squeezenet1_1(weights=None)
-    return model
-
-
 # The class that each network's weights were published for.
 STOCK: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "squeezenet1_1": ("torchvision's squeezenet1_1", squeezenet),
+    "squeezenet1_1": ("torchvision's squeezenet1_1", torchvision.models.squeezenet1_1),
     "mobilenetv2_100-folded": ("timm's mobilenetv2_100", stock),
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+import other_tools
 import torch
 from peers_outcomes import Modules, OnnxGraph, Outcome
 from torch import Tensor, nn
@@ -168,17 +169,12 @@ def run_on(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def repvgg_style(subject: Subject) -> Pass:
-    """Do as RepVGG's insert_bn: mean, then mean squared difference, in a moving average."""
-
     def run() -> Done:
         model = retrofit.insert(subject.plain).eval()  # each the identity: all see plain's values
         running: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def observe(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mean = inputs[0].mean((0, 2, 3))
-            var = (inputs[0] - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-            old_mean, old_var = running.get(norm, (mean, var))
-            running[norm] = 0.9 * old_mean + 0.1 * mean, 0.9 * old_var + 0.1 * var
+            other_tools.repvgg_moving_average(running, norm, inputs[0])
 
         with ExitStack() as stack:
             for norm in batchnorms(model):
@@ -192,9 +188,7 @@ def repvgg_style(subject: Subject) -> Pass:
 
 
 def fvcore_update_bn_stats(subject: Subject) -> Pass:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it uses torch.jit.script
-        from fvcore.nn import update_bn_stats  # noqa: PLC0415 - optional
+    update_bn_stats = other_tools.fvcore_update_bn_stats()
 
     def update(model: nn.Module) -> None:
         update_bn_stats(model.train(), subject.batches, len(subject.batches))
