@@ -11,7 +11,7 @@ from typing import Literal
 
 from retrofit.errors import RetrofitError
 from retrofit.json_values import from_plain, to_plain
-from retrofit.tables import table
+from retrofit.tables import Part, Table, printed
 
 LayoutName = Literal["native", "graph"]
 Placement = Literal["pre_activation", "post_activation"]
@@ -109,6 +109,10 @@ class Plan:
         return tuple(site for site in self.sites if site.decision == "insert")
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
         rows = [
             (s.path, s.kind, str(s.channels or ""), s.decision, s.norm or "", s.reason)
             for s in self.sites
@@ -117,10 +121,19 @@ class Plan:
         layers = "layers" if any(s.dims == 0 for s in self.sites) else "convolutions"
         summary = f"{len(self.inserted)} of {len(self.sites)} {layers} get a BatchNorm"
         if not rows:
-            return f"{self.model} has no convolutions"
+            return (f"{self.model} has no convolutions",)
         if frozen := sum(site.frozen for site in self.inserted):
             summary += f"; {frozen} of these follow frozen layers and do not learn"
-        return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
+        return (
+            Table(
+                head,
+                rows,
+                right=("channels",),
+                paths=("layer", "BatchNorm"),
+                spare=("BatchNorm", "type", "channels"),
+            ),
+            f"{self.model}: {summary}",
+        )
 
     def skipped(self) -> str:
         """Say in a few words why layers get no BatchNorm, and how many for each reason."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import Moments
 from retrofit.option_checks import check_number
-from retrofit.tables import table
+from retrofit.tables import Table
 
 Array = npt.NDArray[Any]
 
@@ -127,7 +127,7 @@ class Calibration:
         )
         needed = ", ".join(f"{t:.0%}: {self.images_needed(t):,}" for t in TOLERANCES)
         return (
-            f"{table(head, rows, right=','.join(head[1:]))}\n"
+            f"{Table(head, rows, right=head[1:])}\n"
             f"{self.images} images in {self.seconds:.1f} s "
             f"({self.images / max(self.seconds, 1e-9):.1f} images/s, "
             f"{self.waited / max(self.seconds, 1e-9):.0%} of the time waiting for data)\n"

@@ -29,7 +29,7 @@ from retrofit.running.freed_memory import give_back
 from retrofit.running.memory_format import in_channels_last
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.progress import images_bar
-from retrofit.tables import table
+from retrofit.tables import Table
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Drift:
             for r in self.rows
         ]
         head = ("batch size", "images", "error", "same top-1")
-        text = table(head, cells, right=",".join(head))
+        text = str(Table(head, cells, right=head))
         if self.left_out:
             text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
         return text

@@ -22,7 +22,7 @@ from retrofit.running.nested import tensors
 from retrofit.running.progress import images_bar
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
-from retrofit.tables import table
+from retrofit.tables import Part, Table, printed
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,20 @@ class Verification(NeitherTrueNorFalse):
         }
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
         rows = [
             (d.name, "yes" if d.exact else "no", f"{d.max_abs:.3g}", f"{d.relative:.3g}")
             for d in (*self.sites, *self.outputs)
         ]
         top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
         verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
+        head = ("tensor", "exact", "max abs", "relative")
         return (
-            f"{table(('tensor', 'exact', 'max abs', 'relative'), rows, right='max abs,relative')}\n"
-            f"{verdict} on {self.images} images{top1}"
+            Table(head, rows, right=head[2:], paths=head[:1]),
+            f"{verdict} on {self.images} images{top1}",
         )
 
 

@@ -40,24 +40,29 @@ TOLERANCE_HELP = (
     f"{TOLERANCE:g}, and with --images 0, which uses all"
 )
 DEBUG = "show where an error came from"
+QUIET = "print nothing but warnings and errors"
+JSON = "print one JSON object, in place of tables and lines; it has all that they say"
 
 R = TypeVar("R")
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, bool]:
-    """Parse the words after `retrofit`: a request, and whether tracebacks are asked for.
+def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests.Telling]:
+    """Parse the words after `retrofit`: a request, and how its result is told.
 
-    Exits with 2 and one line for what cannot be parsed.
+    Exits with 2 and one line for what cannot be parsed, and without words with the help.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
+    if not words:
+        parser.print_help()
+        parser.exit()
     for before, word in itertools.pairwise(["retrofit", *words]):
         if not word or (word.startswith("--") and word.endswith("=")):
             parser.error(
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
     found = parser.parse_args(words)
-    return _made(found.request, found), found.debug
+    return _made(found.request, found), _made(requests.Telling, found)
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -84,11 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
     )
     whole.add_argument("--version", action="version", version=f"retrofit {__version__}")
-    whole.add_argument("--debug", action="store_true", help=DEBUG)
+    _add_telling(whole)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (request, text, describe, more) in COMMANDS.items():
         one = commands.add_parser(name, help=text, description=text + more)
-        one.add_argument("--debug", action="store_true", help=DEBUG, default=argparse.SUPPRESS)
+        _add_telling(one, default=argparse.SUPPRESS)  # what stands before the command counts
         one.set_defaults(request=request)
         describe(one)
     return whole
@@ -234,6 +239,11 @@ COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], No
         "",
     ),
 }
+
+
+def _add_telling(parser: argparse.ArgumentParser, **default: str) -> None:
+    for name, text in (("json", JSON), ("quiet", QUIET), ("debug", DEBUG)):
+        parser.add_argument(f"--{name}", action="store_true", help=text, **default)  # type: ignore[arg-type]
 
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:

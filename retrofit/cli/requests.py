@@ -13,6 +13,21 @@ TEST_IMAGES = 16
 
 
 @dataclass(frozen=True)
+class Telling:
+    """How the result of a command is told.
+
+    Attributes:
+        json: as one object.
+        quiet: not at all, but for warnings and errors.
+        debug: errors with a traceback.
+    """
+
+    json: bool
+    quiet: bool
+    debug: bool
+
+
+@dataclass(frozen=True)
 class PictureOptions:
     """Which pictures, in which order, and how they become the input of a model.
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import retrofit
 from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
-from retrofit.cli.text import if_stopped, say
+from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of
 
 
-def run_restore(request: RestoreRequest) -> int:
+def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
     architecture = build(request.model).eval()
     sample = sample_for(architecture, request.model, request.pictures)
-    sample.announce(sample.chosen, at_most=may_end_early(request))
+    sample.announce(terminal, sample.chosen, at_most=may_end_early(request))
     batches = sample.batches(sample.chosen)
     with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(
@@ -29,18 +29,19 @@ def run_restore(request: RestoreRequest) -> int:
             max_images=request.pictures.images,
             tolerance=request.tolerance,
             weights_key=request.weights_key,
+            progress=terminal.progress,
         )
     found = retrofit.restoration_of(restored)
     assert found is not None
     data = f"restored on {found.images} {sample.kind} of {sample.source}"
-    say(f"writing {request.output}")
+    terminal.say(f"writing {request.output}")
     retrofit.save(
         restored, request.output, name=request.model, data=data, overwrite=request.overwrite
     )
-    list_bad(sample.pictures, batches.bad)
-    print(found)
-    print(f"written: {request.output}")
-    print(f"to load: {_loading(request.model, request.output)}")
+    list_bad(terminal, sample.pictures, batches.bad)
+    loading = _loading(request.model, request.output)
+    terminal.show(*found._parts(), f"written: {request.output}\nto load: {loading}")
+    terminal.tell(restoration=found, written=str(request.output), loading=loading)
     return 0
 
 

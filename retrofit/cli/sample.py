@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import nn
 from torchvision.transforms import Compose
 
 from retrofit.cli.requests import PictureOptions
-from retrofit.cli.text import say
+from retrofit.cli.terminal import Terminal
 from retrofit.errors import NonFiniteError
 from retrofit.files.model_sources import transforms
 from retrofit.pictures.batches import PictureBatches, shuffled
@@ -27,7 +26,6 @@ from retrofit.running.call_arguments import home
 from retrofit.running.devices import usable
 from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
-from retrofit.tables import one_line
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,18 @@ class Sample:
         )
         return f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
 
-    def announce(self, indices: Sequence[int], by: str = "", *, at_most: bool = False) -> None:
+    def announce(
+        self,
+        terminal: Terminal,
+        indices: Sequence[int],
+        by: str = "",
+        *,
+        at_most: bool = False,
+    ) -> None:
         """Say how much there is to do before it is begun."""
         device = self.options.device or home(self.model) or "cpu"
         number = f"up to {len(indices):,}" if at_most else f"{len(indices):,}"
-        say(f"{number} {self.kind} of {self.size}, on {device}{by}")
+        terminal.say(f"{number} {self.kind} of {self.size}, on {device}{by}")
 
     def batches(self, indices: Sequence[int]) -> PictureBatches:
         """Make batches of some of the pictures."""
@@ -160,10 +165,10 @@ def naming_pictures(batches: PictureBatches) -> Iterator[None]:
         raise NonFiniteError(error.site, error.item, error.image, name) from None
 
 
-def list_bad(pictures: Pictures, names: Sequence[str]) -> None:
-    """Print what was left out: damaged shards, and pictures that could not be read."""
+def list_bad(terminal: Terminal, pictures: Pictures, names: Sequence[str]) -> None:
+    """Tell what was left out: damaged shards, and pictures that could not be read."""
     for shard in pictures.bad:
-        print(one_line(f"used in part or not at all: {shard}"), file=sys.stderr)
+        terminal.remark(f"used in part or not at all: {shard}")
     if bad := list(dict.fromkeys(names)):
-        text = f"left out {len(bad)} unreadable pictures: {', '.join(bad)}"
-        print(one_line(text), file=sys.stderr)
+        terminal.remark(f"left out {len(bad)} unreadable pictures: {', '.join(bad)}")
+    terminal.tell(damaged_shards=list(pictures.bad), unreadable_pictures=bad)

@@ -30,6 +30,8 @@ def measured_drift(
     converted: nn.Module,
     data: Iterable[Any],
     device: torch.device | str | None = None,
+    *,
+    progress: bool = True,
 ) -> tuple[Drift | None, str]:
     """Measure what batch statistics change, or say why that cannot be done.
 
@@ -39,7 +41,7 @@ def measured_drift(
     """
     watched = _Watched(data)
     try:
-        return drift(original, converted, watched, device=device, progress=True), ""
+        return drift(original, converted, watched, device=device, progress=progress), ""
     except (RetrofitError, RuntimeError) as error:
         if error is watched.error:
             raise

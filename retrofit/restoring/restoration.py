@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.tables import table
+from retrofit.tables import Part, Table, printed
 
 _ATTRIBUTE = "_retrofit_restored"
 
@@ -66,6 +66,10 @@ class Restoration:
         return max(self.seats, key=lambda seat: seat.relative)
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
         head = ("BatchNorm", "layer", "channels", "folded bias", "difference")
         rows = [
             (s.norm, s.layer, str(s.channels), s.bias or "none", f"{s.relative:.1e}")
@@ -73,10 +77,18 @@ class Restoration:
         ]
         kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
         return (
-            f"{table(head, rows, right='channels,difference')}\n"
-            f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
-            f"(standard error {self.standard_error:.1%}); on {self.compared} images "
-            f"{self._verdict()}"
+            Table(
+                head,
+                rows,
+                right=("channels", "difference"),
+                paths=("BatchNorm", "layer"),
+                spare=("folded bias", "layer"),
+            ),
+            (
+                f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
+                f"(standard error {self.standard_error:.1%}); on {self.compared} images "
+                f"{self._verdict()}"
+            ),
         )
 
     def _verdict(self) -> str:

@@ -109,13 +109,8 @@ def test_a_mobilenet_from_weights_on_the_command_line(capsys):
     assert_close(tuned, folded, x)
 
 
-SLOWER = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("mobileone_s0", "repvit_m0_9", "fastvit_t8")
-]
-
-
-@pytest.mark.parametrize("name", ["repvgg_a0", *SLOWER])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8"])
 def test_merged_branches_do_not_come_back(name):
     assert name.split("_")[0] in SECTIONS["What cannot come back"].lower()
     merged = timm.utils.reparameterize_model(timm.create_model(name)).eval()
