@@ -129,7 +129,7 @@ def recalibrate(
             without them.
         data: batches, as for `calibrate`. With `layerwise` it may be gone through many times, and
             has to give the same batches each time: a list or a DataLoader, not a generator.
-        layerwise: see above.
+        layerwise: measure each BatchNorm behind those before it, rather than all in one pass.
         prior: the old statistics count as this many images: with N and n new ones, mean and
             variance become N / (N + n) of the old plus n / (N + n) of the new (Schneider et al.,
             2020, "Improving robustness against common corruptions by covariate shift adaptation").
@@ -139,14 +139,14 @@ def recalibrate(
             default a quarter of the device's memory. Batches beyond are run anew for each
             BatchNorm, at half a pass each. One batch waits in any case. The handle's `held` and
             `passes` tell what came of it.
-        device: as for `calibrate`.
+        device: where the model runs meanwhile, as torch names it; by default where it is.
         max_images: stop after this many (of each process); by default after 256 of a DataLoader
             that shuffles, else at the end of the data.
         process_group: recalibrate with these processes together, each on data of its own, as for
             `calibrate`. Every process ends with the same statistics, those of all the data, bit for
             bit. In the default pass each normalises with its own batches, SyncBatchNorm too.
-        forward_fn: as for `calibrate`.
-        progress: as for `calibrate`.
+        forward_fn: `forward_fn(model, batch)` calls a model that takes more than a batch.
+        progress: show a bar.
 
     Returns:
         A handle: `handle.remove()`, or the end of `with recalibrate(...):`, restores the statistics

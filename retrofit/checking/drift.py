@@ -98,8 +98,8 @@ def drift(
     than are in the largest batch.
 
     Args:
-        original: as for `verify`.
-        converted: as for `verify`.
+        original: the model without the BatchNorms.
+        converted: the model with them.
         data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.
