@@ -100,7 +100,7 @@ class Feed:
                 batch.images = batch.images or samples.length
                 fed = Fed(fed.images + batch.images, fed.batches + 1, fed.waited)
                 share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
-                bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
+                bar.set_postfix_str(f"waiting {share:.0%}", refresh=False)
                 bar.update(batch.images)
                 enough = needed(fed)
                 expected = min(enough, there_are)

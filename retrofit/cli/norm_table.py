@@ -52,7 +52,13 @@ def norm_table(rows: Sequence[NormRow]) -> Part:
     if not rows:
         return "no BatchNorm"
     cells = [_cells(row) for row in rows]
-    return Table(head, cells, right=head[1:], paths=head[:1], spare=("constant", "exact identity"))
+    return Table(
+        head,
+        cells,
+        right=head[1:],
+        paths=head[:1],
+        spare=("constant", "exact identity", "channels"),
+    )
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
