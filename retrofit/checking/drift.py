@@ -130,7 +130,7 @@ def drift(
     measures = [_Measure(original, converted, s, largest=s == sizes[-1]) for s in sizes]
     total, first, kept, fast = 0, None, False, False
     with (
-        images_bar("drift", data, max_images, shown=progress) as bar,
+        images_bar("drift", original, data, max_images, forward_fn, shown=progress) as bar,
         on_device(device, original, converted),
     ):
         for batch in data:

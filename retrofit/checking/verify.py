@@ -122,7 +122,7 @@ def verify(
     at_outputs: dict[str, Comparison] = {}
     images, top1, repeats, any_data, any_values = 0, Top1(), False, False, False
     with (
-        images_bar("verify", data, None, shown=progress) as bar,
+        images_bar("verify", original, data, None, forward_fn, shown=progress) as bar,
         evaluating(original, converted),
         torch.no_grad(),
         eager(),
