@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.html_tables import html_table, view
 from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.plans import Plan, Site
@@ -22,7 +23,10 @@ from retrofit.running.nested import tensors
 from retrofit.running.progress import images_bar
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
-from retrofit.tables import table
+from retrofit.tables import counted, in_short, shortened, table
+
+_HEAD = ("tensor", "exact", "max abs", "relative")
+_NUMBERS = "max abs,relative"
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,31 @@ class Verification(NeitherTrueNorFalse):
         }
 
     def __str__(self) -> str:
-        rows = [
+        return f"{table(_HEAD, self._rows(), right=_NUMBERS)}\n{self._verdict()}"
+
+    def __repr__(self) -> str:
+        found = f"{counted(len(self.sites), 'layer')} and {counted(len(self.outputs), 'output')}"
+        if not self.exact:
+            all_of_them = (*self.sites, *self.outputs)
+            unlike = f"{sum(not d.exact for d in all_of_them)} of {len(all_of_them)} tensors differ"
+            most = f"{shortened(self.worst.name)} by {self.worst.relative:.3g} of its rms"
+            found = f"{unlike}, most {most}"
+        return in_short(self, f"{self._verdict()}; {found}; print it for all")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the verdict, and each tensor."""
+        return view(html_table(f"Verification: {self._verdict()}", _HEAD, self._rows(), _NUMBERS))
+
+    def _verdict(self) -> str:
+        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
+        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
+        return f"{verdict} on {self.images} images{top1}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (d.name, "yes" if d.exact else "no", f"{d.max_abs:.3g}", f"{d.relative:.3g}")
             for d in (*self.sites, *self.outputs)
         ]
-        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
-        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
-        return (
-            f"{table(('tensor', 'exact', 'max abs', 'relative'), rows, right='max abs,relative')}\n"
-            f"{verdict} on {self.images} images{top1}"
-        )
 
 
 def verify(
