@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+WIDEST = 200  # characters of a line in a REPL
+NAME = 40  # characters of a name in it
 
 
 def one_line(text: str) -> str:
@@ -13,6 +20,31 @@ def one_line(text: str) -> str:
     """
     joined = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+def shortened(text: str, most: int = NAME) -> str:
+    """Write a text in one line of at most `most` characters: a long one loses its middle."""
+    line = one_line(text)
+    if len(line) <= most:
+        return line
+    end = (most - 3) // 2
+    return f"{line[: most - 3 - end]}...{line[len(line) - end :]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and what it counts: 1 layer, 1,024 images."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def in_short(value: object, text: str) -> str:
+    """Write `Class(text)` as the repr of a result, in one line whatever `text` holds."""
+    return f"{shortened(f'{type(value).__name__}({text}', WIDEST - 1)})"
+
+
+def in_full(value: DataclassInstance) -> str:
+    """Write a dataclass with all its fields, as dataclasses do where they have no other repr."""
+    told = (f"{field.name}={getattr(value, field.name)!r}" for field in fields(value))
+    return f"{type(value).__qualname__}({', '.join(told)})"
 
 
 def few(names: Sequence[str]) -> str:

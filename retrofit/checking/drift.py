@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from retrofit.checking.regrouping import Images, joined, regroupable
 from retrofit.checking.verify import no_outputs, refuse_random
 from retrofit.errors import RetrofitError, warn
+from retrofit.html_tables import Bar, html_table, of_largest, paragraph, view
 from retrofit.numerics.comparison import (
     Comparison,
     Top1,
@@ -29,7 +30,7 @@ from retrofit.running.freed_memory import give_back
 from retrofit.running.memory_format import in_channels_last
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.progress import images_bar
-from retrofit.tables import Table
+from retrofit.tables import Table, in_short
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,39 @@ class Drift:
         ]
         head = ("batch size", "images", "error", "same top-1")
         text = str(Table(head, cells, right=head))
-        if self.left_out:
-            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
-        return text
+        return f"{text}\n{self._too_few()}" if self.left_out else text
+
+    def __repr__(self) -> str:
+        told = [
+            f"of {r.batch_size}: error {r.error:.3f}"
+            + ("" if r.top1 is None else f", same top-1 {r.top1:.2%}")
+            for r in self.rows[:3]
+        ]
+        more = "; print it for all" if len(self.rows) > 3 or self.left_out else ""
+        return in_short(self, f"batches {'; '.join(told) or 'of no size'}{more}")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the error by batch size, with bars."""
+        errors = [r.error for r in self.rows]
+        rows = [
+            (
+                str(r.batch_size),
+                Bar(f"{r.error:.3f}", of_largest(r.error, errors)),
+                "" if r.top1 is None else Bar(f"{r.top1:.2%}", r.top1),
+                str(r.images),
+            )
+            for r in self.rows
+        ]
+        head = ("batch size", "error", "same top-1", "images")
+        caption = (
+            "Drift: how far batch statistics move the outputs, in standard deviations of these "
+            "(bars of error: against the largest)"
+        )
+        left_out = paragraph(self._too_few()) if self.left_out else ""
+        return view(html_table(caption, head, rows, right=head), left_out)
+
+    def _too_few(self) -> str:
+        return f"too few images for batches of {', '.join(map(str, self.left_out))}"
 
 
 def drift(
@@ -130,7 +161,7 @@ def drift(
     measures = [_Measure(original, converted, s, largest=s == sizes[-1]) for s in sizes]
     total, first, kept, fast = 0, None, False, False
     with (
-        images_bar("drift", data, max_images, shown=progress) as bar,
+        images_bar("drift", original, data, max_images, forward_fn, shown=progress) as bar,
         on_device(device, original, converted),
     ):
         for batch in data:

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from retrofit.tables import Facts, Part, Table, one_line
+from retrofit.tables import Facts, Part, Table, one_line, shortened
 
 GAP = 2  # spaces between columns
 LEAST = 24  # characters of a name or sentence
@@ -94,11 +94,4 @@ class _Name:
         return Measurement(min(len(self.text), LEAST), len(self.text))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield Text(_shortened(self.text, options.max_width), no_wrap=True)
-
-
-def _shortened(text: str, width: int) -> str:
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+        yield Text(shortened(self.text, options.max_width), no_wrap=True)
