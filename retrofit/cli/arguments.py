@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
 from retrofit.cli.requests import DRIFT_IMAGES, TEST_IMAGES
+from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.sample_sizes import RECALIBRATION_IMAGES, TOLERANCE
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
+    _add_model_args(parser)
     _add_plan(parser)
     text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
     parser.add_argument("--data", type=Path, help=text)
@@ -106,6 +108,7 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
+    _add_model_args(parser)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
     add("--device", help="for the calibration and the drift; default: cpu")
     add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE_HELP)
@@ -147,6 +150,7 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
 def _describe_restore(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="ARCHITECTURE", help=f"the network before folding: {MODEL}")
+    _add_model_args(parser)
     add("--weights", required=True, metavar="FILE", help=f"the folded network: {FILE}, or .onnx")
     _add_weights_key(parser, "FILE")
     _add_output(parser, OUTPUT)
@@ -244,6 +248,43 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     text = f"{MODEL}; default: what the file says, if torchvision has it"
     parser.add_argument("--model", help=text)
+    _add_model_args(parser)
+
+
+def _add_model_args(parser: argparse.ArgumentParser) -> None:
+    text = (
+        "what the function that builds the model is called with (num_classes=10 "
+        "aux_logits=False); may be repeated; default: what a file that convert wrote says"
+    )
+    parser.add_argument(
+        OPTION, type=_argument, action=_Collected, nargs="+", metavar="KEY=VALUE", help=text,
+        default={},
+    )  # fmt: skip
+
+
+class _Collected(argparse.Action):
+    """Collects KEY=VALUE in a dict."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        found = dict(getattr(namespace, self.dest))
+        for key, value in values:
+            if key in found:
+                raise argparse.ArgumentError(self, f"{key} is given twice")
+            found[key] = value
+        setattr(namespace, self.dest, dict(sorted(found.items())))
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    try:
+        return parse_argument(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,9 @@ def _sample(request: ConvertRequest, processes: Processes) -> Sample:
         )
     options = replace(options, device=_own_device(options.device))
     check_device(options)
-    model = trained(request.model, request.weights, request.weights_key)
+    model = trained(
+        request.model, request.weights, request.weights_key, model_args=request.model_args
+    )
     return sample_for(model, request.model, options, request.weights, pictures)
 
 
@@ -258,6 +260,7 @@ def _saved(
     """Save the model, before anything else that was asked for; return what is told of it."""
     told: dict[str, Any] = {
         "name": request.model,
+        "model_args": request.model_args,
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,

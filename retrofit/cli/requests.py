@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retrofit.plans import LayoutName, Placement
 from retrofit.sample_sizes import default_tolerance
@@ -55,6 +56,7 @@ class PlanRequest:
     """Show what happens to every convolution of a model, and why."""
 
     model: str
+    model_args: dict[str, Any]
     plan: PlanOptions
     pictures: PictureOptions
 
@@ -64,6 +66,7 @@ class ConvertRequest:
     """Insert calibrated BatchNorms, verify, save."""
 
     model: str
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     plan: PlanOptions
@@ -82,6 +85,7 @@ class VerifyRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     tolerance: float
@@ -94,6 +98,7 @@ class FoldRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights_key: str | None
     output: Path
     overwrite: bool
@@ -105,6 +110,7 @@ class AdaptRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights_key: str | None
     output: Path
     overwrite: bool
@@ -117,6 +123,7 @@ class RestoreRequest:
     """Bring folded weights back into their own class, whose BatchNorms learn again."""
 
     model: str
+    model_args: dict[str, Any]
     weights: str
     weights_key: str | None
     output: Path
@@ -145,6 +152,7 @@ class ReportRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     output: Path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import retrofit
 from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
@@ -16,7 +14,7 @@ def run_restore(request: RestoreRequest) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
-    architecture = build(request.model).eval()
+    architecture = build(request.model, request.model_args).eval()
     sample = sample_for(architecture, request.model, request.pictures)
     sample.announce(sample.chosen, at_most=may_end_early(request))
     batches = sample.batches(sample.chosen)
@@ -35,18 +33,23 @@ def run_restore(request: RestoreRequest) -> int:
     data = f"restored on {found.images} {sample.kind} of {sample.source}"
     say(f"writing {request.output}")
     retrofit.save(
-        restored, request.output, name=request.model, data=data, overwrite=request.overwrite
+        restored,
+        request.output,
+        name=request.model,
+        model_args=request.model_args,
+        data=data,
+        overwrite=request.overwrite,
     )
     list_bad(sample.pictures, batches.bad)
     print(found)
     print(f"written: {request.output}")
-    print(f"to load: {_loading(request.model, request.output)}")
+    print(f"to load: {_loading(request)}")
     return 0
 
 
-def _loading(model: str, output: Path) -> str:
+def _loading(request: RestoreRequest) -> str:
     """Write the line of Python that loads the file into a fresh model."""
-    path = repr(str(output))
-    safe = output.suffix == ".safetensors"
+    path = repr(str(request.output))
+    safe = request.output.suffix == ".safetensors"
     read = f"safetensors.torch.load_file({path})" if safe else f"torch.load({path})"
-    return f"{code_of(model)}.load_state_dict({read})"
+    return f"{code_of(request.model, request.model_args)}.load_state_dict({read})"
