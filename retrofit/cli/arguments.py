@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
-from retrofit.cli.requests import DRIFT_IMAGES, TEST_IMAGES
+from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, default_workers
 from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
@@ -31,7 +30,9 @@ MODEL = (
 )
 DATA = (
     "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz, NHWC or NHW, of "
-    "uint8, uint16, or floats from 0 to 1"
+    "uint8, uint16, or floats from 0 to 1; or your own code, path/to/file.py:loader or "
+    "package.module:loader: a torch Dataset of inputs, an iterable of batches as the model takes "
+    "them, or a function that returns one of them"
 )
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
@@ -102,7 +103,6 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
     text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
     parser.add_argument("--data", type=Path, help=text)
     _add_pictures(parser)
-    parser.set_defaults(batch_size=2)
 
 
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
@@ -321,16 +321,15 @@ def _add_data(
     add("--data", type=Path, required=required, help=DATA)
     text = f"use at most N; default: {default}"
     add("--images", type=_positive, metavar="N", default=images, help=text)
-    add("--batch-size", type=_positive, default=8, help="default: %(default)s")
-    workers = min(4, os.cpu_count() or 1)
-    text = "processes that read pictures; default: %(default)s"
-    add("--workers", type=_whole, default=workers, help=text)
+    add("--batch-size", type=_positive, help=f"default: {BATCH_SIZE}")
+    text = f"processes that read pictures or samples; default: {default_workers()}"
+    add("--workers", type=_whole, help=text)
     _add_pictures(parser)
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
+    add("--seed", type=_whole, help="seed of the shuffle; default: 0")
     text = "shorter side, before the crop; default: as the model was trained, or as --crop"
     add("--resize", type=_pixels, metavar="PIXELS", help=text)
     text = "centre crop; default: as the model was trained"

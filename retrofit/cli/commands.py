@@ -32,7 +32,8 @@ from retrofit.cli.requests import (
     VerifyRequest,
 )
 from retrofit.cli.restore import run_restore
-from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.sample import naming
+from retrofit.cli.samples import check_device, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say, show_warning
 from retrofit.files.checkpoint import check_output, load_opened
 from retrofit.files.model_args import ModelArgs
@@ -59,7 +60,7 @@ def run_plan(request: PlanRequest) -> int:
     example = None
     if request.pictures.data is not None:
         sample = sample_for(model, request.model, request.pictures)
-        example = sample.example(sample.order)
+        example = sample.example()
     print(planned(model, example, request.plan))
     return 0
 
@@ -74,13 +75,13 @@ def run_verify(request: VerifyRequest) -> int:
         converted, called = _load(_without_key(request.file), request)
     original = _original(called, request, converted)
     sample = sample_for(original, called.name, request.pictures, request.weights)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
+    sample.announce()
+    batches = sample.batches()
     found = retrofit.verify(original, converted, batches, progress=True)
-    print(found, flush=True)
+    print(sample.worded(str(found)), flush=True)
     if (dtype := input_dtype(converted)) != torch.float32:
         print(f"compared in {str(dtype).removeprefix('torch.')}, the precision of {request.file}")
-    list_bad(sample.pictures, batches.bad)
+    sample.list_bad(batches.bad)
     passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
     return 0 if passed else fail(_failure(found, request.tolerance), 1)
 
@@ -112,10 +113,10 @@ def run_adapt(request: AdaptRequest) -> int:
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
     sample = sample_for(model, called.name, request.pictures)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
+    sample.announce()
+    batches = sample.batches()
     start = time.perf_counter()
-    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
+    with naming(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
             model,
             batches,
@@ -132,13 +133,13 @@ def run_adapt(request: AdaptRequest) -> int:
     data = "; ".join(filter(None, (file.provenance.data, done)))
     say(f"writing {request.output}")
     retrofit.save(model, request.output, **called.told, data=data, overwrite=request.overwrite)
-    list_bad(sample.pictures, batches.bad)
+    sample.list_bad(batches.bad)
     print(
         facts_table(
             [
                 ("adapted on", f"{found.images} {sample.kind} in {seconds:.1f} s{weighed}"),
                 ("BatchNorms", f"{len(found.layers)} of them, one after another"),
-                *([("passes", f"{found.passes} over pictures")] if found.passes > 1 else []),
+                *([("passes", f"{found.passes} over {sample.word}")] if found.passes > 1 else []),
                 ("standard error", error_in_words(found.standard_error)),
                 ("written", str(request.output)),
             ]
@@ -267,17 +268,17 @@ def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenanc
     if request.weights:
         original = _original(called, request, converted)
     sample = sample_for(original, called.name, request.pictures, request.weights)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
+    sample.announce()
+    batches = sample.batches()
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches)
     what = "drift and parity" if request.weights else "drift"
-    measured = f"{what}, on {len(sample.chosen)} {sample.kind} of {sample.source}"
+    measured = f"{what}, on {sample.amount()} of {sample.source}"
     found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
         verification = retrofit.verify(original, converted, batches, progress=True)
         found = dataclasses.replace(found, verification=verification)
-    list_bad(sample.pictures, batches.bad)
+    sample.list_bad(batches.bad)
     return found, no_drift
 
 

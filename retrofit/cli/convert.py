@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,13 @@ from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.norm_table import norm_table
 from retrofit.cli.requests import (
-    DRIFT_IMAGES,
-    TEST_IMAGES,
     ConvertRequest,
     PictureOptions,
     PlanOptions,
     may_end_early,
 )
-from retrofit.cli.sample import (
-    Sample,
-    check_device,
-    list_bad,
-    naming_pictures,
-    open_data,
-    sample_for,
-)
+from retrofit.cli.sample import Sample, naming
+from retrofit.cli.samples import check_device, counted, open_data, sample_for
 from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
@@ -42,8 +34,8 @@ from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
 from retrofit.files.suffixes import SUFFIXES
-from retrofit.pictures.batches import PictureBatches
 from retrofit.report import check_report, measured_drift, write_report
+from retrofit.running.call_arguments import arguments_of
 from retrofit.tables import table
 
 # Options that the processes of one conversion may have different values of.
@@ -58,7 +50,7 @@ class Calibrated:
     Attributes:
         model, prepared, plan: the original, its prepared copy, and the plan between them.
         report: what `calibrate` found.
-        chosen, others: indices of the pictures used, and of those that were not.
+        used: how many pictures or samples that took.
         bad: names of pictures that could not be read.
     """
 
@@ -66,8 +58,7 @@ class Calibrated:
     prepared: nn.Module
     plan: Plan
     report: Calibration
-    chosen: Sequence[int]
-    others: Sequence[int]
+    used: int
     bad: list[str]
 
 
@@ -78,14 +69,14 @@ class Checked:
     Attributes:
         converted: the model with BatchNorm.
         verification: how it compares.
-        on_others: on pictures that it was not calibrated on.
+        which: what it was compared on, in words.
         bad: names of pictures that could not be read.
         onnx: of an ONNX file, where that was asked for, the content, and how it compares.
     """
 
     converted: nn.Module
     verification: Verification
-    on_others: bool
+    which: str
     bad: list[str]
     onnx: tuple[bytes, Agreement] | None = None
 
@@ -96,16 +87,15 @@ def run_convert(request: ConvertRequest) -> int:
         _refuse_bad_files(request, processes)
         with if_stopped(f"{request.output} is not written"):
             sample = _sample(request, processes)
-            chosen = _chosen(sample, processes)
             by = f", by {processes.size} processes" if processes.group else ""
-            sample.announce(chosen, by, at_most=may_end_early(request))
-            plan = planned(sample.model, sample.example(chosen), request.plan)
+            sample.announce(by, at_most=may_end_early(request))
+            plan = planned(sample.model, sample.example(), request.plan)
             if not plan.inserted:
                 if processes.rank > 0:
                     return 1
                 print(plan, flush=True)
                 return fail("there is nothing to convert, and nothing was written", 1)
-            calibrated = _calibrated(request, sample, plan, chosen, processes)
+            calibrated = _calibrated(request, sample, plan, processes)
             if processes.rank > 0:
                 return 0
             checked = _checked(request, sample, calibrated)
@@ -113,7 +103,7 @@ def run_convert(request: ConvertRequest) -> int:
                 return fail(f"{problem}: nothing was written", 1)
         told = _saved(request, sample, calibrated, checked)
         print(_summary(checked.converted, calibrated.plan))
-        list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
+        sample.list_bad([*calibrated.bad, *checked.bad])
         print(_facts(request, sample, calibrated.report, checked), flush=True)
         if request.report:
             _write_report(request.report, request, sample, calibrated, checked, told)
@@ -152,18 +142,21 @@ def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
 def _sample(request: ConvertRequest, processes: Processes) -> Sample:
     """Open the pictures and build the model; all processes must be asked for the same."""
     options = request.pictures
-    pictures = open_data(options)
-    processes.agree({**_alike(request), "number of pictures": len(pictures)})
-    if len(pictures) < 2:
-        raise RetrofitError(
-            f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
-        )
+    data = open_data(options)
+    word, number = counted(data)
+    processes.agree({**_alike(request), f"number of {word}": number})
+    if number is not None and number < 2:
+        raise RetrofitError(f"calibration needs at least 2 {word}: {options.data} has {number}")
     options = replace(options, device=_own_device(options.device))
     check_device(options)
     model = trained(
         request.model, request.weights, request.weights_key, model_args=request.model_args
     )
-    return sample_for(model, request.model, options, request.weights, pictures)
+    sample = sample_for(model, request.model, options, request.weights, data)
+    sample.refuse_processes(processes.size)
+    if request.report:
+        sample.refuse_once_only("--report")
+    return sample
 
 
 def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, str]:
@@ -187,27 +180,15 @@ def _own_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
-def _chosen(sample: Sample, processes: Processes) -> Sequence[int]:
-    """Choose the pictures to calibrate on; there may be more than it takes."""
-    chosen = sample.chosen
-    if len(chosen) < processes.size:
-        raise RetrofitError(
-            f"{processes.size} processes cannot share {len(chosen)} pictures: start fewer, or use "
-            "more pictures (--data, --images)"
-        )
-    return chosen
-
-
 def _calibrated(
     request: ConvertRequest,
     sample: Sample,
     plan: Plan,
-    chosen: Sequence[int],
     processes: Processes,
 ) -> Calibrated:
-    batches = sample.batches(chosen[processes.rank :: processes.size])
+    batches = sample.batches(processes.rank, processes.size)
     prepared = retrofit.prepare(sample.model, plan)
-    with naming_pictures(batches):
+    with naming(batches):
         report = retrofit.calibrate(
             prepared,
             batches,
@@ -219,9 +200,8 @@ def _calibrated(
         )
     bad = [name for names in processes.gather(batches.bad) for name in names]
     # It may have ended early, and each process be a batch ahead of the count.
-    ahead = sample.options.batch_size * (processes.size - 1)
-    used = min(len(chosen), report.images + len(bad) + ahead)
-    return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)
+    ahead = sample.batch_size * (processes.size - 1)
+    return Calibrated(sample.model, prepared, plan, report, report.images + len(bad) + ahead, bad)
 
 
 def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) -> Checked:
@@ -229,9 +209,7 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     converted = retrofit.convert(
         calibrated.prepared, share_storage=True, skip_unused=request.skip_unused
     )
-    others = calibrated.others[:TEST_IMAGES]
-    on_others = len(others) == TEST_IMAGES
-    tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
+    tests, which = sample.tests(calibrated.used)
     verification = retrofit.verify(calibrated.model, converted, tests, progress=True)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
@@ -239,8 +217,9 @@ def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) ->
     if is_onnx(request.output):
         say("verifying in onnxruntime")
         content = with_batchnorms(request.model, converted)
-        onnx = content, agreement(request.model, content, tests)
-    return Checked(converted, verification, on_others, tests.bad, onnx)
+        inputs = [arguments_of(sample.model, batch).args for batch in tests]
+        onnx = content, agreement(request.model, content, inputs)
+    return Checked(converted, verification, which, tests.bad, onnx)
 
 
 def _inequality(checked: Checked) -> str:
@@ -291,7 +270,7 @@ def _write_report(
     )
     try:
         with if_stopped(f"{unfinished}; {again}"):
-            data, device = _for_drift(sample, calibrated), sample.options.device
+            data, device = sample.for_drift(calibrated.used), sample.options.device
             drift, no_drift = measured_drift(calibrated.model, checked.converted, data, device)
             say(f"writing {path}")
             write_report(
@@ -306,16 +285,6 @@ def _write_report(
         kind = "" if isinstance(error, RetrofitError) else f"{type(error).__name__}: "
         raise UnfinishedError(f"{unfinished}: {kind}{error}; {again}") from error
     print(facts_table([("report", str(path))]))
-
-
-def _for_drift(sample: Sample, calibrated: Calibrated) -> PictureBatches:
-    """Choose pictures beyond the sample if there are enough, or else a quarter of it.
-
-    A batch that is much of the sample has nearly its statistics, and so too little drift.
-    """
-    beyond = calibrated.others[:DRIFT_IMAGES]
-    few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
-    return sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
 
 
 def _summary(converted: nn.Module, plan: Plan) -> str:
@@ -333,15 +302,17 @@ def _facts(
     seconds, worst = calibration.seconds, calibration.disagreement
     rate, waited = calibration.images / seconds, calibration.waited / seconds
     needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
-    which = "other " if checked.on_others else ""
     return facts_table(
         [
             ("calibrated on", f"{calibration.images} {sample.kind} in {seconds:.1f} s"),
-            ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
+            (
+                "speed",
+                f"{rate:.1f} {sample.word}/s; {waited:.0%} of the time spent waiting for them",
+            ),
             ("standard error", error_in_words(calibration.standard_error)),
-            ("pictures needed", ", ".join(needed)),
+            (f"{sample.word} needed", ", ".join(needed)),
             ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
-            ("verified on", f"{checked.verification.images} {which}pictures"),
+            ("verified on", f"{checked.verification.images} {checked.which}"),
             ("outputs", "equal bit for bit, at every site and at the end"),
             *_in_onnxruntime(checked),
             ("written", str(request.output)),

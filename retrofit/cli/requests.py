@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,33 @@ from retrofit.sample_sizes import default_tolerance
 
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """Which pictures, in which order, and how they become the input of a model.
+    """Which pictures or samples, in which order, and how they become the input of a model.
 
     Attributes:
         data: where they are; None if the command goes without.
         images: use at most so many; None for the command's own choice.
-        seed: of the shuffle.
-        batch_size, workers: pictures in a batch, and processes that read them.
+        seed: of the shuffle; None and 0 are the same.
+        batch_size, workers: samples in a batch, and processes that read them; None for the default.
         resize, crop, mean, std: what differs from how the model was trained.
         skip_bad_images: leave out what cannot be read.
         device: where the model runs, as torch names it.
     """
 
     data: Path | None
-    seed: int
+    seed: int | None
     resize: int | None
     crop: int | None
     mean: list[float] | None
     std: list[float] | None
     skip_bad_images: bool
-    batch_size: int
+    batch_size: int | None = None
     images: int | None = None
-    workers: int = 0
+    workers: int | None = None
     device: str | None = None
 
 
@@ -130,6 +132,11 @@ class RestoreRequest:
     overwrite: bool
     tolerance: float | None
     pictures: PictureOptions
+
+
+def default_workers() -> int:
+    """Choose how many processes read."""
+    return min(4, os.cpu_count() or 1)
 
 
 def may_end_early(request: ConvertRequest | RestoreRequest) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import retrofit
 from retrofit.cli.requests import RestoreRequest, may_end_early
-from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.sample import naming
+from retrofit.cli.samples import check_device, sample_for
 from retrofit.cli.text import if_stopped, say
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of
@@ -16,9 +17,9 @@ def run_restore(request: RestoreRequest) -> int:
     check_device(request.pictures)
     architecture = build(request.model, request.model_args).eval()
     sample = sample_for(architecture, request.model, request.pictures)
-    sample.announce(sample.chosen, at_most=may_end_early(request))
-    batches = sample.batches(sample.chosen)
-    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
+    sample.announce(at_most=may_end_early(request))
+    batches = sample.batches()
+    with naming(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(
             architecture,
             request.weights,
@@ -40,8 +41,8 @@ def run_restore(request: RestoreRequest) -> int:
         data=data,
         overwrite=request.overwrite,
     )
-    list_bad(sample.pictures, batches.bad)
-    print(found)
+    sample.list_bad(batches.bad)
+    print(sample.worded(str(found)))
     print(f"written: {request.output}")
     print(f"to load: {_loading(request)}")
     return 0

@@ -39,7 +39,7 @@ class Code(Source):
         except (Exception, SystemExit) as error:
             lacks = isinstance(error, TypeError) and "required" in str(error)
             hint = f" ({OPTION} gives a factory its arguments)" if lacks else ""
-            raise RetrofitError(f"{self.spec}() failed: {said(error)}{hint}") from error
+            raise RetrofitError(f"{self.spec}() failed: {said(error, self.spec)}{hint}") from error
         if not isinstance(model, nn.Module):
             raise RetrofitError(f"{self.spec} returned a {type(model).__name__}, not an nn.Module")
         return model

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from retrofit.errors import RetrofitError
 from retrofit.files.model_source import nearest
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FROM_FILES: dict[tuple[Path, int], ModuleType] = {}  # a model and its data may share a file
 
 
 def named(spec: str, kind: str) -> Any:
@@ -26,16 +31,34 @@ def named(spec: str, kind: str) -> Any:
     return getattr(module, name)
 
 
-def said(error: BaseException) -> str:
-    """Say in a line what the user's code raised."""
-    if isinstance(error, SystemExit):  # a script, which does its work when it is imported
-        return "it ends the process: put what a script does under if __name__ == '__main__'"
-    return f"{type(error).__name__}: {error}"
+def said(error: BaseException, spec: str) -> str:
+    """Say in a line what the code of that name raised, and in which line of it."""
+    text = str(error)
+    if text.startswith("Caught "):  # by torch's worker, with the text of its traceback
+        last = re.split(r"^  .*\n", text, flags=re.MULTILINE)[-1]
+        return f"{' '.join(last.split())}{_place(error, spec)}"
+    if isinstance(error, SystemExit):
+        text = "it ends the process"
+    return f"{type(error).__name__}: {text}{_place(error, spec)}"
+
+
+def _place(error: BaseException, spec: str) -> str:
+    """Name the last line of the user's own file that a traceback passes, if there is one."""
+    source = spec.rpartition(":")[0]
+    module = sys.modules.get(source)
+    file = source if source.endswith(".py") else getattr(module, "__file__", None)
+    text = "".join(traceback.format_exception(error))
+    places = re.findall(r'File "([^"\n]+)", line (\d+)', text)
+    own = [line for name, line in places if file and Path(name).resolve() == Path(file).resolve()]
+    return f" ({source}, line {own[-1]})" if own else ""
 
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RetrofitError(f"there is no file {path}")
+    key = path.resolve(), path.stat().st_mtime_ns
+    if key in _FROM_FILES:
+        return _FROM_FILES[key]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # of a name that ends in .py
     assert spec.loader is not None
@@ -45,7 +68,8 @@ def _from_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise RetrofitError(f"{path} cannot be imported: {said(error)}") from error
+        raise _not_imported(str(path), error) from error
+    _FROM_FILES[key] = module
     return module
 
 
@@ -55,4 +79,12 @@ def _from_import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise RetrofitError(f"{name} cannot be imported: {said(error)}") from error
+        raise _not_imported(name, error) from error
+
+
+def _not_imported(source: str, error: BaseException) -> RetrofitError:
+    if isinstance(error, SystemExit):  # a script, which does its work when it is imported
+        text = "it ends the process: put what a script does under if __name__ == '__main__'"
+    else:
+        text = said(error, f"{source}:")
+    return RetrofitError(f"{source} cannot be imported: {text}")

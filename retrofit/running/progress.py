@@ -18,14 +18,15 @@ def images_bar(
 
     Args:
         stage: what is being done, before the bar.
-        data: batches.
+        data: batches; a `bar_unit` of its data set names what there are, instead of images.
         most: no more are used.
         shown: whether it is to be seen.
         done: how many were used before.
     """
     known = _images_in_all(data)
     total = most if known is None else known if most is None else min(known, most)
-    return progress_bar(stage, total, "image", shown=shown, done=done)
+    unit = getattr(getattr(data, "dataset", None), "bar_unit", "image")
+    return progress_bar(stage, total, unit, shown=shown, done=done)
 
 
 def progress_bar(
