@@ -97,7 +97,7 @@ class Sample(ABC):
 
     def worded(self, text: str) -> str:
         """Write the word for this data where the library speaks of images."""
-        return re.sub(r"\bimages\b", self.word, text)
+        return re.sub(r"(?<=\d )images\b", self.word, text)
 
 
 class OrderedSample(Sample):

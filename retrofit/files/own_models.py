@@ -27,11 +27,7 @@ class Code(Source):
         self.spec, self.arguments = spec, arguments
 
     def build(self) -> nn.Module:
-        factory = named(self.spec, "factory")
-        if not callable(factory):
-            raise RetrofitError(
-                f"{self.spec} is no factory but a thing of type {type(factory).__name__}"
-            )
+        factory = named(self.spec, "factory", called=True)
         try:
             model = call_factory(self.spec, factory, self.arguments)
         except RetrofitError:

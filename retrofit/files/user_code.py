@@ -18,14 +18,15 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _FROM_FILES: dict[tuple[Path, int], ModuleType] = {}  # a model and its data may share a file
 
 
-def named(spec: str, kind: str) -> Any:
+def named(spec: str, kind: str, *, called: bool = False) -> Any:
     """Import the code that `spec` names, which runs it, and return what has the name in it.
 
-    Raises RetrofitError, which calls it a `kind`, for what cannot be imported or is not there.
+    Raises RetrofitError, which calls it a `kind`, for what cannot be imported or is not there, or
+    cannot be called and is to be.
     """
     source, _, name = spec.rpartition(":")
     module = _from_file(Path(source)) if source.endswith(".py") else _from_import(source)
-    if not hasattr(module, name):
+    if not hasattr(module, name) or (called and not callable(getattr(module, name))):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetrofitError(f"{source} has no {kind} {name!r}{nearest(name, names)}")
     return getattr(module, name)

@@ -1,16 +1,14 @@
 """`--data file.py:loader`: audio, medical and other data, in batches of the user's own making."""
 
 import json
-import os
 import re
-import socket
 import sys
 
 import pytest
 import torch
 from folders import contents
 from onnx_files import export
-from processes import Started, command
+from processes import command, started
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -320,52 +318,38 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(run, folder, wor
 
 def test_a_generator_that_is_used_up_is_refused_where_it_is_needed_twice(run, folder):
     assert run(*AUDIO, "--data", "data.py:batches")[0] == 0
-    words = ("report", "bn.safetensors", "--model", "net.py:audio", "--weights", "bn.safetensors")
-    torch.save(_plain(), folder / "plain.pth")
-    words = (*words[:-1], "plain.pth", "--output", "r.html")
-    code, _, err = run(*words, "--data", "data.py:used_up")
+    torch.save(build("net.py:audio").state_dict(), folder / "plain.pth")
+    words = ("report", "bn.safetensors", "--model", "net.py:audio", "--weights", "plain.pth")
+    code, _, err = run(*words, "--output", "r.html", "--data", "data.py:used_up")
     assert (code, len(err)) == (2, 1)
     assert "data.py:used_up gives a generator that is used up, and its batches are needed" in err[0]
     assert not (folder / "r.html").exists()
 
 
-def _plain():
-    namespace = {}
-    exec(NETS, namespace)  # noqa: S102 - above
-    return namespace["audio"]().state_dict()
-
-
-def torchrun(folder, *words, size=2):
-    """Run a command in two processes that find each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(size):
-        places = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                  "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
-        started.append(Started(folder, *words, first=_Environment(places)))
-    return [one.finished() for one in started]
-
-
-class _Environment:
-    def __init__(self, values):
-        self.values = values
-
-    def __call__(self):
-        os.environ.update(self.values)
-
-
 def test_processes_share_a_dataset_and_refuse_batches(folder, sounds):
-    found = torchrun(folder, *AUDIO, "--data", "data.py:Sounds", "--images", "32", "--workers", "0")
+    words = (*AUDIO, "--data", "data.py:Sounds", "--images", "32", "--workers", "0")
+    found = [one.finished() for one in started(folder, words, words)]
     assert [one.code for one in found] == [0, 0], found
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     assert_calibrated_on(folder / "bn.safetensors", sounds[order[:32]])
-    found = torchrun(folder, *AUDIO, "--overwrite", "--data", "data.py:batches")
+    words = (*AUDIO, "--overwrite", "--data", "data.py:batches")
+    found = [one.finished() for one in started(folder, words, words)]
     assert {one.code for one in found} <= {1, 2}
-    assert "2 processes cannot share the batches of data.py:batches" in "".join(
-        line for one in found for line in one.err
+    message = "2 processes cannot share the batches of data.py:batches: let it give a torch Dataset"
+    assert all(message in one.err[0] for one in found)
+
+
+@pytest.mark.usefixtures("folder")
+def test_processes_must_agree_in_the_arguments_of_the_model(tmp_path):
+    (tmp_path / "width.py").write_text(
+        "from torch import nn\ndef net(width=4): return nn.Sequential(nn.Conv1d(1, width, 3), "
+        "nn.ReLU(), nn.Conv1d(width, 2, 1))\n"
     )
+    words = ("convert", "width.py:net", "--output", "o.pth", "--data", "data.py:Sounds")
+    found = started(tmp_path, words, (*words, "--model-args", "width=5"))
+    for one in [process.finished() for process in found]:
+        assert one.code == 1
+        assert "has a different --model-args ({'width': 5}, not {}) than process 0" in one.err[0]
 
 
 def test_a_module_is_imported_by_its_name(folder):
