@@ -290,7 +290,7 @@ CASES = [
     ("plan unknown.onnx", "it has no Special; convert the network that was exported instead, or"),
     (f"convert old.onnx {ALL} {INTO}",
      "old.onnx is of opset 6, and BatchNorms are written from 7 on: pass it through onnx.version"),
-    (f"convert two.onnx {INTO}", "takes x ('?', 3, 16, 16), z ('?', 3, 16, 16), and the command"),
+    (f"convert two.onnx {INTO}", "takes x ('?', 3, 16, 16), z ('?', 3, 16, 16), and pictures"),
     (f"convert half.onnx {INTO}", "pictures are one input of float32 (N, C, H"),
     (f"convert last.onnx {INTO}", "last.onnx takes x ('?', 16, 16, 3), and pictures are"),
     (f"convert net.onnx {INTO} --weights w.pth", "out.onnx would have the weights of net.onnx, no"),
