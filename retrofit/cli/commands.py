@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from retrofit.cli.requests import (
     VerifyRequest,
 )
 from retrofit.cli.restore import run_restore
-from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
+from retrofit.cli.sample import naming
+from retrofit.cli.samples import check_device, sample_for
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.files.checkpoint import check_output, load_opened
-from retrofit.files.model_sources import build, trained
+from retrofit.files.model_args import ModelArgs
+from retrofit.files.model_sources import build, is_torchvision, trained
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.weights import WeightsFile, open_weights
@@ -54,11 +57,11 @@ def carry_out(request: Request, terminal: Terminal) -> int:
 
 def run_plan(request: PlanRequest, terminal: Terminal) -> int:
     """Print the plan of a model, whose weights do not matter."""
-    model = build(request.model)
+    model = build(request.model, request.model_args)
     example = None
     if request.pictures.data is not None:
         sample = sample_for(model, request.model, request.pictures)
-        example = sample.example(sample.order)
+        example = sample.example()
     plan = planned(model, example, request.plan)
     terminal.show(*plan._parts())
     terminal.tell(plan=plan)
@@ -68,21 +71,21 @@ def run_plan(request: PlanRequest, terminal: Terminal) -> int:
 def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
     if is_onnx(request.file):
-        converted, name = build(str(request.file)), request.model or ""
+        if not request.model:
+            raise _nameless(request.file)
+        converted, called = build(str(request.file)), Called(request.model, request.model_args)
     else:
-        converted, name = _load(_without_key(request.file), request.model)
-    if not name:
-        raise _nameless(request.file)
-    original = _original(name, request, converted)
-    sample = sample_for(original, name, request.pictures, request.weights)
-    sample.announce(terminal, sample.chosen)
-    batches = sample.batches(sample.chosen)
+        converted, called = _load(_without_key(request.file), request)
+    original = _original(called, request, converted)
+    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample.announce(terminal)
+    batches = sample.batches()
     found = retrofit.verify(original, converted, batches, progress=terminal.progress)
-    terminal.show(*found._parts())
+    terminal.show(*sample.worded(found._parts()))
     dtype = str(input_dtype(converted)).removeprefix("torch.")
     if dtype != "float32":
         terminal.show(f"compared in {dtype}, the precision of {request.file}")
-    list_bad(terminal, sample.pictures, batches.bad)
+    sample.list_bad(terminal, batches.bad)
     passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
     terminal.tell(passed=passed, tolerance=request.tolerance, dtype=dtype, **found.summary())
     terminal.tell(sites=found.sites, outputs=found.outputs)
@@ -92,15 +95,15 @@ def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
 def run_fold(request: FoldRequest, terminal: Terminal) -> int:
     """Fold the model of a file, and save it."""
     check_output(request.output, overwrite=request.overwrite)
-    model, name = _load(open_weights(request.file), request.model, request.weights_key)
+    model, called = _load(open_weights(request.file), request, request.weights_key)
     result = folded(model)
     if not result.folded:
         reasons = f": {result}" if result.left else ""
         raise RetrofitError(f"{request.file} has no BatchNorm that can be folded{reasons}")
     # What was not converted here is not the plain model after folding: it has new biases.
-    plain = name if record_of(model) else None
+    told = called.told if record_of(model) else {}
     terminal.say(f"writing {request.output}")
-    retrofit.save(result.model, request.output, name=plain, overwrite=request.overwrite)
+    retrofit.save(result.model, request.output, **told, overwrite=request.overwrite)
     for line in result.remarks:
         terminal.warn(line)
     terminal.show(
@@ -115,14 +118,14 @@ def run_adapt(request: AdaptRequest, terminal: Terminal) -> int:
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
     file = open_weights(request.file)
-    model, name = _load(file, request.model, request.weights_key)
+    model, called = _load(file, request, request.weights_key)
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
-    sample = sample_for(model, name, request.pictures)
-    sample.announce(terminal, sample.chosen)
-    batches = sample.batches(sample.chosen)
+    sample = sample_for(model, called.name, request.pictures)
+    sample.announce(terminal)
+    batches = sample.batches()
     start = time.perf_counter()
-    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
+    with naming(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
             model,
             batches,
@@ -139,14 +142,14 @@ def run_adapt(request: AdaptRequest, terminal: Terminal) -> int:
     done = f"adapted on {found.images} {sample.kind} of {sample.source}{weighed}"
     data = "; ".join(filter(None, (file.provenance.data, done)))
     terminal.say(f"writing {request.output}")
-    retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
-    list_bad(terminal, sample.pictures, batches.bad)
+    retrofit.save(model, request.output, **called.told, data=data, overwrite=request.overwrite)
+    sample.list_bad(terminal, batches.bad)
     terminal.show(
         Facts(
             (
                 ("adapted on", f"{found.images} {sample.kind} in {seconds:.1f} s{weighed}"),
                 ("BatchNorms", f"{len(found.layers)} of them, one after another"),
-                *([("passes", f"{found.passes} over pictures")] if found.passes > 1 else []),
+                *([("passes", f"{found.passes} over {sample.word}")] if found.passes > 1 else []),
                 ("standard error", error_in_words(found.standard_error)),
                 ("written", str(request.output)),
             )
@@ -244,18 +247,46 @@ def _without_key(path: Path) -> WeightsFile:
     return dataclasses.replace(open_weights(path), option=option)
 
 
-def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple[nn.Module, str]:
-    """Load the model of a file, and its name as given or as the file says."""
-    name = model or file.provenance.model
+@dataclass(frozen=True)
+class Called:
+    """How the model of a file is built: its name and arguments, as given or as the file says."""
+
+    name: str
+    model_args: ModelArgs
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `save` is told."""
+        return {"name": self.name, "model_args": self.model_args}
+
+
+def _load(
+    file: WeightsFile,
+    request: VerifyRequest | FoldRequest | AdaptRequest | ReportRequest,
+    key: str | None = None,
+) -> tuple[nn.Module, Called]:
+    """Load the model of a file."""
+    told = file.provenance
+    name = request.model or told.model
     if name is None:
         raise _nameless(file.path)
+    by_name = is_torchvision(name)
+    if by_name and name == told.model and not request.model_args:
+        return load_opened(file, None, key), Called(name, told.model_args or {})
+    called = Called(name, request.model_args)
     # Code is imported for what the user typed, never for what a file says.
-    return load_opened(file, build(name) if model else None, key), name
+    typed = request.model or (by_name and request.model_args)
+    return load_opened(file, build(name, called.model_args) if typed else None, key), called
 
 
-def _original(name: str, request: VerifyRequest | ReportRequest, converted: nn.Module) -> nn.Module:
+def _original(
+    called: Called, request: VerifyRequest | ReportRequest, converted: nn.Module
+) -> nn.Module:
     """Build the original, in the precision of what came of it."""
-    return trained(name, request.weights, request.weights_key, input_dtype(converted))
+    dtype = input_dtype(converted)
+    return trained(
+        called.name, request.weights, request.weights_key, dtype, model_args=called.model_args
+    )
 
 
 def _nameless(path: Path) -> RetrofitError:
@@ -266,22 +297,22 @@ def _measured_anew(
     request: ReportRequest, file: WeightsFile, terminal: Terminal
 ) -> tuple[Provenance, str]:
     """Measure drift, and with --weights how the outputs compare; and why there is no drift."""
-    converted, name = _load(file, request.model)
+    converted, called = _load(file, request)
     original = converted
     if request.weights:
-        original = _original(name, request, converted)
-    sample = sample_for(original, name, request.pictures, request.weights)
-    sample.announce(terminal, sample.chosen)
-    batches = sample.batches(sample.chosen)
+        original = _original(called, request, converted)
+    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample.announce(terminal)
+    batches = sample.batches()
     # Without the original: under running statistics the file's own network computes the same.
     drift, no_drift = measured_drift(original, converted, batches, progress=terminal.progress)
     what = "drift and parity" if request.weights else "drift"
-    measured = f"{what}, on {len(sample.chosen)} {sample.kind} of {sample.source}"
+    measured = f"{what}, on {sample.amount()} of {sample.source}"
     found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
         verification = retrofit.verify(original, converted, batches, progress=terminal.progress)
         found = dataclasses.replace(found, verification=verification)
-    list_bad(terminal, sample.pictures, batches.bad)
+    sample.list_bad(terminal, batches.bad)
     return found, no_drift
 
 
@@ -290,8 +321,11 @@ def _described(provenance: Provenance) -> dict[str, Any]:
     if provenance == Provenance():
         return {}
     facts = {
-        k: v for k, v in provenance.to_json().items() if k not in ("plan", "drift", "measured")
+        k: v
+        for k, v in provenance.to_json().items()
+        if k not in ("model_args", "plan", "drift", "measured")
     }
+    facts["model"] = provenance.call
     for key in ("calibration", "verification"):
         found = getattr(provenance, key)
         values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}

@@ -18,21 +18,13 @@ from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.norm_table import NormRow, norm_rows, norm_table
 from retrofit.cli.requests import (
-    DRIFT_IMAGES,
-    TEST_IMAGES,
     ConvertRequest,
     PictureOptions,
     PlanOptions,
     may_end_early,
 )
-from retrofit.cli.sample import (
-    Sample,
-    check_device,
-    list_bad,
-    naming_pictures,
-    open_data,
-    sample_for,
-)
+from retrofit.cli.sample import Sample, naming
+from retrofit.cli.samples import check_device, counted, open_data, sample_for
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.errors import UnfinishedError
@@ -44,8 +36,8 @@ from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
 from retrofit.files.suffixes import SUFFIXES
 from retrofit.json_values import to_plain
-from retrofit.pictures.batches import PictureBatches
 from retrofit.report import check_report, measured_drift, write_report
+from retrofit.running.call_arguments import arguments_of
 from retrofit.tables import Facts, Part, Table
 
 # Options that the processes of one conversion may have different values of.
@@ -60,7 +52,7 @@ class Calibrated:
     Attributes:
         model, prepared, plan: the original, its prepared copy, and the plan between them.
         report: what `calibrate` found.
-        chosen, others: indices of the pictures used, and of those that were not.
+        used: how many pictures or samples that took.
         bad: names of pictures that could not be read.
     """
 
@@ -68,8 +60,7 @@ class Calibrated:
     prepared: nn.Module
     plan: Plan
     report: Calibration
-    chosen: Sequence[int]
-    others: Sequence[int]
+    used: int
     bad: list[str]
 
 
@@ -80,14 +71,14 @@ class Checked:
     Attributes:
         converted: the model with BatchNorm.
         verification: how it compares.
-        on_others: on pictures that it was not calibrated on.
+        which: what it was compared on, in words.
         bad: names of pictures that could not be read.
         onnx: of an ONNX file, where that was asked for, the content, and how it compares.
     """
 
     converted: nn.Module
     verification: Verification
-    on_others: bool
+    which: str
     bad: list[str]
     onnx: tuple[bytes, Agreement] | None = None
 
@@ -98,17 +89,16 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
         _refuse_bad_files(request, processes)
         with if_stopped(f"{request.output} is not written"):
             sample = _sample(request, processes)
-            chosen = _chosen(sample, processes)
             by = f", by {processes.size} processes" if processes.group else ""
-            sample.announce(terminal, chosen, by, at_most=may_end_early(request))
-            plan = planned(sample.model, sample.example(chosen), request.plan)
+            sample.announce(terminal, by, at_most=may_end_early(request))
+            plan = planned(sample.model, sample.example(), request.plan)
             if not plan.inserted:
                 if processes.rank > 0:
                     return 1
                 terminal.show(*plan._parts())
                 terminal.tell(plan=plan)
                 return terminal.fail("there is nothing to convert, and nothing was written", 1)
-            calibrated = _calibrated(request, sample, plan, chosen, processes, terminal)
+            calibrated = _calibrated(request, sample, plan, processes, terminal)
             if processes.rank > 0:
                 return 0
             checked = _checked(request, sample, calibrated, terminal)
@@ -153,16 +143,21 @@ def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
 def _sample(request: ConvertRequest, processes: Processes) -> Sample:
     """Open the pictures and build the model; all processes must be asked for the same."""
     options = request.pictures
-    pictures = open_data(options)
-    processes.agree({**_alike(request), "number of pictures": len(pictures)})
-    if len(pictures) < 2:
-        raise RetrofitError(
-            f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
-        )
+    data = open_data(options)
+    word, number = counted(data)
+    processes.agree({**_alike(request), f"number of {word}": number})
+    if number is not None and number < 2:
+        raise RetrofitError(f"calibration needs at least 2 {word}: {options.data} has {number}")
     options = replace(options, device=_own_device(options.device))
     check_device(options)
-    model = trained(request.model, request.weights, request.weights_key)
-    return sample_for(model, request.model, options, request.weights, pictures)
+    model = trained(
+        request.model, request.weights, request.weights_key, model_args=request.model_args
+    )
+    sample = sample_for(model, request.model, options, request.weights, data)
+    sample.refuse_processes(processes.size)
+    if request.report:
+        sample.refuse_once_only("--report")
+    return sample
 
 
 def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, str]:
@@ -186,28 +181,16 @@ def _own_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
-def _chosen(sample: Sample, processes: Processes) -> Sequence[int]:
-    """Choose the pictures to calibrate on; there may be more than it takes."""
-    chosen = sample.chosen
-    if len(chosen) < processes.size:
-        raise RetrofitError(
-            f"{processes.size} processes cannot share {len(chosen)} pictures: start fewer, or use "
-            "more pictures (--data, --images)"
-        )
-    return chosen
-
-
 def _calibrated(
     request: ConvertRequest,
     sample: Sample,
     plan: Plan,
-    chosen: Sequence[int],
     processes: Processes,
     terminal: Terminal,
 ) -> Calibrated:
-    batches = sample.batches(chosen[processes.rank :: processes.size])
+    batches = sample.batches(processes.rank, processes.size)
     prepared = retrofit.prepare(sample.model, plan)
-    with naming_pictures(batches):
+    with naming(batches):
         report = retrofit.calibrate(
             prepared,
             batches,
@@ -220,9 +203,8 @@ def _calibrated(
         )
     bad = [name for names in processes.gather(batches.bad) for name in names]
     # It may have ended early, and each process be a batch ahead of the count.
-    ahead = sample.options.batch_size * (processes.size - 1)
-    used = min(len(chosen), report.images + len(bad) + ahead)
-    return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)
+    ahead = sample.batch_size * (processes.size - 1)
+    return Calibrated(sample.model, prepared, plan, report, report.images + len(bad) + ahead, bad)
 
 
 def _checked(
@@ -232,9 +214,7 @@ def _checked(
     converted = retrofit.convert(
         calibrated.prepared, share_storage=True, skip_unused=request.skip_unused
     )
-    others = calibrated.others[:TEST_IMAGES]
-    on_others = len(others) == TEST_IMAGES
-    tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
+    tests, which = sample.tests(calibrated.used)
     verification = retrofit.verify(calibrated.model, converted, tests, progress=terminal.progress)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
@@ -242,8 +222,9 @@ def _checked(
     if is_onnx(request.output):
         terminal.say("verifying in onnxruntime")
         content = with_batchnorms(request.model, converted)
-        onnx = content, agreement(request.model, content, tests)
-    return Checked(converted, verification, on_others, tests.bad, onnx)
+        inputs = [arguments_of(sample.model, batch).args for batch in tests]
+        onnx = content, agreement(request.model, content, inputs)
+    return Checked(converted, verification, which, tests.bad, onnx)
 
 
 def _inequality(checked: Checked, terminal: Terminal) -> str:
@@ -268,6 +249,7 @@ def _saved(
     """Save the model, before anything else that was asked for; return what is told of it."""
     told: dict[str, Any] = {
         "name": request.model,
+        "model_args": request.model_args,
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,
@@ -299,7 +281,7 @@ def _write_report(
     )
     try:
         with if_stopped(f"{unfinished}; {again}"):
-            data, device = _for_drift(sample, calibrated), sample.options.device
+            data, device = sample.for_drift(calibrated.used), sample.options.device
             drift, no_drift = measured_drift(
                 calibrated.model, checked.converted, data, device, progress=terminal.progress
             )
@@ -319,16 +301,6 @@ def _write_report(
     terminal.tell(report=str(path), drift=drift)
 
 
-def _for_drift(sample: Sample, calibrated: Calibrated) -> PictureBatches:
-    """Choose pictures beyond the sample if there are enough, or else a quarter of it.
-
-    A batch that is much of the sample has nearly its statistics, and so too little drift.
-    """
-    beyond = calibrated.others[:DRIFT_IMAGES]
-    few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
-    return sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
-
-
 def _tell(
     request: ConvertRequest,
     sample: Sample,
@@ -341,9 +313,9 @@ def _tell(
     left = {s.path: (s.kind, s.reason) for s in sites if s.decision == "skip"}
     rows = norm_rows(checked.converted.state_dict(), 1e-5)
     terminal.show(*_summary(rows, left))
-    list_bad(terminal, sample.pictures, [*calibrated.bad, *checked.bad])
+    sample.list_bad(terminal, [*calibrated.bad, *checked.bad])
     terminal.show(_facts(request, sample, calibrated.report, checked))
-    calibration, verification = calibrated.report, checked.verification
+    calibration = calibrated.report
     terminal.tell(
         model=request.model,
         batchnorms=rows,
@@ -354,7 +326,7 @@ def _tell(
             "disagreement": calibration.disagreement,
             "images_needed": {f"{t:g}": calibration.images_needed(t) for t in TOLERANCES},
         },
-        verification={**verification.summary(), "other_pictures": checked.on_others},
+        verification={**checked.verification.summary(), "which": checked.which},
         onnxruntime=checked.onnx and checked.onnx[1],
         written=str(request.output),
     )
@@ -376,15 +348,17 @@ def _facts(
     seconds, worst = calibration.seconds, calibration.disagreement
     rate, waited = calibration.images / seconds, calibration.waited / seconds
     needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
-    which = "other " if checked.on_others else ""
     return Facts(
         (
             ("calibrated on", f"{calibration.images} {sample.kind} in {seconds:.1f} s"),
-            ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
+            (
+                "speed",
+                f"{rate:.1f} {sample.word}/s; {waited:.0%} of the time spent waiting for them",
+            ),
             ("standard error", error_in_words(calibration.standard_error)),
-            ("pictures needed", ", ".join(needed)),
+            (f"{sample.word} needed", ", ".join(needed)),
             ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
-            ("verified on", f"{checked.verification.images} {which}pictures"),
+            ("verified on", f"{checked.verification.images} {checked.which}"),
             ("outputs", "equal bit for bit, at every site and at the end"),
             *_in_onnxruntime(checked),
             ("written", str(request.output)),

@@ -57,14 +57,15 @@ def images_bar(
     Args:
         stage: what is being done, before the bar.
         model, forward_fn: what is called with the batches, and how, which tells the images in them.
-        data: batches.
+        data: batches; a `bar_unit` of its data set names what there are, instead of images.
         most: no more are used.
         shown: whether it is to be seen.
         done: how many were used before.
     """
     known = _images_in_all(model, data, forward_fn) if shown else None
     total = most if known is None else known if most is None else min(known, most)
-    return progress_bar(stage, total, "image", shown=shown, done=done)
+    unit = getattr(getattr(data, "dataset", None), "bar_unit", "image")
+    return progress_bar(stage, total, unit, shown=shown, done=done)
 
 
 def progress_bar(

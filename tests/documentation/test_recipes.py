@@ -1,4 +1,4 @@
-"""The recipe in docs/recipes.md, as it stands there: convert, fine-tune, fold a merged network."""
+"""Recipes in docs/recipes.md, as they stand there: a merged network, and data of your own."""
 
 import re
 import shlex
@@ -17,10 +17,11 @@ import retrofit
 from retrofit.cli import main
 
 RECIPE = nets.recipe("Fine-tune a network whose BatchNorm was merged away")
+OWN_DATA = nets.recipe("Data of your own")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
+def blocks(language, recipe=RECIPE):
+    return re.findall(rf"^```{language}\n(.*?)^```", recipe, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def released(original, monkeypatch):
         "timm.models._builder.load_state_dict_from_hf", lambda *_, **__: original.state_dict()
     )
     return reparameterize_model(original).eval()
+
+
+@pytest.fixture
+def run_command(tmp_path, monkeypatch, capsys):
+    """Run a line of a recipe in an empty folder, and return what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(line):
+        assert main(shlex.split(line)[1:]) == 0
+        return capsys.readouterr().out
+
+    return call
 
 
 def run(code, variables):
@@ -102,3 +115,16 @@ def test_the_recipe_on_the_command_line(released, tmp_path, monkeypatch, capsys)
     x = nets.images(2, 3, 64, 64)
     assert_close(tuned, network, x)
     assert not torch.allclose(tuned(x), released(x), rtol=1e-2)
+
+
+def test_the_recipe_for_data_of_your_own(run_command, tmp_path):
+    for name, code in zip(("net.py", "sounds.py"), blocks("python", OWN_DATA), strict=True):
+        (tmp_path / name).write_text(code)
+    commands, seven = blocks("sh", OWN_DATA)
+    plan, convert, verify = (run_command(line) for line in commands.splitlines())
+    assert plan.count("Conv1d") == 2
+    assert "calibrated on       32 samples" in convert
+    assert "verified on         16 other samples" in convert
+    assert verify.endswith("equal bit for bit on 16 samples, top-1 agreement 100.00%\n")
+    assert "written             seven_bn.safetensors" in run_command(seven)
+    assert load_file("seven_bn.safetensors")["8.weight"].shape == (7, 32)
