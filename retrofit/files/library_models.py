@@ -95,7 +95,9 @@ class Timm(Source):
             import timm.data  # noqa: PLC0415 - an extra, and slow to import
             import timm.utils  # noqa: PLC0415
         except ImportError as error:
-            raise RetrofitError(f"timm is needed for its model {name}: pip install timm") from error
+            raise RetrofitError(
+                f"timm is needed for its model {name}: pip install 'batchnorm-retrofit[timm]'"
+            ) from error
         # Names that it lists, and no others: it would take those of hubs and folders too.
         known = [*timm.list_models(), *timm.list_models(include_tags=True)]
         if name not in known:

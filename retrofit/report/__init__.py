@@ -22,7 +22,9 @@ def check_report(path: Path, *, overwrite: bool) -> None:
     """Raise RetrofitError if `write_report` could not do its work: asked before other work."""
     check_output(path, overwrite=overwrite, suffixes=(".html",))
     if importlib.util.find_spec("matplotlib") is None:
-        raise RetrofitError("the report's figures need matplotlib: pip install matplotlib")
+        raise RetrofitError(
+            "the report's figures need matplotlib: pip install 'batchnorm-retrofit[report]'"
+        )
 
 
 def measured_drift(
