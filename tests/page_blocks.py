@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
-from retrofit.cli import main
+from retrofit.cli import arguments, main
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(\w*)(?: title=\"(.*?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -100,11 +100,24 @@ def run_page(page, variables, capsys, extra=()):
             for command in commands(block.code):
                 words = words_of(command)
                 if command[0] == "retrofit":
-                    more = extra if "--data" in words else ()
+                    more = known(extra, words[0]) if "--data" in words else ()
                     assert exit_code([*words, *more]) == 0, (page, block.line)
         if block.printed is not None:
             assert_same_words(capsys.readouterr().out, block.printed, f"{page}:{block.line}")
     return missing
+
+
+def parsers():
+    """The parser of each command."""
+    (each,) = arguments._parser()._subparsers._group_actions
+    return each.choices
+
+
+def known(options, command):
+    """Those of `--option VALUE --option VALUE ...` that a command has."""
+    names = parsers()[command]._option_string_actions
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [word for pair in pairs if pair[0] in names for word in pair]
 
 
 def exit_code(words):
