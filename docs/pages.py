@@ -18,7 +18,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
-FIGURES = ("docs/**/*.csv", "docs/**/*.svg")
+BESIDE = ("docs/**/*.csv", "docs/**/*.svg", "docs/site.css")
 LINK_TO_SOURCE = re.compile(r"\]\(([^):]+\.py)\)")
 
 
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = _matching(PAGES)
     for path in pages:
         files.append(_file(path, config, _Rendered if path.suffix == ".ipynb" else File))
-    for path in _matching(FIGURES):
+    for path in _matching(BESIDE):
         files.append(_file(path, config, File))
     for path in sorted({source for page in pages for source in _linked_sources(page)}):
         files.append(_file(path, config, _Rendered, InclusionLevel.NOT_IN_NAV))

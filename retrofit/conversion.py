@@ -277,7 +277,7 @@ def add_batchnorm(
             does not compute what the model does.
         NonFiniteError: as for `calibrate`.
 
-    Example:
+    Examples:
         >>> bn_vgg = retrofit.add_batchnorm(vgg, loader, max_images=1024)
         >>> retrofit.add_batchnorm(detector, loader, include="backbone.*", inplace=True)
     """

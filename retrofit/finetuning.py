@@ -70,7 +70,7 @@ def param_groups(model: nn.Module, weight_decay: float = 5e-4) -> list[dict[str,
         RetrofitError: no parameter requires a gradient, a lazy layer has no shape yet, or
             weight_decay is no number from 0 up.
 
-    Example:
+    Examples:
         >>> torch.optim.SGD(retrofit.param_groups(model), lr=0.01, momentum=0.9)
     """
     check_models("param_groups", model)

@@ -5,7 +5,7 @@
 
 Each is built from its YAML file with random weights, and its BatchNorms get numbers as training
 leaves them; then ultralytics fuses it, and `restore` brings it back. Nothing is downloaded. Exits
-with 1 where the result is not what docs/recipes.md says.
+with 1 where the result is not what docs/yolo.md says.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tiny networks that each show one structural case. All take (N, 3, H, W) unless they say so."""
 
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -280,10 +279,3 @@ def batchnorm(identity, eps):
 
 def images(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def recipe(title):
-    """A section of docs/recipes.md, whose code the tests run."""
-    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-    sections = {section.split("\n")[0]: section for section in text.split("\n## ")}
-    return sections[title]

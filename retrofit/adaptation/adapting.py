@@ -185,7 +185,7 @@ def adapting(model: nn.Module, *, prior: float = 64, window: float | None = None
             1. In a pass: a BatchNorm in training mode.
         NonFiniteError: in a pass, NaN or Inf at a BatchNorm, which does not learn from it.
 
-    Example:
+    Examples:
         >>> with retrofit.adapting(model, prior=64):
         ...     answers = [model(picture) for picture in camera]
     """

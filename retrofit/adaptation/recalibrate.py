@@ -192,7 +192,7 @@ def recalibrate(
         NonFiniteError: NaN or Inf at a BatchNorm, with its path and the image.
         PeerError: another process failed or died, or has another model or other options.
 
-    Example:
+    Examples:
         >>> retrofit.recalibrate(averaged.module, loader, max_images=10_000)
     """
     check_models("recalibrate", model)

@@ -50,7 +50,7 @@ def module_from_onnx(path: StrPath) -> fx.GraphModule:
         RetrofitError: it is no ONNX file, or a quantised one; onnx2torch does not have one of its
             operations; or the module computes something else than onnxruntime does with the file.
 
-    Example:
+    Examples:
         >>> network = retrofit.add_batchnorm(retrofit.module_from_onnx("net.onnx"), images)
     """
     made = _converted(_readable(path), str(path))

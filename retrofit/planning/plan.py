@@ -98,7 +98,7 @@ def plan(
             model's code does something else once there are more layers; the graph layout is asked
             for a model that torch.fx cannot trace (with the line that stopped it).
 
-    Example:
+    Examples:
         >>> print(retrofit.plan(torchvision.models.alexnet()))
     """
     _refuse_unusable(model)

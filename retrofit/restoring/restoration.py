@@ -136,7 +136,7 @@ def restoration_of(model: nn.Module) -> Restoration | None:
     Args:
         model: any module.
 
-    Example:
+    Examples:
         >>> print(retrofit.restoration_of(restored))
     """
     if not isinstance(model, nn.Module):

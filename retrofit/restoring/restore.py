@@ -100,7 +100,7 @@ def restore(
             jump with the last bit of a layer: of what a BatchNorm gives).
         NonFiniteError: as for `calibrate`.
 
-    Example:
+    Examples:
         >>> restored = retrofit.restore(torchvision.models.resnet50(), "folded.onnx", loader)
         >>> torchvision.models.resnet50().load_state_dict(restored.state_dict())
         <All keys matched successfully>

@@ -24,7 +24,7 @@ class LastAxisBatchNorm(nn.Module):
     Args:
         bn: the child, over C features.
 
-    Example:
+    Examples:
         >>> retrofit.LastAxisBatchNorm(nn.BatchNorm1d(8))(torch.randn(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """

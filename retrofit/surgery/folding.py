@@ -138,7 +138,7 @@ def unfoldable(
     Raises:
         RetrofitError: as `fold` does.
 
-    Example:
+    Examples:
         >>> retrofit.unfoldable(torchvision.models.densenet121())["features.norm5"]
         'it follows cat, no convolution or Linear layer'
     """

@@ -70,7 +70,7 @@ def plan_of(model: nn.Module) -> Plan | None:
     Args:
         model: any module.
 
-    Example:
+    Examples:
         >>> print(retrofit.plan_of(bn_vgg))
     """
     record = record_of(model)

@@ -1,6 +1,5 @@
 """ONNX files on the command line: as the model, and with BatchNorms written into them."""
 
-import re
 import shutil
 import sys
 import warnings
@@ -8,6 +7,7 @@ import warnings
 import nets
 import numpy as np
 import onnx
+import page_blocks
 import pytest
 import torch
 from folders import contents, pictures
@@ -126,32 +126,34 @@ def test_the_file_with_batchnorms_verifies_and_folds_as_well(run, folder):
     assert (code, "already normalised" in out) == (1, True)
 
 
-@pytest.mark.parametrize("exporter", [1, 2])
-def test_the_recipe_keeps_batchnorms_in_an_export(folder, monkeypatch, exporter):
+@pytest.mark.parametrize(("exporter", "file"), [(1, "kept.onnx"), (2, "kept_too.onnx")])
+def test_what_the_documentation_says_keeps_batchnorms_in_an_export(
+    folder, monkeypatch, exporter, file
+):
     monkeypatch.chdir(folder)
     images = [nets.images(4, 3, 16, 16, seed=seed) for seed in (1, 2)]
     network = retrofit.add_batchnorm(nets.build(nets.Residual), images, progress=False)
-    code = re.findall(r"^```python\n(.*?)^```", nets.recipe("ONNX files"), re.DOTALL | re.MULTILINE)
+    section = page_blocks.section("docs/onnx.md", "Export it with its BatchNorms")
+    code = page_blocks.blocks_of(section)[exporter].code
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one exporter is the older one
-        exec(code[exporter], {"torch": torch, "network": network, "images": images})  # noqa: S102
-    assert len(ops("net_bn.onnx", "BatchNormalization")) == 3
+        exec(code, {"torch": torch, "network": network, "images": images})  # noqa: S102
+    assert len(ops(file, "BatchNormalization")) == 3
     expected = network(images[1]).detach()
-    (found,) = run_onnx("net_bn.onnx", [images[1].numpy()])
+    (found,) = run_onnx(file, [images[1].numpy()])
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
     for how in ("dynamo", "script"):  # without these arguments there are none
         assert not ops(export(network, images[0], "default.onnx", how), "BatchNormalization")
 
 
-def test_the_recipe_in_python(run, folder):
+def test_the_documentations_code_in_python(run, folder):
     file = exported(folder)
     assert run("convert", file, *DATA, "--output", "net_bn.safetensors")[0] == 0
     images = [nets.images(4, 3, 16, 16, seed=seed) for seed in (1, 2)]
-    first, *_ = re.findall(
-        r"^```python\n(.*?)^```", nets.recipe("ONNX files"), re.DOTALL | re.MULTILINE
-    )
-    variables = {"retrofit": retrofit, "images": images}
-    exec(first, variables)  # noqa: S102
+    blocks = page_blocks.blocks_of(page_blocks.section("docs/onnx.md", "Into PyTorch"))
+    loading, _ = (block.code for block in blocks if block.language == "python")
+    variables = {}
+    exec(loading, variables)  # noqa: S102
     module, network, x = variables["module"], variables["network"], images[0]
     with torch.no_grad():
         assert torch.equal(network(x), module(x))

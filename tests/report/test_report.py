@@ -568,20 +568,6 @@ def test_the_package_and_its_command_load_no_matplotlib():
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    program = program or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        # Its sandbox refuses to start for root, as which containers run.
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def pages(made, tmp_path_factory):
     """A small network's page with everything, VGG16's, and that of a file with long, hostile
     texts and little else."""

@@ -1,11 +1,10 @@
 """scripts/merging.py: channels find their partners, and get the moments between."""
 
 import itertools
-import re
 import sys
 from pathlib import Path
 
-import nets
+import page_blocks
 import pytest
 import torch
 
@@ -84,8 +83,8 @@ def test_the_table_says_how_much_of_the_loss_came_back():
     assert "brings back 75% of the loss" in table
 
 
-def test_the_recipes_code_makes_a_plain_network_that_knows_more_than_the_average(images):
-    (code,) = re.findall(r"```python\n(.*?)```", nets.recipe("Merge two networks"), re.DOTALL)
+def test_the_code_of_its_page_makes_a_plain_network_that_knows_more_than_the_average(images):
+    (block,) = page_blocks.blocks("docs/merging.md")
     one, other = demo.trained_vgg(), merging.network(SECOND)
     names = {
         "retrofit": retrofit,
@@ -95,7 +94,7 @@ def test_the_recipes_code_makes_a_plain_network_that_knows_more_than_the_average
         "one": one,
         "other": other,
     }
-    exec(code, names)  # noqa: S102
+    exec(block.code, names)  # noqa: S102
     plain, average = names["plain"].eval(), names["average"]
     assert plain.state_dict().keys() == one.state_dict().keys()
     x = torch.cat(images)
