@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check docs fuzz notebooks clean
+.PHONY: demo test test-slow check docs fuzz notebooks package clean
 
 demo: .venv/installed
 	$(BIN)/retrofit demo
@@ -29,8 +29,14 @@ fuzz: .venv/installed-dev
 notebooks: .venv/installed-dev
 	$(BIN)/python scripts/run_notebooks.py
 
+package: .venv/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/try_wheel.py dist/*.whl
+
 clean:
-	rm -rf .venv build site retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site retrofit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -188,8 +188,10 @@ def insert(
     count, it does not.
 
     Args:
-        model, plan: as for `prepare`.
-        eps, momentum: as for `convert`.
+        model: any module; not changed.
+        plan: which layers get a BatchNorm; by default `plan(model)`.
+        eps: of the BatchNorms.
+        momentum: of the BatchNorms; None for a cumulative average.
 
     Raises:
         RetrofitError: as for `prepare`.
@@ -244,10 +246,24 @@ def add_batchnorm(
 
     Args:
         model: any module, in train or eval mode.
-        data: batches, as for `calibrate`.
-        include, exclude, renumber, layout, placement, linear: see `plan`.
-        skip_unused, eps, momentum: see `convert`.
-        device, max_images, tolerance, forward_fn, progress: see `calibrate`.
+        data: batches like those of the training: tensors (N, ...), tuples, lists or dicts of them,
+            of which what `forward` does not take (labels) is left out; see `calibrate`.
+        include: glob pattern or patterns of module paths; only these, output heads too.
+        exclude: glob pattern or patterns of module paths; not these.
+        renumber: paths of Sequentials whose children move up for BatchNorm, as in vgg*_bn; by
+            default `features` of torchvision's VGG.
+        layout: "native", the model's own class; "graph", a GraphModule, after functions too.
+        placement: BatchNorm "pre_activation" or "post_activation".
+        linear: after nn.Linear, too.
+        skip_unused: leave out layers that no data reached, rather than raise.
+        eps: of the BatchNorms.
+        momentum: of the BatchNorms; None for a cumulative average.
+        device: where the model runs while calibrating; by default where it is.
+        max_images: stop after so many.
+        tolerance: stop when the standard errors of 99 % of the channels are below so many standard
+            deviations; by default 0.05 for data known to be in random order, else 0: use all.
+        forward_fn: `forward_fn(model, batch)` calls the model, where it takes more than a batch.
+        progress: show a bar.
         inplace: put the BatchNorms into `model` itself and return it, once everything else is
             done. All references to it, and to the modules and parameters in it, stay valid; an
             optimizer has to be told of the new parameters. So a submodule of a bigger model, or a

@@ -21,6 +21,9 @@ def freeze_statistics(model: nn.Module) -> None:
     They are put in eval mode and stay there through `.train()` of the model or of any module above
     them. weight and bias still learn. Undone by `unfreeze_statistics`. Freeze after
     `SyncBatchNorm.convert_sync_batchnorm`, which makes new layers.
+
+    Args:
+        model: any module with BatchNorms; changed in place.
     """
     check_models("freeze_statistics", model)
     if not _batchnorms(model):
@@ -31,7 +34,11 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def unfreeze_statistics(model: nn.Module) -> None:
-    """Undo `freeze_statistics`: the BatchNorms take on the mode of `model` and follow it again."""
+    """Undo `freeze_statistics`: the BatchNorms take on the mode of `model` and follow it again.
+
+    Args:
+        model: the frozen one, or a module above or inside it; changed in place.
+    """
     check_models("unfreeze_statistics", model)
     for norm in _batchnorms(model):
         if isinstance(vars(norm).get("train"), _StayInEval):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import MISSING, fields, is_dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from retrofit.errors import RetrofitError
@@ -23,6 +23,8 @@ def to_plain(value: Any) -> Any:
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -52,8 +54,8 @@ def _read(kind: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise _wrong(kind, value)
         return {_read(inner[0], key): _read(inner[1], item) for key, item in value.items()}
-    if origin is UnionType:  # X | None
-        return None if value is None else _read(inner[0], value)
+    if origin is UnionType:
+        return _read_union(inner, value)
     if origin is Literal:
         if not any(value == known and type(value) is type(known) for known in inner):
             raise _wrong(kind, value)
@@ -66,6 +68,20 @@ def _read_dataclass(kind: type[Any], value: Any) -> Any:
     if not isinstance(value, dict) or not required <= value.keys() <= types.keys():
         raise _wrong(kind, value)
     return kind(**{name: _read(types[name], item) for name, item in value.items()})
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Read one of several kinds: something or None, or scalars, which may be negative."""
+    if value is None and NoneType in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not NoneType)
+    if len(kinds) == 1:
+        return _read(kinds[0], value)
+    if isinstance(value, list):
+        value = next((_read(k, value) for k in kinds if get_origin(k) is tuple), value)
+    elif type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        raise _wrong(" | ".join(getattr(kind, "__name__", str(kind)) for kind in kinds), value)
+    return value
 
 
 def _read_scalar(kind: Any, value: Any) -> Any:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retrofit.errors import RetrofitError
+from retrofit.html_tables import Bar, html_table, paragraph, view
 from retrofit.json_values import from_plain, to_plain
-from retrofit.tables import table
+from retrofit.tables import Part, Table, in_full, in_short, one_line, printed, shortened
 
 LayoutName = Literal["native", "graph"]
 Placement = Literal["pre_activation", "post_activation"]
@@ -78,6 +79,15 @@ class Site:
         """Path of the torch BatchNorm itself, which a LastAxisBatchNorm at `norm` has inside."""
         return f"{self.norm}.bn" if self.last_axis and self.norm else self.norm
 
+    def __repr__(self) -> str:
+        channels = f" of {self.channels} channels" if self.channels else ""
+        norm = f"BatchNorm {shortened(self.norm)}" if self.decision == "insert" else "skipped"
+        layer = f"{shortened(self.path)}, {shortened(self.kind)}{channels}"
+        return in_short(self, f"{layer}: {norm}; {shortened(self.reason, 80)}")
+
+    def __str__(self) -> str:
+        return in_full(self)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -109,24 +119,66 @@ class Plan:
         return tuple(site for site in self.sites if site.decision == "insert")
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
+        if not self.sites:
+            return (self._summary(),)
         rows = [
-            (s.path, s.kind, str(s.channels or ""), s.decision, s.norm or "", s.reason)
+            (s.path, s.kind, str(s.channels or ""), s.decision, s.norm, s.reason)
             for s in self.sites
         ]
         head = ("layer", "type", "channels", "decision", "BatchNorm", "reason")
+        table = Table(
+            head,
+            rows,
+            right=("channels",),
+            paths=("layer", "BatchNorm"),
+            spare=("BatchNorm", "type", "channels"),
+        )
+        return table, self._summary()
+
+    def __repr__(self) -> str:
+        skipped = f"; skipped: {shortened(self.skipped(), 60)}" if self.skipped() else ""
+        more = "; print it for all" if self.sites else ""
+        return in_short(self, f"{self._summary(shortened(self.model))}{skipped}{more}")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: how many layers get a BatchNorm, why others do not, each."""
+        if not self.sites:
+            return view(paragraph(self._summary()))
+        layers, inserted = len(self.sites), len(self.inserted)
+        counts = [("BatchNorm", inserted, ""), *(("none", n, r) for r, n in self._reasons())]
+        shares = [(what, Bar(f"{n:,}", n / layers), reason) for what, n, reason in counts if n]
+        head = ("layer", "type", "channels", "BatchNorm", "reason")
+        rows = [
+            (s.path, s.kind, str(s.channels or ""), s.norm or "none", s.reason) for s in self.sites
+        ]
+        return view(
+            html_table(self._summary(), ("they get", "layers", "because"), shares),
+            html_table("In the order of execution", head, rows, right=("channels",)),
+        )
+
+    def _summary(self, model: str = "") -> str:
+        model = model or one_line(self.model)
+        if not self.sites:
+            return f"{model} has no convolutions"
         layers = "layers" if any(s.dims == 0 for s in self.sites) else "convolutions"
-        summary = f"{len(self.inserted)} of {len(self.sites)} {layers} get a BatchNorm"
-        if not rows:
-            return f"{self.model} has no convolutions"
-        if frozen := sum(site.frozen for site in self.inserted):
-            summary += f"; {frozen} of these follow frozen layers and do not learn"
-        return f"{table(head, rows, right='channels')}\n{self.model}: {summary}"
+        frozen = sum(site.frozen for site in self.inserted)
+        follow = f"; {frozen} of these follow frozen layers and do not learn" if frozen else ""
+        return (
+            f"{model}: {len(self.inserted)} of {len(self.sites)} {layers} get a BatchNorm{follow}"
+        )
+
+    def _reasons(self) -> list[tuple[str, int]]:
+        """List the kinds of reasons for which layers get no BatchNorm, and how many they are."""
+        reasons = (site.reason for site in self.sites if site.decision == "skip")
+        return Counter(re.split("; include=| by ", reason)[0] for reason in reasons).most_common()
 
     def skipped(self) -> str:
         """Say in a few words why layers get no BatchNorm, and how many for each reason."""
-        reasons = (site.reason for site in self.sites if site.decision == "skip")
-        kinds = (re.split("; include=| by ", reason)[0] for reason in reasons)
-        found = Counter(kinds).most_common()
+        found = self._reasons()
         more = f", and {len(found) - 3} more reasons" if len(found) > 3 else ""
         return ", ".join(f"{kind} ({count})" for kind, count in found[:3]) + more
 

@@ -1,19 +1,24 @@
-"""Draw the figures of docs/how-it-works.md, and print the numbers that it quotes.
+"""Draw the figures of docs/how-it-works.md and README.md, and print the numbers of the former.
 
     python scripts/figures.py --output docs/figures
 
-They are made from the demo's network and pictures, and from a million random variances.
+They are made from the demo's network and pictures, from a million random variances, and from what
+`python scripts/finetune.py --study folded` has written to docs/results/finetune-folded.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from finetune_tables import Run, accuracies
+from recorded_runs import RecordedRuns
 from torch import Tensor, nn
 
 import retrofit
@@ -21,6 +26,7 @@ from retrofit import demo
 from retrofit.numerics.exact_identity import exact_identity, scale_and_shift
 
 EPS = 1e-5
+FOLDED = Path(__file__).parent.parent / "docs" / "results" / "finetune-folded.csv"
 LAYER = "features.8"  # a BatchNorm in the middle of the demo's network
 
 
@@ -58,7 +64,7 @@ def channel(inputs: Tensor, norm: nn.BatchNorm2d, file: Path) -> None:
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=title, xlabel=note, yticks=[])
     figure.suptitle(f"What does a BatchNorm do to a channel? (channel {index} of {LAYER})")
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -81,7 +87,32 @@ def places(file: Path) -> None:
     axis.set(xlim=(-1.6, 8.2), ylim=(-3.9, 0.5))
     axis.axis("off")
     figure.suptitle("Where do the BatchNorms go, and what are they called?")
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def learning_rates(runs: Sequence[Run], file: Path) -> None:
+    """Draw what the folded and the restored network learn at each rate, with plain SGD."""
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    shown = {"restored": "BatchNorm restored", "folded": "BatchNorm folded away"}
+    found = accuracies(runs)
+    for variant, label in shown.items():
+        rates = sorted(found[variant])
+        means = [100 * statistics.mean(found[variant][rate]) for rate in rates]
+        axis.plot(rates, means, label=label)
+    axis.axhline(10, color="grey", linewidth=0.8)
+    axis.annotate("guessing", (rates[-1], 10), (0, 4), textcoords="offset points", ha="right")
+    axis.set(
+        title="Does a folded network still learn?",
+        xlabel="learning rate (SGD with momentum, 150 steps)",
+        ylabel="accuracy (%)",
+        xscale="log",
+        ylim=(0, 90),
+    )
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.minorticks_off()
+    axis.legend(loc=(0.4, 0.35))
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -115,6 +146,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     channel(*values(network, images), folder / "channel.svg")
     places(folder / "places.svg")
+    learning_rates(RecordedRuns(FOLDED, Run).runs, folder / "learning-rates.svg")
     print(exactness(1_000_000))
 
 

@@ -1,9 +1,11 @@
 """The real command line in processes of its own, which need not import torch each."""
 
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -56,6 +58,23 @@ class Started:
 
 def command(folder, *argv, first=None):
     return Started(folder, *argv, first=first).finished()
+
+
+def started(folder, *commands):
+    """Two processes as torchrun starts them, but nothing that watches them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = []
+    for rank, argv in enumerate(commands):
+        variables = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(Started(folder, *argv, first=functools.partial(in_environment, variables)))
+    return processes
+
+
+def in_environment(variables):
+    os.environ.update(variables)
 
 
 def without_bars(err):

@@ -79,7 +79,7 @@ def test_help_does_not_wait_for_torch(name):
     ("words", "status", "message"),
     [
         (["--version"], 0, ""),
-        ([], 2, "required: COMMAND"),
+        (["--json"], 2, "required: COMMAND"),
         (["convrt"], 2, "invalid choice: 'convrt'"),
         (["plan", "vgg16", "--layuot", "graph"], 2, "unrecognized arguments: --layuot graph"),
         (["plan"], 2, "required: model"),

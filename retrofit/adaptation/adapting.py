@@ -25,11 +25,13 @@ from retrofit.adaptation.running_statistics import (
     unwrapped,
 )
 from retrofit.errors import RetrofitError
+from retrofit.html_tables import html_table, view
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.moments import Moments, merged, pooled
 from retrofit.numerics.reductions import finite
 from retrofit.option_checks import check_models, check_number
 from retrofit.running.modes import eager, evaluating
+from retrofit.tables import in_short
 
 _FOLLOWING: WeakSet[_BatchNorm] = WeakSet()
 
@@ -114,7 +116,24 @@ class Adapting:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Adapting({len(self.layers)} BatchNorms, after {self.images} images)"
+        return in_short(self, self._summary())
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: what has passed, and what follows it."""
+        facts = (
+            ("images", f"{self.images:,}"),
+            ("prior", f"{self._prior:g} images"),
+            ("window", "none" if math.isinf(self._window) else f"{self._window:g} images"),
+        )
+        paths = [(path,) for path in self.layers]
+        return view(
+            html_table(f"Adapting: {self._summary()}", (), facts),
+            html_table("In the order of the model's modules", ("BatchNorm",), paths),
+        )
+
+    def _summary(self) -> str:
+        after = f"after {self.images} images" if self._norms else "removed"
+        return f"{len(self.layers)} BatchNorms, {after}"
 
     def _follow(self, path: str, norm: _BatchNorm, x: Tensor) -> None:
         """Settle a BatchNorm on what has passed, this batch included, before it computes."""

@@ -24,7 +24,6 @@ from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import Samples, finite
 from retrofit.running.memory import memory_of
 from retrofit.running.nested import first_tensor
-from retrofit.running.progress import images_bar
 
 END = ""  # of the model, which no BatchNorm is called
 MOST = 1024  # batches that wait: each has a stack
@@ -132,7 +131,7 @@ class HaltedSample:
         """Bring the batches to the first BatchNorm, and let wait what fits."""
         images = batches = 0
         stage, shown = "first pass", self.feed.progress and not self.passes
-        with images_bar(stage, self.feed.data, self.feed.max_images, shown=shown) as bar:
+        with self.feed.bar(self.model, stage, shown=shown) as bar:
             for batch in self.feed.batches(self.model, self.device):
                 self._each = self._each or self._bytes_of_an_image(batch)
                 run = self._brought(_Run(batch, self.settled))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
-from tqdm import tqdm
 
 from retrofit.adaptation.halted_sample import END, HaltedSample
 from retrofit.adaptation.norm_inputs import (
@@ -23,7 +22,7 @@ from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.running.modes import evaluating
-from retrofit.running.progress import progress_bar
+from retrofit.running.progress import ProgressBar, progress_bar
 
 
 class LayerByLayer:
@@ -72,7 +71,7 @@ class LayerByLayer:
                         self._one_by_one(bar)
         return Estimate(self.fed, self.measured, self.passes + sample.passes, sample.held)
 
-    def _together(self, sample: HaltedSample, bar: tqdm[None]) -> bool:
+    def _together(self, sample: HaltedSample, bar: ProgressBar) -> bool:
         """Settle them with all batches at once; False if these are not at the same BatchNorm."""
         while True:
             everywhere = self.processes.gather(sample.places)
@@ -96,7 +95,7 @@ class LayerByLayer:
             bar.refresh()
             sample.to_next()
 
-    def _one_by_one(self, bar: tqdm[None]) -> None:
+    def _one_by_one(self, bar: ProgressBar) -> None:
         """Settle them in a pass over all data for each."""
         if self.measured:
             self._forget_from(next(iter(self.measured)))

@@ -27,12 +27,14 @@ from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes, digests
 from retrofit.calibration.sample_errors import standard_error
 from retrofit.errors import RetrofitError, warn
+from retrofit.html_tables import html_table, view
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import batch_statistics
 from retrofit.running.random_order import in_random_order
 from retrofit.sample_sizes import RECALIBRATION_IMAGES
+from retrofit.tables import in_short
 
 UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
@@ -78,11 +80,39 @@ class Recalibration:
         self.remove()
 
     def __repr__(self) -> str:
+        return in_short(self, f"{self._summary()}; {self._state()}")
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: what was measured, and where."""
+        facts = [
+            ("images", f"{self.images:,}"),
+            ("batches", f"{self.batches:,}"),
+            ("passes over the data", f"{self.passes:,}"),
+        ]
+        if self.held:
+            facts.append(("memory of waiting batches", f"{self.held / 2**20:,.1f} MiB"))
+        paths = [(path,) for path in self.layers]
+        return view(
+            html_table(f"Recalibration: {self._summary()}; {self._state()}", (), facts),
+            html_table("In the order of their first calls", ("BatchNorm",), paths),
+        )
+
+    def _summary(self) -> str:
         passes = "" if self.passes == 1 else f", {self.passes} times"
         return (
-            f"Recalibration({len(self.layers)} BatchNorms on {self.images} images "
-            f"in {self.batches} batches{passes})"
+            f"{len(self.layers)} BatchNorms on {self.images} images in {self.batches} "
+            f"batches{passes}"
         )
+
+    def _state(self) -> str:
+        if self.layers and not self._old:
+            return "removed, the old statistics are back"
+        known = math.isfinite(self.standard_error)
+        error = f"{self.standard_error:.2%} of sigma" if known else "not known"
+        return f"standard error {error}; remove() restores the old statistics"
 
 
 def recalibrate(
@@ -129,7 +159,7 @@ def recalibrate(
             without them.
         data: batches, as for `calibrate`. With `layerwise` it may be gone through many times, and
             has to give the same batches each time: a list or a DataLoader, not a generator.
-        layerwise: see above.
+        layerwise: measure each BatchNorm behind those before it, rather than all in one pass.
         prior: the old statistics count as this many images: with N and n new ones, mean and
             variance become N / (N + n) of the old plus n / (N + n) of the new (Schneider et al.,
             2020, "Improving robustness against common corruptions by covariate shift adaptation").
@@ -139,14 +169,14 @@ def recalibrate(
             default a quarter of the device's memory. Batches beyond are run anew for each
             BatchNorm, at half a pass each. One batch waits in any case. The handle's `held` and
             `passes` tell what came of it.
-        device: as for `calibrate`.
+        device: where the model runs meanwhile, as torch names it; by default where it is.
         max_images: stop after this many (of each process); by default after 256 of a DataLoader
             that shuffles, else at the end of the data.
         process_group: recalibrate with these processes together, each on data of its own, as for
             `calibrate`. Every process ends with the same statistics, those of all the data, bit for
             bit. In the default pass each normalises with its own batches, SyncBatchNorm too.
-        forward_fn: as for `calibrate`.
-        progress: as for `calibrate`.
+        forward_fn: `forward_fn(model, batch)` calls a model that takes more than a batch.
+        progress: show a bar.
 
     Returns:
         A handle: `handle.remove()`, or the end of `with recalibrate(...):`, restores the statistics

@@ -215,7 +215,7 @@ def _warn(report: Calibration, tolerance: float | None) -> None:
     if site := report.disordered:
         warn(
             f"the two halves of the {report.images} calibration images differ by "
-            f"{max(site.mean, site.std):.2f} sigma at {site.site}, which is no chance: shuffle the "
+            f"{site.disagreement:.2f} sigma at {site.site}, which is no chance: shuffle the "
             "images (the usual cause is a folder sorted by class and cut short)"
         )
     if not report.sites:

@@ -19,7 +19,7 @@ from retrofit.running.batch_checks import check_data, explained
 from retrofit.running.call_arguments import Arguments, ForwardFn, arguments_of, images_in
 from retrofit.running.devices import on_device
 from retrofit.running.modes import eager
-from retrofit.running.progress import images_bar
+from retrofit.running.progress import ProgressBar, images_bar
 
 _END = object()
 
@@ -80,9 +80,7 @@ class Feed:
             check_count("max_images", self.max_images)
         fed, began = start, time.perf_counter()
         with (
-            images_bar(
-                self.stage, self.data, self.max_images, shown=self.progress, done=start.images
-            ) as bar,
+            self.bar(model, self.stage, shown=self.progress, done=start.images) as bar,
             self.opened(model) as device,
         ):
             batches, there_are = self.batches(model, device, start.images), bar.total or math.inf
@@ -100,14 +98,19 @@ class Feed:
                 batch.images = batch.images or samples.length
                 fed = Fed(fed.images + batch.images, fed.batches + 1, fed.waited)
                 share = (fed.waited - start.waited) / max(1e-9, time.perf_counter() - began)
-                bar.set_postfix_str(f"waiting for data {share:.0%}", refresh=False)
+                bar.set_postfix_str(f"waiting {share:.0%}", refresh=False)
                 bar.update(batch.images)
                 enough = needed(fed)
                 expected = min(enough, there_are)
-                bar.total = math.ceil(expected) if math.isfinite(expected) else None
+                bar.expect(math.ceil(expected) if math.isfinite(expected) else None)
                 if fed.images >= enough:
                     break
         return fed
+
+    def bar(self, model: nn.Module, stage: str, *, shown: bool, done: int = 0) -> ProgressBar:
+        """Make a bar over the images."""
+        data, most, forward_fn = self.data, self.max_images, self.forward_fn
+        return images_bar(stage, model, data, most, forward_fn, shown=shown, done=done)
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[torch.device | None]:

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrofit.html_tables import Bar, html_table, of_largest, paragraph, view
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.moments import Moments
 from retrofit.option_checks import check_number
-from retrofit.tables import table
+from retrofit.tables import Table, counted, in_full, in_short, shortened
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +60,25 @@ class SiteSample:
     channels: int = 0
     constant: int = 0
 
+    @property
+    def error(self) -> float:
+        """The larger of the two standard errors."""
+        return max(self.mean_error, self.std_error)
+
+    @property
+    def disagreement(self) -> float:
+        """The larger of the differences of the halves' means and standard deviations."""
+        return max(self.mean, self.std)
+
+    def __repr__(self) -> str:
+        halves = f"halves differ by {self.mean:.3f} and {self.std:.3f} sigma"
+        errors = f"standard errors {self.mean_error:.3f} of mean, {self.std_error:.3f} of std"
+        constant = f"; {self.constant} of {self.channels} channels constant" * bool(self.constant)
+        return in_short(self, f"{shortened(self.site)}: {errors}; {halves}{constant}")
+
+    def __str__(self) -> str:
+        return in_full(self)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -85,7 +105,7 @@ class Calibration:
     @property
     def disagreement(self) -> float:
         """The larger of mean and std disagreement (99th percentile) at the worst site, in sigma."""
-        return max((max(s.mean, s.std) for s in self.sites), default=0.0)
+        return max((s.disagreement for s in self.sites), default=0.0)
 
     @property
     def disordered(self) -> SiteSample | None:
@@ -99,8 +119,8 @@ class Calibration:
         """
         tests = 2 * sum(site.channels - site.constant for site in self.sites)
         z = math.sqrt(2 * math.log(2 * max(tests, 1) / FALSE_ALARMS))
-        unlike = [s for s in self.sites if s.largest_z > z and max(s.mean, s.std) > DISAGREEMENT]
-        return max(unlike, key=lambda s: max(s.mean, s.std), default=None)
+        unlike = [s for s in self.sites if s.largest_z > z and s.disagreement > DISAGREEMENT]
+        return max(unlike, key=lambda s: s.disagreement, default=None)
 
     def images_needed(self, tolerance: float) -> float:
         """Estimate how many images bring `standard_error` down to `tolerance`.
@@ -125,15 +145,57 @@ class Calibration:
             "std",
             "worst ",
         )
-        needed = ", ".join(f"{t:.0%}: {self.images_needed(t):,}" for t in TOLERANCES)
         return (
-            f"{table(head, rows, right=','.join(head[1:]))}\n"
+            f"{Table(head, rows, right=head[1:])}\n"
             f"{self.images} images in {self.seconds:.1f} s "
             f"({self.images / max(self.seconds, 1e-9):.1f} images/s, "
             f"{self.waited / max(self.seconds, 1e-9):.0%} of the time waiting for data)\n"
             f"standard error of 99 % of the channels: at most {self.standard_error:.2%} of sigma; "
-            f"images needed for {needed}"
+            f"{self._needed()}"
         )
+
+    def __repr__(self) -> str:
+        told = [self._took(), self._error()]
+        if worst := self.disordered:
+            apart = f"{worst.disagreement:.2f} sigma at {shortened(worst.site)}"
+            told.append(f"its halves differ by {apart}: shuffle")
+        elif self.sites:
+            worst = max(self.sites, key=lambda site: site.error)
+            told.append(f"{counted(len(self.sites), 'layer')}, highest at {shortened(worst.site)}")
+        return in_short(self, "; ".join([*told, "print it for all"]))
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the standard errors by layer, with bars."""
+        errors = [s.error for s in self.sites]
+        rows = [
+            (
+                s.site,
+                Bar(f"{s.error:.2%}", of_largest(s.error, errors)),
+                f"{s.mean:.3f}",
+                f"{s.std:.3f}",
+                f"{s.constant} of {s.channels}",
+            )
+            for s in self.sites
+        ]
+        head = ("layer", "standard error", "halves differ: mean", "std", "constant channels")
+        took = f"Calibration on {self._took()}"
+        caption = f"{took}: {self._error()} (bars: against the highest)"
+        worst, said = self.disordered, self._needed()
+        if worst:
+            said += f". The two halves differ by more than chance explains, most at {worst.site}"
+        return view(html_table(caption, head, rows, right=head[1:]), paragraph(said))
+
+    def _took(self) -> str:
+        return f"{counted(self.images, 'image')} in {self.batches:,} batches"
+
+    def _error(self) -> str:
+        known = math.isfinite(self.standard_error)
+        error = f"at most {self.standard_error:.2%} of sigma" if known else "not known"
+        return f"standard error of 99 % of the channels {error}"
+
+    def _needed(self) -> str:
+        needed = ", ".join(f"{t:.0%}: {self.images_needed(t):,}" for t in TOLERANCES)
+        return f"images needed for {needed}"
 
 
 class ChannelErrors(NamedTuple):

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from retrofit.checking.regrouping import Images, joined, regroupable
 from retrofit.checking.verify import no_outputs, refuse_random
 from retrofit.errors import RetrofitError, warn
+from retrofit.html_tables import Bar, html_table, of_largest, paragraph, view
 from retrofit.numerics.comparison import (
     Comparison,
     Top1,
@@ -29,7 +30,7 @@ from retrofit.running.freed_memory import give_back
 from retrofit.running.memory_format import in_channels_last
 from retrofit.running.modes import batch_statistics, evaluating
 from retrofit.running.progress import images_bar
-from retrofit.tables import table
+from retrofit.tables import Table, in_short
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,40 @@ class Drift:
             for r in self.rows
         ]
         head = ("batch size", "images", "error", "same top-1")
-        text = table(head, cells, right=",".join(head))
-        if self.left_out:
-            text += f"\ntoo few images for batches of {', '.join(map(str, self.left_out))}"
-        return text
+        text = str(Table(head, cells, right=head))
+        return f"{text}\n{self._too_few()}" if self.left_out else text
+
+    def __repr__(self) -> str:
+        told = [
+            f"of {r.batch_size}: error {r.error:.3f}"
+            + ("" if r.top1 is None else f", same top-1 {r.top1:.2%}")
+            for r in self.rows[:3]
+        ]
+        more = "; print it for all" if len(self.rows) > 3 or self.left_out else ""
+        return in_short(self, f"batches {'; '.join(told) or 'of no size'}{more}")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the error by batch size, with bars."""
+        errors = [r.error for r in self.rows]
+        rows = [
+            (
+                str(r.batch_size),
+                Bar(f"{r.error:.3f}", of_largest(r.error, errors)),
+                "" if r.top1 is None else Bar(f"{r.top1:.2%}", r.top1),
+                str(r.images),
+            )
+            for r in self.rows
+        ]
+        head = ("batch size", "error", "same top-1", "images")
+        caption = (
+            "Drift: how far batch statistics move the outputs, in standard deviations of these "
+            "(bars of error: against the largest)"
+        )
+        left_out = paragraph(self._too_few()) if self.left_out else ""
+        return view(html_table(caption, head, rows, right=head), left_out)
+
+    def _too_few(self) -> str:
+        return f"too few images for batches of {', '.join(map(str, self.left_out))}"
 
 
 def drift(
@@ -98,8 +129,8 @@ def drift(
     than are in the largest batch.
 
     Args:
-        original: as for `verify`.
-        converted: as for `verify`.
+        original: the model without the BatchNorms.
+        converted: the model with them.
         data: batches, as for `calibrate`; all images together, regrouped for each batch size. A
             last batch that is not full is left out.
         batch_sizes: those with more images than there are come back in `left_out`.
@@ -130,7 +161,7 @@ def drift(
     measures = [_Measure(original, converted, s, largest=s == sizes[-1]) for s in sizes]
     total, first, kept, fast = 0, None, False, False
     with (
-        images_bar("drift", data, max_images, shown=progress) as bar,
+        images_bar("drift", original, data, max_images, forward_fn, shown=progress) as bar,
         on_device(device, original, converted),
     ):
         for batch in data:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
+from retrofit.html_tables import html_table, view
 from retrofit.numerics.comparison import Comparison, Difference, Top1, refuse_other_structure
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.plans import Plan, Site
@@ -22,7 +23,7 @@ from retrofit.running.nested import tensors
 from retrofit.running.progress import images_bar
 from retrofit.surgery.native import find_site
 from retrofit.surgery.record import record_of
-from retrofit.tables import table
+from retrofit.tables import Part, Table, counted, in_short, printed, shortened
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,39 @@ class Verification(NeitherTrueNorFalse):
         }
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
+        return self._table(), self._verdict()
+
+    def __repr__(self) -> str:
+        found = f"{counted(len(self.sites), 'layer')} and {counted(len(self.outputs), 'output')}"
+        if not self.exact:
+            all_of_them = (*self.sites, *self.outputs)
+            unlike = f"{sum(not d.exact for d in all_of_them)} of {len(all_of_them)} tensors differ"
+            most = f"{shortened(self.worst.name)} by {self.worst.relative:.3g} of its rms"
+            found = f"{unlike}, most {most}"
+        return in_short(self, f"{self._verdict()}; {found}; print it for all")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the verdict, and each tensor."""
+        table = self._table()
+        caption = f"Verification: {self._verdict()}"
+        return view(html_table(caption, table.header, table.rows, table.right))
+
+    def _verdict(self) -> str:
+        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
+        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
+        return f"{verdict} on {self.images} images{top1}"
+
+    def _table(self) -> Table:
+        head = ("tensor", "exact", "max abs", "relative")
         rows = [
             (d.name, "yes" if d.exact else "no", f"{d.max_abs:.3g}", f"{d.relative:.3g}")
             for d in (*self.sites, *self.outputs)
         ]
-        top1 = "" if self.top1 is None else f", top-1 agreement {self.top1:.2%}"
-        verdict = "equal bit for bit" if self.exact else "NOT equal bit for bit"
-        return (
-            f"{table(('tensor', 'exact', 'max abs', 'relative'), rows, right='max abs,relative')}\n"
-            f"{verdict} on {self.images} images{top1}"
-        )
+        return Table(head, rows, right=head[2:], paths=head[:1])
 
 
 def verify(
@@ -122,7 +146,7 @@ def verify(
     at_outputs: dict[str, Comparison] = {}
     images, top1, repeats, any_data, any_values = 0, Top1(), False, False, False
     with (
-        images_bar("verify", data, None, shown=progress) as bar,
+        images_bar("verify", original, data, None, forward_fn, shown=progress) as bar,
         evaluating(original, converted),
         torch.no_grad(),
         eager(),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from retrofit.cli.arguments import parse
 from retrofit.cli.requests import reading
-from retrofit.cli.text import fail, say, show_warning
+from retrofit.cli.terminal import Terminal
 from retrofit.errors import PeerError, RetrofitError, UnequalError, UnfinishedError
 
 
@@ -26,25 +26,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `retrofit`; by default those that were typed.
     """
-    request, debug = parse(argv)
+    request, telling = parse(argv)
+    terminal = Terminal(quiet=telling.quiet, as_json=telling.json)
     try:
-        with _warnings_in_one_line(), _terminable():
+        with _warnings_in_one_line(terminal), _terminable():
             if sys.stderr.isatty():  # in a log a bad request is one line
-                say(f"reading {reading(request)}")
+                terminal.say(f"reading {reading(request)}")
             # Not before: it imports torch, which takes seconds, and what was asked for is right.
             from retrofit.cli.commands import carry_out  # noqa: PLC0415
 
-            code = carry_out(request)
+            code = carry_out(request, terminal)
+        terminal.end(code)
         sys.stdout.flush()
     except RetrofitError as error:
-        if debug:
+        if telling.debug:
             traceback.print_exc()
         failed = isinstance(error, (PeerError, UnequalError, UnfinishedError))
-        return fail(str(error), 1 if failed else 2)
+        return terminal.fail(str(error), 1 if failed else 2)
     except _Terminated as stop:
-        return fail(": ".join(("terminated", *stop.args)), 128 + signal.SIGTERM)
+        return terminal.fail(": ".join(("terminated", *stop.args)), 128 + signal.SIGTERM)
     except KeyboardInterrupt as stop:
-        return fail(": ".join(("interrupted", *stop.args)), 128 + signal.SIGINT)
+        return terminal.fail(": ".join(("interrupted", *stop.args)), 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has left
         _silence()
         return 128 + signal.SIGPIPE
@@ -53,17 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # on a full disk, say; Python would try again, and exit with 120
             _silence()
-        if debug:
+        if telling.debug:
             raise
-        return fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        return terminal.fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     return code
 
 
 @contextlib.contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
+def _warnings_in_one_line(terminal: Terminal) -> Iterator[None]:
     """Print a warning in the block as every other message."""
     before = warnings.showwarning
-    warnings.showwarning = show_warning
+    warnings.showwarning = terminal.warn
     try:
         yield
     finally:

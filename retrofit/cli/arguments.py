@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
-from retrofit.cli.requests import DRIFT_IMAGES, TEST_IMAGES
+from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, default_workers
+from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.sample_sizes import RECALIBRATION_IMAGES, TOLERANCE
@@ -30,7 +30,9 @@ MODEL = (
 )
 DATA = (
     "folder of pictures or of tar shards, train-{000..012}.tar, or .npy or .npz, NHWC or NHW, of "
-    "uint8, uint16, or floats from 0 to 1"
+    "uint8, uint16, or floats from 0 to 1; or your own code, path/to/file.py:loader or "
+    "package.module:loader: a torch Dataset of inputs, an iterable of batches as the model takes "
+    "them, or a function that returns one of them"
 )
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
@@ -40,24 +42,29 @@ TOLERANCE_HELP = (
     f"{TOLERANCE:g}, and with --images 0, which uses all"
 )
 DEBUG = "show where an error came from"
+QUIET = "print nothing but warnings and errors"
+JSON = "print one JSON object, in place of tables and lines; it has all that they say"
 
 R = TypeVar("R")
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, bool]:
-    """Parse the words after `retrofit`: a request, and whether tracebacks are asked for.
+def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests.Telling]:
+    """Parse the words after `retrofit`: a request, and how its result is told.
 
-    Exits with 2 and one line for what cannot be parsed.
+    Exits with 2 and one line for what cannot be parsed, and without words with the help.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
+    if not words:
+        parser.print_help()
+        parser.exit()
     for before, word in itertools.pairwise(["retrofit", *words]):
         if not word or (word.startswith("--") and word.endswith("=")):
             parser.error(
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
     found = parser.parse_args(words)
-    return _made(found.request, found), found.debug
+    return _made(found.request, found), _made(requests.Telling, found)
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -84,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Add BatchNorm to a trained network; its outputs stay exactly as they were.",
     )
     whole.add_argument("--version", action="version", version=f"retrofit {__version__}")
-    whole.add_argument("--debug", action="store_true", help=DEBUG)
+    _add_telling(whole)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (request, text, describe, more) in COMMANDS.items():
         one = commands.add_parser(name, help=text, description=text + more)
-        one.add_argument("--debug", action="store_true", help=DEBUG, default=argparse.SUPPRESS)
+        _add_telling(one, default=argparse.SUPPRESS)  # what stands before the command counts
         one.set_defaults(request=request)
         describe(one)
     return whole
@@ -96,16 +103,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
+    _add_model_args(parser)
     _add_plan(parser)
     text = f"{DATA}; two are run: some reasons (single pixels) only an example shows"
     parser.add_argument("--data", type=Path, help=text)
     _add_pictures(parser)
-    parser.set_defaults(batch_size=2)
 
 
 def _describe_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help=MODEL)
+    _add_model_args(parser)
     _add_output(parser, f"{OUTPUT}, or .onnx if MODEL is one")
     add("--device", help="for the calibration and the drift; default: cpu")
     add("--tolerance", type=_fraction, metavar="T", help=TOLERANCE_HELP)
@@ -147,6 +155,7 @@ def _describe_adapt(parser: argparse.ArgumentParser) -> None:
 def _describe_restore(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="ARCHITECTURE", help=f"the network before folding: {MODEL}")
+    _add_model_args(parser)
     add("--weights", required=True, metavar="FILE", help=f"the folded network: {FILE}, or .onnx")
     _add_weights_key(parser, "FILE")
     _add_output(parser, OUTPUT)
@@ -236,6 +245,11 @@ COMMANDS: dict[str, tuple[type[Any], str, Callable[[argparse.ArgumentParser], No
 }
 
 
+def _add_telling(parser: argparse.ArgumentParser, **default: str) -> None:
+    for name, text in (("json", JSON), ("quiet", QUIET), ("debug", DEBUG)):
+        parser.add_argument(f"--{name}", action="store_true", help=text, **default)  # type: ignore[arg-type]
+
+
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--output", type=Path, required=True, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -244,6 +258,43 @@ def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     text = f"{MODEL}; default: what the file says, if torchvision has it"
     parser.add_argument("--model", help=text)
+    _add_model_args(parser)
+
+
+def _add_model_args(parser: argparse.ArgumentParser) -> None:
+    text = (
+        "what the function that builds the model is called with (num_classes=10 "
+        "aux_logits=False); may be repeated; default: what a file that convert wrote says"
+    )
+    parser.add_argument(
+        OPTION, type=_argument, action=_Collected, nargs="+", metavar="KEY=VALUE", help=text,
+        default={},
+    )  # fmt: skip
+
+
+class _Collected(argparse.Action):
+    """Collects KEY=VALUE in a dict."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        found = dict(getattr(namespace, self.dest))
+        for key, value in values:
+            if key in found:
+                raise argparse.ArgumentError(self, f"{key} is given twice")
+            found[key] = value
+        setattr(namespace, self.dest, dict(sorted(found.items())))
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    try:
+        return parse_argument(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -280,16 +331,15 @@ def _add_data(
     add("--data", type=Path, required=required, help=DATA)
     text = f"use at most N; default: {default}"
     add("--images", type=_positive, metavar="N", default=images, help=text)
-    add("--batch-size", type=_positive, default=8, help="default: %(default)s")
-    workers = min(4, os.cpu_count() or 1)
-    text = "processes that read pictures; default: %(default)s"
-    add("--workers", type=_whole, default=workers, help=text)
+    add("--batch-size", type=_positive, help=f"default: {BATCH_SIZE}")
+    text = f"processes that read pictures or samples; default: {default_workers()}"
+    add("--workers", type=_whole, help=text)
     _add_pictures(parser)
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seed", type=_whole, default=0, help="seed of the shuffle; default: %(default)s")
+    add("--seed", type=_whole, help="seed of the shuffle; default: 0")
     text = "shorter side, before the crop; default: as the model was trained, or as --crop"
     add("--resize", type=_pixels, metavar="PIXELS", help=text)
     text = "centre crop; default: as the model was trained"

@@ -1,6 +1,7 @@
 """The commands, one function each: from a request to calls of the library; `convert` has a file.
 
-Each returns the exit code: 0, or 1 for a conversion or comparison that failed.
+Each tells the terminal what it found, and returns the exit code: 0, or 1 for a conversion or
+comparison that failed.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import retrofit
 from retrofit import RetrofitError, Verification, demo
 from retrofit.cli.convert import planned, run_convert
-from retrofit.cli.norm_table import norm_table
+from retrofit.cli.norm_table import norm_rows, norm_table
 from retrofit.cli.requests import (
     AdaptRequest,
     ConvertRequest,
@@ -31,10 +32,13 @@ from retrofit.cli.requests import (
     VerifyRequest,
 )
 from retrofit.cli.restore import run_restore
-from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
-from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say, show_warning
+from retrofit.cli.sample import naming
+from retrofit.cli.samples import check_device, sample_for
+from retrofit.cli.terminal import Terminal, if_stopped
+from retrofit.cli.text import error_in_words
 from retrofit.files.checkpoint import check_output, load_opened
-from retrofit.files.model_sources import build, trained
+from retrofit.files.model_args import ModelArgs
+from retrofit.files.model_sources import build, is_torchvision, trained
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.weights import WeightsFile, open_weights
@@ -43,77 +47,85 @@ from retrofit.report import check_report, measured_drift, write_report
 from retrofit.running.input_channels import input_dtype
 from retrofit.surgery.folding import folded
 from retrofit.surgery.record import attach, record_of
-from retrofit.tables import one_line
+from retrofit.tables import Facts, one_line
 
 
-def carry_out(request: Request) -> int:
+def carry_out(request: Request, terminal: Terminal) -> int:
     """Do what is asked for; returns the exit code."""
-    return HANDLERS[type(request)](request)
+    return HANDLERS[type(request)](request, terminal)
 
 
-def run_plan(request: PlanRequest) -> int:
+def run_plan(request: PlanRequest, terminal: Terminal) -> int:
     """Print the plan of a model, whose weights do not matter."""
-    model = build(request.model)
+    model = build(request.model, request.model_args)
     example = None
     if request.pictures.data is not None:
         sample = sample_for(model, request.model, request.pictures)
-        example = sample.example(sample.order)
-    print(planned(model, example, request.plan))
+        example = sample.example()
+    plan = planned(model, example, request.plan)
+    terminal.show(*plan._parts())
+    terminal.tell(plan=plan)
     return 0
 
 
-def run_verify(request: VerifyRequest) -> int:
+def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
     """Compare the model of a file with the original; 1 where they differ by more than allowed."""
     if is_onnx(request.file):
-        converted, name = build(str(request.file)), request.model or ""
+        if not request.model:
+            raise _nameless(request.file)
+        converted, called = build(str(request.file)), Called(request.model, request.model_args)
     else:
-        converted, name = _load(_without_key(request.file), request.model)
-    if not name:
-        raise _nameless(request.file)
-    original = _original(name, request, converted)
-    sample = sample_for(original, name, request.pictures, request.weights)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
-    found = retrofit.verify(original, converted, batches, progress=True)
-    print(found, flush=True)
-    if (dtype := input_dtype(converted)) != torch.float32:
-        print(f"compared in {str(dtype).removeprefix('torch.')}, the precision of {request.file}")
-    list_bad(sample.pictures, batches.bad)
+        converted, called = _load(_without_key(request.file), request)
+    original = _original(called, request, converted)
+    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample.announce(terminal)
+    batches = sample.batches()
+    found = retrofit.verify(original, converted, batches, progress=terminal.progress)
+    terminal.show(*sample.worded(found._parts()))
+    dtype = str(input_dtype(converted)).removeprefix("torch.")
+    if dtype != "float32":
+        terminal.show(f"compared in {dtype}, the precision of {request.file}")
+    sample.list_bad(terminal, batches.bad)
     passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
-    return 0 if passed else fail(_failure(found, request.tolerance), 1)
+    terminal.tell(passed=passed, tolerance=request.tolerance, dtype=dtype, **found.summary())
+    terminal.tell(sites=found.sites, outputs=found.outputs)
+    return 0 if passed else terminal.fail(_failure(found, request.tolerance), 1)
 
 
-def run_fold(request: FoldRequest) -> int:
+def run_fold(request: FoldRequest, terminal: Terminal) -> int:
     """Fold the model of a file, and save it."""
     check_output(request.output, overwrite=request.overwrite)
-    model, name = _load(open_weights(request.file), request.model, request.weights_key)
+    model, called = _load(open_weights(request.file), request, request.weights_key)
     result = folded(model)
     if not result.folded:
         reasons = f": {result}" if result.left else ""
         raise RetrofitError(f"{request.file} has no BatchNorm that can be folded{reasons}")
     # What was not converted here is not the plain model after folding: it has new biases.
-    plain = name if record_of(model) else None
-    say(f"writing {request.output}")
-    retrofit.save(result.model, request.output, name=plain, overwrite=request.overwrite)
+    told = called.told if record_of(model) else {}
+    terminal.say(f"writing {request.output}")
+    retrofit.save(result.model, request.output, **told, overwrite=request.overwrite)
     for line in result.remarks:
-        show_warning(line)
-    print(f"{result.folded} BatchNorms folded, {len(result.left)} left; written: {request.output}")
+        terminal.warn(line)
+    terminal.show(
+        f"{result.folded} BatchNorms folded, {len(result.left)} left; written: {request.output}"
+    )
+    terminal.tell(folded=result.folded, left=result.left, written=str(request.output))
     return 0
 
 
-def run_adapt(request: AdaptRequest) -> int:
+def run_adapt(request: AdaptRequest, terminal: Terminal) -> int:
     """Recalibrate the model of a file layer by layer, and save it."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
     file = open_weights(request.file)
-    model, name = _load(file, request.model, request.weights_key)
+    model, called = _load(file, request, request.weights_key)
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
-    sample = sample_for(model, name, request.pictures)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
+    sample = sample_for(model, called.name, request.pictures)
+    sample.announce(terminal)
+    batches = sample.batches()
     start = time.perf_counter()
-    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
+    with naming(batches), if_stopped(f"{request.output} is not written"):
         found = retrofit.recalibrate(
             model,
             batches,
@@ -121,6 +133,7 @@ def run_adapt(request: AdaptRequest) -> int:
             prior=request.prior,
             device=request.pictures.device,
             max_images=request.pictures.images,
+            progress=terminal.progress,
         )
     seconds = time.perf_counter() - start
     if (record := record_of(model)) is not None:
@@ -128,37 +141,56 @@ def run_adapt(request: AdaptRequest) -> int:
     weighed = f", the old statistics counting as {request.prior:g}" if request.prior else ""
     done = f"adapted on {found.images} {sample.kind} of {sample.source}{weighed}"
     data = "; ".join(filter(None, (file.provenance.data, done)))
-    say(f"writing {request.output}")
-    retrofit.save(model, request.output, name=name, data=data, overwrite=request.overwrite)
-    list_bad(sample.pictures, batches.bad)
-    print(
-        facts_table(
-            [
+    terminal.say(f"writing {request.output}")
+    retrofit.save(model, request.output, **called.told, data=data, overwrite=request.overwrite)
+    sample.list_bad(terminal, batches.bad)
+    terminal.show(
+        Facts(
+            (
                 ("adapted on", f"{found.images} {sample.kind} in {seconds:.1f} s{weighed}"),
                 ("BatchNorms", f"{len(found.layers)} of them, one after another"),
-                *([("passes", f"{found.passes} over pictures")] if found.passes > 1 else []),
+                *([("passes", f"{found.passes} over {sample.word}")] if found.passes > 1 else []),
                 ("standard error", error_in_words(found.standard_error)),
                 ("written", str(request.output)),
-            ]
+            )
         )
+    )
+    terminal.tell(
+        images=found.images,
+        seconds=seconds,
+        prior=request.prior,
+        batchnorms=found.layers,
+        passes=found.passes,
+        standard_error=found.standard_error,
+        written=str(request.output),
     )
     return 0
 
 
-def run_inspect(request: InspectRequest) -> int:
+def run_inspect(request: InspectRequest, terminal: Terminal) -> int:
     """Print where a file comes from, and a table of its BatchNorms."""
     file = open_weights(request.file)
     tensors, provenance = file.tensors(request.weights_key), file.provenance
-    for key, value in _described(provenance).items():
-        print(f"{one_line(key):<13}{'-' if value is None else one_line(str(value))}")
+    described = _described(provenance)
+    if described:
+        facts = described.items()
+        terminal.show(
+            Facts(tuple((one_line(k), "-" if v is None else one_line(str(v))) for k, v in facts))
+        )
     sites = provenance.plan.inserted if provenance.plan else ()
-    print(norm_table(tensors, provenance.eps or 1e-5, first=[site.batchnorm for site in sites]))
-    elements = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{one_line(str(request.file))}: {len(tensors)} tensors, {elements:,} numbers")
+    rows = norm_rows(tensors, provenance.eps or 1e-5, [site.batchnorm for site in sites])
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    terminal.show(
+        norm_table(rows),
+        f"{one_line(str(request.file))}: {len(tensors)} tensors, {numbers:,} numbers",
+    )
+    terminal.tell(
+        provenance=provenance.to_json(), batchnorms=rows, tensors=len(tensors), numbers=numbers
+    )
     return 0
 
 
-def run_report(request: ReportRequest) -> int:
+def run_report(request: ReportRequest, terminal: Terminal) -> int:
     """Write a page about a file, with drift and comparison measured anew where asked for."""
     check_report(request.output, overwrite=request.overwrite)
     if request.weights is None and request.weights_key is not None:
@@ -168,8 +200,8 @@ def run_report(request: ReportRequest) -> int:
     file = _without_key(request.file)
     provenance, no_drift = file.provenance, ""
     if request.pictures.data is not None:
-        provenance, no_drift = _measured_anew(request, file)
-    say(f"writing {request.output}")
+        provenance, no_drift = _measured_anew(request, file, terminal)
+    terminal.say(f"writing {request.output}")
     write_report(
         request.output,
         request.file.name,
@@ -178,22 +210,25 @@ def run_report(request: ReportRequest) -> int:
         no_drift=no_drift,
         overwrite=request.overwrite,
     )
-    print(f"written: {request.output}")
+    terminal.show(f"written: {request.output}")
+    terminal.tell(written=str(request.output), drift=provenance.drift, no_drift=no_drift)
     return 0
 
 
-def run_demo(request: DemoRequest) -> int:
+def run_demo(request: DemoRequest, terminal: Terminal) -> int:
     """Run the demo in a folder."""
     folder = request.output
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print(demo.run(folder))
+        found = demo.run(folder, progress=terminal.progress)
     except OSError as error:
         raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
+    terminal.show(found)
+    terminal.tell(demo=found)
     return 0
 
 
-HANDLERS: dict[type[Any], Callable[[Any], int]] = {
+HANDLERS: dict[type[Any], Callable[[Any, Terminal], int]] = {
     PlanRequest: run_plan,
     ConvertRequest: run_convert,
     VerifyRequest: run_verify,
@@ -212,42 +247,72 @@ def _without_key(path: Path) -> WeightsFile:
     return dataclasses.replace(open_weights(path), option=option)
 
 
-def _load(file: WeightsFile, model: str | None, key: str | None = None) -> tuple[nn.Module, str]:
-    """Load the model of a file, and its name as given or as the file says."""
-    name = model or file.provenance.model
+@dataclass(frozen=True)
+class Called:
+    """How the model of a file is built: its name and arguments, as given or as the file says."""
+
+    name: str
+    model_args: ModelArgs
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `save` is told."""
+        return {"name": self.name, "model_args": self.model_args}
+
+
+def _load(
+    file: WeightsFile,
+    request: VerifyRequest | FoldRequest | AdaptRequest | ReportRequest,
+    key: str | None = None,
+) -> tuple[nn.Module, Called]:
+    """Load the model of a file."""
+    told = file.provenance
+    name = request.model or told.model
     if name is None:
         raise _nameless(file.path)
+    by_name = is_torchvision(name)
+    if by_name and name == told.model and not request.model_args:
+        return load_opened(file, None, key), Called(name, told.model_args or {})
+    called = Called(name, request.model_args)
     # Code is imported for what the user typed, never for what a file says.
-    return load_opened(file, build(name) if model else None, key), name
+    typed = request.model or (by_name and request.model_args)
+    return load_opened(file, build(name, called.model_args) if typed else None, key), called
 
 
-def _original(name: str, request: VerifyRequest | ReportRequest, converted: nn.Module) -> nn.Module:
+def _original(
+    called: Called, request: VerifyRequest | ReportRequest, converted: nn.Module
+) -> nn.Module:
     """Build the original, in the precision of what came of it."""
-    return trained(name, request.weights, request.weights_key, input_dtype(converted))
+    dtype = input_dtype(converted)
+    return trained(
+        called.name, request.weights, request.weights_key, dtype, model_args=called.model_args
+    )
 
 
 def _nameless(path: Path) -> RetrofitError:
     return RetrofitError(f"{path} does not say what model it is: give --model")
 
 
-def _measured_anew(request: ReportRequest, file: WeightsFile) -> tuple[Provenance, str]:
+def _measured_anew(
+    request: ReportRequest, file: WeightsFile, terminal: Terminal
+) -> tuple[Provenance, str]:
     """Measure drift, and with --weights how the outputs compare; and why there is no drift."""
-    converted, name = _load(file, request.model)
+    converted, called = _load(file, request)
     original = converted
     if request.weights:
-        original = _original(name, request, converted)
-    sample = sample_for(original, name, request.pictures, request.weights)
-    sample.announce(sample.chosen)
-    batches = sample.batches(sample.chosen)
+        original = _original(called, request, converted)
+    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample.announce(terminal)
+    batches = sample.batches()
     # Without the original: under running statistics the file's own network computes the same.
-    drift, no_drift = measured_drift(original, converted, batches)
+    drift, no_drift = measured_drift(original, converted, batches, progress=terminal.progress)
     what = "drift and parity" if request.weights else "drift"
-    measured = f"{what}, on {len(sample.chosen)} {sample.kind} of {sample.source}"
+    measured = f"{what}, on {sample.amount()} of {sample.source}"
     found = dataclasses.replace(file.provenance, drift=drift, measured=measured)
     if request.weights:
-        verification = retrofit.verify(original, converted, batches, progress=True)
+        verification = retrofit.verify(original, converted, batches, progress=terminal.progress)
         found = dataclasses.replace(found, verification=verification)
-    list_bad(sample.pictures, batches.bad)
+    sample.list_bad(terminal, batches.bad)
     return found, no_drift
 
 
@@ -256,8 +321,11 @@ def _described(provenance: Provenance) -> dict[str, Any]:
     if provenance == Provenance():
         return {}
     facts = {
-        k: v for k, v in provenance.to_json().items() if k not in ("plan", "drift", "measured")
+        k: v
+        for k, v in provenance.to_json().items()
+        if k not in ("model_args", "plan", "drift", "measured")
     }
+    facts["model"] = provenance.call
     for key in ("calibration", "verification"):
         found = getattr(provenance, key)
         values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}

@@ -16,24 +16,17 @@ from retrofit import Calibration, Plan, RetrofitError, Verification
 from retrofit.atomic_write import write_whole
 from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
-from retrofit.cli.norm_table import norm_table
+from retrofit.cli.norm_table import NormRow, norm_rows, norm_table
 from retrofit.cli.requests import (
-    DRIFT_IMAGES,
-    TEST_IMAGES,
     ConvertRequest,
     PictureOptions,
     PlanOptions,
     may_end_early,
 )
-from retrofit.cli.sample import (
-    Sample,
-    check_device,
-    list_bad,
-    naming_pictures,
-    open_data,
-    sample_for,
-)
-from retrofit.cli.text import error_in_words, facts_table, fail, if_stopped, say
+from retrofit.cli.sample import Sample, naming
+from retrofit.cli.samples import check_device, counted, open_data, sample_for
+from retrofit.cli.terminal import Terminal, if_stopped
+from retrofit.cli.text import error_in_words
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained
@@ -42,9 +35,10 @@ from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import provenance_of
 from retrofit.files.suffixes import SUFFIXES
-from retrofit.pictures.batches import PictureBatches
+from retrofit.json_values import to_plain
 from retrofit.report import check_report, measured_drift, write_report
-from retrofit.tables import table
+from retrofit.running.call_arguments import arguments_of
+from retrofit.tables import Facts, Part, Table
 
 # Options that the processes of one conversion may have different values of.
 OF_A_PROCESS = {"data", "output", "overwrite", "report", "state", "weights", "weights_key"}
@@ -58,7 +52,7 @@ class Calibrated:
     Attributes:
         model, prepared, plan: the original, its prepared copy, and the plan between them.
         report: what `calibrate` found.
-        chosen, others: indices of the pictures used, and of those that were not.
+        used: how many pictures or samples that took.
         bad: names of pictures that could not be read.
     """
 
@@ -66,8 +60,7 @@ class Calibrated:
     prepared: nn.Module
     plan: Plan
     report: Calibration
-    chosen: Sequence[int]
-    others: Sequence[int]
+    used: int
     bad: list[str]
 
 
@@ -78,45 +71,43 @@ class Checked:
     Attributes:
         converted: the model with BatchNorm.
         verification: how it compares.
-        on_others: on pictures that it was not calibrated on.
+        which: what it was compared on, in words.
         bad: names of pictures that could not be read.
         onnx: of an ONNX file, where that was asked for, the content, and how it compares.
     """
 
     converted: nn.Module
     verification: Verification
-    on_others: bool
+    which: str
     bad: list[str]
     onnx: tuple[bytes, Agreement] | None = None
 
 
-def run_convert(request: ConvertRequest) -> int:
+def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
     """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
     with launched() as processes, processes.failing_together():
         _refuse_bad_files(request, processes)
         with if_stopped(f"{request.output} is not written"):
             sample = _sample(request, processes)
-            chosen = _chosen(sample, processes)
             by = f", by {processes.size} processes" if processes.group else ""
-            sample.announce(chosen, by, at_most=may_end_early(request))
-            plan = planned(sample.model, sample.example(chosen), request.plan)
+            sample.announce(terminal, by, at_most=may_end_early(request))
+            plan = planned(sample.model, sample.example(), request.plan)
             if not plan.inserted:
                 if processes.rank > 0:
                     return 1
-                print(plan, flush=True)
-                return fail("there is nothing to convert, and nothing was written", 1)
-            calibrated = _calibrated(request, sample, plan, chosen, processes)
+                terminal.show(*plan._parts())
+                terminal.tell(plan=plan)
+                return terminal.fail("there is nothing to convert, and nothing was written", 1)
+            calibrated = _calibrated(request, sample, plan, processes, terminal)
             if processes.rank > 0:
                 return 0
-            checked = _checked(request, sample, calibrated)
-            if problem := _inequality(checked):
-                return fail(f"{problem}: nothing was written", 1)
-        told = _saved(request, sample, calibrated, checked)
-        print(_summary(checked.converted, calibrated.plan))
-        list_bad(sample.pictures, [*calibrated.bad, *checked.bad])
-        print(_facts(request, sample, calibrated.report, checked), flush=True)
+            checked = _checked(request, sample, calibrated, terminal)
+            if problem := _inequality(checked, terminal):
+                return terminal.fail(f"{problem}: nothing was written", 1)
+        told = _saved(request, sample, calibrated, checked, terminal)
+        _tell(request, sample, calibrated, checked, terminal)
         if request.report:
-            _write_report(request.report, request, sample, calibrated, checked, told)
+            _write_report(request.report, request, sample, calibrated, checked, told, terminal)
         return 0
 
 
@@ -152,16 +143,21 @@ def _refuse_bad_files(request: ConvertRequest, processes: Processes) -> None:
 def _sample(request: ConvertRequest, processes: Processes) -> Sample:
     """Open the pictures and build the model; all processes must be asked for the same."""
     options = request.pictures
-    pictures = open_data(options)
-    processes.agree({**_alike(request), "number of pictures": len(pictures)})
-    if len(pictures) < 2:
-        raise RetrofitError(
-            f"calibration needs at least 2 pictures: {options.data} has {len(pictures)}"
-        )
+    data = open_data(options)
+    word, number = counted(data)
+    processes.agree({**_alike(request), f"number of {word}": number})
+    if number is not None and number < 2:
+        raise RetrofitError(f"calibration needs at least 2 {word}: {options.data} has {number}")
     options = replace(options, device=_own_device(options.device))
     check_device(options)
-    model = trained(request.model, request.weights, request.weights_key)
-    return sample_for(model, request.model, options, request.weights, pictures)
+    model = trained(
+        request.model, request.weights, request.weights_key, model_args=request.model_args
+    )
+    sample = sample_for(model, request.model, options, request.weights, data)
+    sample.refuse_processes(processes.size)
+    if request.report:
+        sample.refuse_once_only("--report")
+    return sample
 
 
 def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, str]:
@@ -185,27 +181,16 @@ def _own_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
-def _chosen(sample: Sample, processes: Processes) -> Sequence[int]:
-    """Choose the pictures to calibrate on; there may be more than it takes."""
-    chosen = sample.chosen
-    if len(chosen) < processes.size:
-        raise RetrofitError(
-            f"{processes.size} processes cannot share {len(chosen)} pictures: start fewer, or use "
-            "more pictures (--data, --images)"
-        )
-    return chosen
-
-
 def _calibrated(
     request: ConvertRequest,
     sample: Sample,
     plan: Plan,
-    chosen: Sequence[int],
     processes: Processes,
+    terminal: Terminal,
 ) -> Calibrated:
-    batches = sample.batches(chosen[processes.rank :: processes.size])
+    batches = sample.batches(processes.rank, processes.size)
     prepared = retrofit.prepare(sample.model, plan)
-    with naming_pictures(batches):
+    with naming(batches):
         report = retrofit.calibrate(
             prepared,
             batches,
@@ -214,37 +199,39 @@ def _calibrated(
             tolerance=request.tolerance,
             state=request.state,
             process_group=processes.group,
+            progress=terminal.progress,
         )
     bad = [name for names in processes.gather(batches.bad) for name in names]
     # It may have ended early, and each process be a batch ahead of the count.
-    ahead = sample.options.batch_size * (processes.size - 1)
-    used = min(len(chosen), report.images + len(bad) + ahead)
-    return Calibrated(sample.model, prepared, plan, report, chosen[:used], sample.order[used:], bad)
+    ahead = sample.batch_size * (processes.size - 1)
+    return Calibrated(sample.model, prepared, plan, report, report.images + len(bad) + ahead, bad)
 
 
-def _checked(request: ConvertRequest, sample: Sample, calibrated: Calibrated) -> Checked:
+def _checked(
+    request: ConvertRequest, sample: Sample, calibrated: Calibrated, terminal: Terminal
+) -> Checked:
     """Convert and compare, on pictures that were not calibrated on if there are enough."""
     converted = retrofit.convert(
         calibrated.prepared, share_storage=True, skip_unused=request.skip_unused
     )
-    others = calibrated.others[:TEST_IMAGES]
-    on_others = len(others) == TEST_IMAGES
-    tests = sample.batches(others if on_others else calibrated.chosen[:TEST_IMAGES])
-    verification = retrofit.verify(calibrated.model, converted, tests, progress=True)
+    tests, which = sample.tests(calibrated.used)
+    verification = retrofit.verify(calibrated.model, converted, tests, progress=terminal.progress)
     if not all(output.finite for output in verification.outputs):
         raise RetrofitError(f"{request.model} gives NaN or Inf: check its weights")
     onnx = None
     if is_onnx(request.output):
-        say("verifying in onnxruntime")
+        terminal.say("verifying in onnxruntime")
         content = with_batchnorms(request.model, converted)
-        onnx = content, agreement(request.model, content, tests)
-    return Checked(converted, verification, on_others, tests.bad, onnx)
+        inputs = [arguments_of(sample.model, batch).args for batch in tests]
+        onnx = content, agreement(request.model, content, inputs)
+    return Checked(converted, verification, which, tests.bad, onnx)
 
 
-def _inequality(checked: Checked) -> str:
+def _inequality(checked: Checked, terminal: Terminal) -> str:
     """Say in what the converted model differs from the original, and print it; "" if in nothing."""
     if not checked.verification.exact:
-        print(checked.verification, flush=True)
+        terminal.show(*checked.verification._parts())
+        terminal.tell(verification=checked.verification)
         return "the converted model is not equal to the original"
     if checked.onnx and not checked.onnx[1].exact:
         differs = f"{checked.onnx[1].relative:.3g} of its root mean square"
@@ -253,16 +240,21 @@ def _inequality(checked: Checked) -> str:
 
 
 def _saved(
-    request: ConvertRequest, sample: Sample, calibrated: Calibrated, checked: Checked
+    request: ConvertRequest,
+    sample: Sample,
+    calibrated: Calibrated,
+    checked: Checked,
+    terminal: Terminal,
 ) -> dict[str, Any]:
     """Save the model, before anything else that was asked for; return what is told of it."""
     told: dict[str, Any] = {
         "name": request.model,
+        "model_args": request.model_args,
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,
     }
-    say(f"writing {request.output}")
+    terminal.say(f"writing {request.output}")
     if checked.onnx:
         content, output = checked.onnx[0], request.output.resolve()
         write_whole(output, lambda file: file.write(content))
@@ -280,6 +272,7 @@ def _write_report(
     calibrated: Calibrated,
     checked: Checked,
     told: dict[str, Any],
+    terminal: Terminal,
 ) -> None:
     """Measure drift, and write a page about the saved model; UnfinishedError where that fails."""
     unfinished = f"{request.output} is written, but not the report"
@@ -288,9 +281,11 @@ def _write_report(
     )
     try:
         with if_stopped(f"{unfinished}; {again}"):
-            data, device = _for_drift(sample, calibrated), sample.options.device
-            drift, no_drift = measured_drift(calibrated.model, checked.converted, data, device)
-            say(f"writing {path}")
+            data, device = sample.for_drift(calibrated.used), sample.options.device
+            drift, no_drift = measured_drift(
+                calibrated.model, checked.converted, data, device, progress=terminal.progress
+            )
+            terminal.say(f"writing {path}")
             write_report(
                 path,
                 request.output.name,
@@ -302,47 +297,72 @@ def _write_report(
     except Exception as error:
         kind = "" if isinstance(error, RetrofitError) else f"{type(error).__name__}: "
         raise UnfinishedError(f"{unfinished}: {kind}{error}; {again}") from error
-    print(facts_table([("report", str(path))]))
+    terminal.show(Facts((("report", str(path)),)))
+    terminal.tell(report=str(path), drift=drift)
 
 
-def _for_drift(sample: Sample, calibrated: Calibrated) -> PictureBatches:
-    """Choose pictures beyond the sample if there are enough, or else a quarter of it.
+def _tell(
+    request: ConvertRequest,
+    sample: Sample,
+    calibrated: Calibrated,
+    checked: Checked,
+    terminal: Terminal,
+) -> None:
+    """Tell what was converted, how it compares, and where it is."""
+    sites = (retrofit.plan_of(checked.converted) or calibrated.plan).sites
+    left = {s.path: (s.kind, s.reason) for s in sites if s.decision == "skip"}
+    rows = norm_rows(checked.converted.state_dict(), 1e-5)
+    terminal.show(*_summary(rows, left))
+    sample.list_bad(terminal, [*calibrated.bad, *checked.bad])
+    terminal.show(_facts(request, sample, calibrated.report, checked))
+    calibration = calibrated.report
+    terminal.tell(
+        model=request.model,
+        batchnorms=rows,
+        left_as_it_is={path: reason for path, (_, reason) in left.items()},
+        calibration={
+            "data": f"{calibration.images} {sample.kind} of {sample.source}",
+            **to_plain(calibration),
+            "disagreement": calibration.disagreement,
+            "images_needed": {f"{t:g}": calibration.images_needed(t) for t in TOLERANCES},
+        },
+        verification={**checked.verification.summary(), "which": checked.which},
+        onnxruntime=checked.onnx and checked.onnx[1],
+        written=str(request.output),
+    )
 
-    A batch that is much of the sample has nearly its statistics, and so too little drift.
-    """
-    beyond = calibrated.others[:DRIFT_IMAGES]
-    few = calibrated.chosen[: min(len(calibrated.chosen) // 4, DRIFT_IMAGES)]
-    return sample.batches(beyond if len(beyond) == DRIFT_IMAGES else few)
 
-
-def _summary(converted: nn.Module, plan: Plan) -> str:
-    sites = (retrofit.plan_of(converted) or plan).sites
-    skipped = [(site.path, site.kind, site.reason) for site in sites if site.decision == "skip"]
-    text = norm_table(converted.state_dict(), 1e-5)
-    if skipped:
-        text += f"\n\n{table(('left as it is', 'type', 'reason'), skipped)}"
-    return text + "\n"
+def _summary(rows: Sequence[NormRow], left: dict[str, tuple[str, str]]) -> Iterator[Part]:
+    yield norm_table(rows)
+    if left:
+        head = ("left as it is", "type", "reason")
+        cells = [(path, *why) for path, why in left.items()]
+        yield ""
+        yield Table(head, cells, paths=head[:1], spare=("type",))
+    yield ""
 
 
 def _facts(
     request: ConvertRequest, sample: Sample, calibration: Calibration, checked: Checked
-) -> str:
+) -> Facts:
     seconds, worst = calibration.seconds, calibration.disagreement
     rate, waited = calibration.images / seconds, calibration.waited / seconds
     needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
-    which = "other " if checked.on_others else ""
-    return facts_table(
-        [
+    return Facts(
+        (
             ("calibrated on", f"{calibration.images} {sample.kind} in {seconds:.1f} s"),
-            ("speed", f"{rate:.1f} pictures/s; {waited:.0%} of the time spent waiting for them"),
+            (
+                "speed",
+                f"{rate:.1f} {sample.word}/s; {waited:.0%} of the time spent waiting for them",
+            ),
             ("standard error", error_in_words(calibration.standard_error)),
-            ("pictures needed", ", ".join(needed)),
+            (f"{sample.word} needed", ", ".join(needed)),
             ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
-            ("verified on", f"{checked.verification.images} {which}pictures"),
+            ("verified on", f"{checked.verification.images} {checked.which}"),
             ("outputs", "equal bit for bit, at every site and at the end"),
             *_in_onnxruntime(checked),
             ("written", str(request.output)),
-        ]
+        )
     )
 
 

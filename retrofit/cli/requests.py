@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retrofit.plans import LayoutName, Placement
 from retrofit.sample_sizes import default_tolerance
 
 DRIFT_IMAGES = 128  # one batch of the largest size that a report shows
 TEST_IMAGES = 16
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How the result of a command is told.
+
+    Attributes:
+        json: as one object.
+        quiet: not at all, but for warnings and errors.
+        debug: errors with a traceback.
+    """
+
+    json: bool
+    quiet: bool
+    debug: bool
 
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """Which pictures, in which order, and how they become the input of a model.
+    """Which pictures or samples, in which order, and how they become the input of a model.
 
     Attributes:
         data: where they are; None if the command goes without.
         images: use at most so many; None for the command's own choice.
-        seed: of the shuffle.
-        batch_size, workers: pictures in a batch, and processes that read them.
+        seed: of the shuffle; None and 0 are the same.
+        batch_size, workers: samples in a batch, and processes that read them; None for the default.
         resize, crop, mean, std: what differs from how the model was trained.
         skip_bad_images: leave out what cannot be read.
         device: where the model runs, as torch names it.
     """
 
     data: Path | None
-    seed: int
+    seed: int | None
     resize: int | None
     crop: int | None
     mean: list[float] | None
     std: list[float] | None
     skip_bad_images: bool
-    batch_size: int
+    batch_size: int | None = None
     images: int | None = None
-    workers: int = 0
+    workers: int | None = None
     device: str | None = None
 
 
@@ -55,6 +73,7 @@ class PlanRequest:
     """Show what happens to every convolution of a model, and why."""
 
     model: str
+    model_args: dict[str, Any]
     plan: PlanOptions
     pictures: PictureOptions
 
@@ -64,6 +83,7 @@ class ConvertRequest:
     """Insert calibrated BatchNorms, verify, save."""
 
     model: str
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     plan: PlanOptions
@@ -82,6 +102,7 @@ class VerifyRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     tolerance: float
@@ -94,6 +115,7 @@ class FoldRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights_key: str | None
     output: Path
     overwrite: bool
@@ -105,6 +127,7 @@ class AdaptRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights_key: str | None
     output: Path
     overwrite: bool
@@ -117,12 +140,18 @@ class RestoreRequest:
     """Bring folded weights back into their own class, whose BatchNorms learn again."""
 
     model: str
+    model_args: dict[str, Any]
     weights: str
     weights_key: str | None
     output: Path
     overwrite: bool
     tolerance: float | None
     pictures: PictureOptions
+
+
+def default_workers() -> int:
+    """Choose how many processes read."""
+    return min(4, os.cpu_count() or 1)
 
 
 def may_end_early(request: ConvertRequest | RestoreRequest) -> bool:
@@ -145,6 +174,7 @@ class ReportRequest:
 
     file: Path
     model: str | None
+    model_args: dict[str, Any]
     weights: str | None
     weights_key: str | None
     output: Path

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import retrofit
 from retrofit.cli.requests import RestoreRequest, may_end_early
-from retrofit.cli.sample import check_device, list_bad, naming_pictures, sample_for
-from retrofit.cli.text import if_stopped, say
+from retrofit.cli.sample import naming
+from retrofit.cli.samples import check_device, sample_for
+from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of
 
 
-def run_restore(request: RestoreRequest) -> int:
+def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
-    architecture = build(request.model).eval()
+    architecture = build(request.model, request.model_args).eval()
     sample = sample_for(architecture, request.model, request.pictures)
-    sample.announce(sample.chosen, at_most=may_end_early(request))
-    batches = sample.batches(sample.chosen)
-    with naming_pictures(batches), if_stopped(f"{request.output} is not written"):
+    sample.announce(terminal, at_most=may_end_early(request))
+    batches = sample.batches()
+    with naming(batches), if_stopped(f"{request.output} is not written"):
         restored = retrofit.restore(
             architecture,
             request.weights,
@@ -29,24 +28,30 @@ def run_restore(request: RestoreRequest) -> int:
             max_images=request.pictures.images,
             tolerance=request.tolerance,
             weights_key=request.weights_key,
+            progress=terminal.progress,
         )
     found = retrofit.restoration_of(restored)
     assert found is not None
     data = f"restored on {found.images} {sample.kind} of {sample.source}"
-    say(f"writing {request.output}")
+    terminal.say(f"writing {request.output}")
     retrofit.save(
-        restored, request.output, name=request.model, data=data, overwrite=request.overwrite
+        restored,
+        request.output,
+        name=request.model,
+        model_args=request.model_args,
+        data=data,
+        overwrite=request.overwrite,
     )
-    list_bad(sample.pictures, batches.bad)
-    print(found)
-    print(f"written: {request.output}")
-    print(f"to load: {_loading(request.model, request.output)}")
+    sample.list_bad(terminal, batches.bad)
+    loading = _loading(request)
+    terminal.show(*sample.worded(found._parts()), f"written: {request.output}\nto load: {loading}")
+    terminal.tell(restoration=found, written=str(request.output), loading=loading)
     return 0
 
 
-def _loading(model: str, output: Path) -> str:
+def _loading(request: RestoreRequest) -> str:
     """Write the line of Python that loads the file into a fresh model."""
-    path = repr(str(output))
-    safe = output.suffix == ".safetensors"
+    path = repr(str(request.output))
+    safe = request.output.suffix == ".safetensors"
     read = f"safetensors.torch.load_file({path})" if safe else f"torch.load({path})"
-    return f"{code_of(model)}.load_state_dict({read})"
+    return f"{code_of(request.model, request.model_args)}.load_state_dict({read})"

@@ -1,169 +1,166 @@
-"""The pictures that a command runs a model on."""
+"""The data that a command runs a model on: what the commands ask of any kind of it."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
-import sys
-from collections.abc import Iterator, Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import nn
-from torchvision.transforms import Compose
 
-from retrofit.cli.requests import PictureOptions
-from retrofit.cli.text import say
-from retrofit.errors import NonFiniteError
-from retrofit.files.model_sources import transforms
-from retrofit.pictures.batches import PictureBatches, shuffled
-from retrofit.pictures.preprocessing import Transform, black, preprocessing
-from retrofit.pictures.sources import Pictures, open_pictures
+from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, PictureOptions
+from retrofit.cli.terminal import Terminal
+from retrofit.errors import NonFiniteError, RetrofitError
 from retrofit.running.call_arguments import home
-from retrofit.running.devices import usable
-from retrofit.running.input_channels import input_channels, input_dtype
-from retrofit.running.signatures import takes_lists
-from retrofit.tables import one_line
+from retrofit.tables import Part
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Pictures in an order, as input of a model.
+class Batches(Protocol):
+    """What a model takes, one after another.
 
     Attributes:
-        model: takes them.
-        pictures: where they come from.
-        transform: from a picture to the model's input.
-        channels: that the model takes.
-        order: indices of all pictures, shuffled.
-        options: as the command was given them.
+        names: of what is in the batch yielded last; empty where it has none.
+        bad: names of what could not be read, and was left out.
     """
 
-    model: nn.Module
-    pictures: Pictures
-    transform: Transform
-    channels: int
-    order: Sequence[int]
-    options: PictureOptions
+    names: list[str]
+    bad: list[str]
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Sample(ABC):
+    """Data as input of a model.
+
+    Attributes:
+        model: takes it.
+        options: as the command was given them.
+        word: for what the data consists of, in the plural.
+        kind: the same, with what there is to say of it.
+        source: where it comes from.
+    """
+
+    word = "samples"
+    kind = "samples"
+
+    def __init__(self, model: nn.Module, options: PictureOptions) -> None:
+        self.model, self.options = model, options
+        self.batch_size = options.batch_size or BATCH_SIZE
 
     @property
-    def chosen(self) -> Sequence[int]:
-        """The first pictures, as many as were asked for."""
-        return self.order[: self.options.images]
+    @abstractmethod
+    def source(self) -> str: ...
 
-    @property
-    def source(self) -> str:
-        """Where the pictures are, how they were drawn, and a mean and std that were given."""
-        text = f"{self.options.data}, seed {self.options.seed}"
-        for name, numbers in (("mean", self.options.mean), ("std", self.options.std)):
-            if numbers is not None:
-                text += f", {name} {' '.join(map(str, numbers))}"
-        return text
+    @abstractmethod
+    def amount(self, *, at_most: bool = False) -> str:
+        """Say how much was asked for, as far as that is known."""
 
-    @property
-    def kind(self) -> str:
-        """What the model sees: "pictures", and how many channels and bits if not 3 and 32."""
-        kinds = {1: "grey pictures", 3: "pictures"}
-        kind = kinds.get(self.channels, f"pictures ({self.channels} channels)")
-        dtype = input_dtype(self.model)
-        return kind if dtype == torch.float32 else f"{kind} as {str(dtype).removeprefix('torch.')}"
+    def announce(self, terminal: Terminal, by: str = "", *, at_most: bool = False) -> None:
+        """Say how much there is to do before it is begun."""
+        device = self.options.device or home(self.model) or "cpu"
+        terminal.say(f"{self.amount(at_most=at_most)}{self.size}, on {device}{by}")
 
     @property
     def size(self) -> str:
-        """How large the pictures are that the model gets."""
-        square, wide = (
-            tuple(self.transform(black(self.channels, 64, width)).shape[-2:]) for width in (64, 96)
-        )
-        return f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
+        """How large it is what the model gets, where that is not the data's own affair."""
+        return ""
 
-    def announce(self, indices: Sequence[int], by: str = "", *, at_most: bool = False) -> None:
-        """Say how much there is to do before it is begun."""
-        device = self.options.device or home(self.model) or "cpu"
-        number = f"up to {len(indices):,}" if at_most else f"{len(indices):,}"
-        say(f"{number} {self.kind} of {self.size}, on {device}{by}")
+    @abstractmethod
+    def refuse_processes(self, count: int) -> None:
+        """Raise RetrofitError if so many processes cannot share it."""
 
-    def batches(self, indices: Sequence[int]) -> PictureBatches:
-        """Make batches of some of the pictures."""
-        return PictureBatches(
-            self.pictures,
-            indices,
-            self.transform,
-            batch_size=self.options.batch_size,
-            workers=self.options.workers,
-            channels=self.channels,
-            lists=takes_lists(self.model),
-            skip_bad=self.options.skip_bad_images,
-            in_random_order=True,
-            pin=(self.options.device or "").startswith("cuda") and torch.cuda.is_available(),
-        )
+    @abstractmethod
+    def example(self) -> Any:
+        """Read a batch to plan with."""
 
-    def example(self, indices: Sequence[int]) -> Any:
-        """Read two pictures, or one, to plan with."""
-        few = dataclasses.replace(
-            self.options, batch_size=min(self.options.batch_size, 2), workers=0
-        )
-        return next(iter(dataclasses.replace(self, options=few).batches(indices)))
+    @abstractmethod
+    def batches(self, rank: int = 0, processes: int = 1) -> Batches:
+        """Make batches of what was asked for, or of the share of one of several processes."""
 
+    @abstractmethod
+    def tests(self, used: int) -> tuple[Batches, str]:
+        """Choose what a network calibrated on the first `used` is compared on, and say what."""
 
-def check_device(options: PictureOptions) -> None:
-    """Raise RetrofitError for a device that nothing can be computed on, before the work is done."""
-    if options.device is not None:
-        usable(options.device)
+    @abstractmethod
+    def for_drift(self, used: int) -> Batches:
+        """Choose what to measure drift on, beyond the first `used` if there is enough, or of them.
+
+        A batch that is much of those has nearly their statistics, and so too little drift.
+        """
+
+    def refuse_once_only(self, option: str) -> None:  # noqa: B027 - most can be read again
+        """Raise RetrofitError for data that is gone after a pass, where an option needs more."""
+
+    def list_bad(self, terminal: Terminal, names: Sequence[str]) -> None:  # noqa: B027 - most is read
+        """Tell what was left out."""
+
+    def worded(self, parts: Iterable[Part]) -> Iterable[Part]:
+        """Write the word for this data where the library speaks of images."""
+        images = re.compile(r"(?<=\d )images\b")
+        return [images.sub(self.word, part) if isinstance(part, str) else part for part in parts]
 
 
-def open_data(options: PictureOptions) -> Pictures:
-    """Open the pictures that the options name."""
-    return open_pictures(Path(options.data or ""), skip_bad=options.skip_bad_images)
+class OrderedSample(Sample):
+    """Data of which each piece can be read by its index.
 
+    Attributes:
+        order: indices of all of them, shuffled.
+    """
 
-def sample_for(
-    model: nn.Module,
-    spec: str,
-    options: PictureOptions,
-    weights: str | None = None,
-    pictures: Pictures | None = None,
-) -> Sample:
-    """Open the pictures and prepare them as the model `spec` with these weights was trained."""
-    make = functools.partial(
-        preprocessing, transforms(spec, model, weights), resize=options.resize, crop=options.crop
-    )
-    size = make()(black(3)).shape[-2:]
-    pictures = pictures or open_data(options)
-    channels = input_channels(model, size) or _channels(pictures, options)
-    pictures.check_channels(channels)
-    transform = make(mean=options.mean, std=options.std, channels=channels)
-    if (dtype := input_dtype(model)) != torch.float32:
-        transform = Compose([transform, operator.methodcaller("to", dtype)])
-    order = shuffled(len(pictures), options.seed)
-    return Sample(model, pictures, transform, channels, order, options)
+    def __init__(self, model: nn.Module, options: PictureOptions, order: Sequence[int]) -> None:
+        super().__init__(model, options)
+        self.order = order
 
+    @property
+    def chosen(self) -> Sequence[int]:
+        """The first ones, as many as were asked for."""
+        return self.order[: self.options.images]
 
-def _channels(pictures: Pictures, options: PictureOptions) -> int:
-    """Choose the number of channels for a model that does not tell: as it was asked for, or 3."""
-    asked = max(len(numbers) for numbers in (options.mean or (), options.std or ()))
-    if asked > 1:
-        return asked
-    return 3 if pictures.channels in (None, 1) else pictures.channels
+    @abstractmethod
+    def part(self, indices: Sequence[int], *, batch_size: int, workers: int | None) -> Batches:
+        """Make batches of some of it."""
+
+    def amount(self, *, at_most: bool = False) -> str:
+        return f"{'up to ' if at_most else ''}{len(self.chosen):,} {self.kind}"
+
+    def refuse_processes(self, count: int) -> None:
+        if len(self.chosen) < count:
+            raise RetrofitError(
+                f"{count} processes cannot share {len(self.chosen)} {self.word}: start fewer, or "
+                f"use more {self.word} (--data, --images)"
+            )
+
+    def example(self) -> Any:
+        two = self.part(self.chosen, batch_size=min(self.batch_size, 2), workers=0)
+        return next(iter(two))
+
+    def batches(self, rank: int = 0, processes: int = 1) -> Batches:
+        return self._part(self.chosen[rank::processes])
+
+    def tests(self, used: int) -> tuple[Batches, str]:
+        others = self.order[min(used, len(self.chosen)) :][:TEST_IMAGES]
+        if len(others) == TEST_IMAGES:
+            return self._part(others), f"other {self.word}"
+        return self._part(self.chosen[:TEST_IMAGES]), self.word
+
+    def for_drift(self, used: int) -> Batches:
+        used = min(used, len(self.chosen))
+        beyond = self.order[used:][:DRIFT_IMAGES]
+        few = self.chosen[: min(used // 4, DRIFT_IMAGES)]
+        return self._part(beyond if len(beyond) == DRIFT_IMAGES else few)
+
+    def _part(self, indices: Sequence[int]) -> Batches:
+        return self.part(indices, batch_size=self.batch_size, workers=self.options.workers)
 
 
 @contextmanager
-def naming_pictures(batches: PictureBatches) -> Iterator[None]:
-    """Say which picture it was that gave a NaN in the block."""
+def naming(batches: Batches) -> Iterator[None]:
+    """Say which picture or sample it was that gave a NaN in the block, if it has a name."""
     try:
         yield
     except NonFiniteError as error:
-        name = None if error.image is None else batches.names[error.item]
+        named = error.image is not None and error.item < len(batches.names)
+        name = batches.names[error.item] if named else None
         raise NonFiniteError(error.site, error.item, error.image, name) from None
-
-
-def list_bad(pictures: Pictures, names: Sequence[str]) -> None:
-    """Print what was left out: damaged shards, and pictures that could not be read."""
-    for shard in pictures.bad:
-        print(one_line(f"used in part or not at all: {shard}"), file=sys.stderr)
-    if bad := list(dict.fromkeys(names)):
-        text = f"left out {len(bad)} unreadable pictures: {', '.join(bad)}"
-        print(one_line(text), file=sys.stderr)

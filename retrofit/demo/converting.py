@@ -15,7 +15,7 @@ from retrofit.files.checkpoint import load, save
 from retrofit.planning.plan import plan
 from retrofit.running.progress import progress_bar
 from retrofit.surgery.folding import fold
-from retrofit.tables import table
+from retrofit.tables import Table
 
 
 def convert_vgg(
@@ -77,4 +77,4 @@ def _accuracies(
             rows.append((name, statistics, f"{right:.2%}"))
             bar.update()
     head = ("network", "statistics", "accuracy")
-    return table(head, rows, right=head[2])
+    return str(Table(head, rows, right=head[2:]))

@@ -19,7 +19,7 @@ from retrofit.finetuning import param_groups
 from retrofit.restoring.restoration import restoration_of
 from retrofit.restoring.restore import restore
 from retrofit.running.progress import progress_bar
-from retrofit.tables import table
+from retrofit.tables import Table
 
 STEPS, EVERY = 100, 25  # steps, and after how many the network is tested
 RATE, BATCH = 0.03, 64
@@ -59,7 +59,7 @@ def restore_resnet(
         "A ResNet whose BatchNorms were folded away gets them back, in its own class. Both learn "
         f"{len(images):,} inverted pictures (SGD, rate {RATE:g}, batches of {BATCH}); right of "
         f"{len(test):,} others\n\n"
-        f"{table(head, rows, right=','.join(head[1:]))}\n\n"
+        f"{Table(head, rows, right=head[1:])}\n\n"
         f"{len(found.seats)} BatchNorms restored; before they learn, the outputs {apart}\n"
         f"written: {file}"
     )

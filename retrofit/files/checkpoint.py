@@ -25,10 +25,11 @@ from retrofit.errors import RetrofitError, warn
 from retrofit.files.batchnorm_settings import warn_of_unusual
 from retrofit.files.converted_keys import refuse_changed_sites
 from retrofit.files.fitting import Fit, fits, fitted, load_weights
-from retrofit.files.model_sources import torchvision_model
+from retrofit.files.model_args import ModelArgs, in_words
+from retrofit.files.model_sources import is_torchvision, torchvision_model
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
-from retrofit.files.provenance import Provenance, provenance_of
+from retrofit.files.provenance import provenance_of
 from retrofit.files.suffixes import PICKLED, SUFFIXES
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
@@ -66,6 +67,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
+    model_args: ModelArgs | None = None,
     data: str | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
@@ -84,6 +86,9 @@ def save(
             Tensors that are shared are stored once.
         name: what the model is, e.g. "vgg16", or "package.module:factory"; `load` rebuilds
             torchvision's models from it.
+        model_args: what the function that builds it is called with, e.g. {"num_classes": 10};
+            numbers, texts, True, False, None, and lists of these. `load` passes them to
+            torchvision's models.
         data: what it was calibrated on, in words.
         calibration: what `calibrate` found; `retrofit report` shows it.
         verification: what `verify` found, likewise.
@@ -114,7 +119,13 @@ def save(
 
     tensors, aliases = _unshared(state)
     told = provenance_of(
-        model, name=name, data=data, calibration=calibration, verification=verification, drift=drift
+        model,
+        name=name,
+        model_args=model_args,
+        data=data,
+        calibration=calibration,
+        verification=verification,
+        drift=drift,
     ).to_json()
     metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
     # Not its save_file, whose temporary file a kill would leave.
@@ -194,7 +205,7 @@ def load_opened(
 ) -> nn.Module:
     """Load a model as `load` does, from a file that was read before."""
     if model is None:
-        model = _rebuild(file.path, file.provenance)
+        model = _rebuild(file)
     for key, own in model.state_dict(keep_vars=True).items():
         if isinstance(own, Tensor) and own.is_meta:
             raise RetrofitError(f"{key} is on the meta device: pass a model that has its tensors")
@@ -236,14 +247,23 @@ def _has_other_batchnorms(file: WeightsFile, key: str | None, plain: list[Fit]) 
     return any(name.endswith(".running_var") for names in others.values() for name in names)
 
 
-def _rebuild(path: Path, provenance: Provenance) -> nn.Module:
-    name = provenance.model
-    if name is None or ":" in name or is_onnx(name):
+def _rebuild(file: WeightsFile) -> nn.Module:
+    name, model_args = file.provenance.model, file.provenance.model_args or {}
+    if name is None or not is_torchvision(name):
         raise RetrofitError(
-            f"{path} does not name a torchvision model ({name}): pass the model that it was "
+            f"{file.path} does not name a torchvision model ({name}): pass the model that it was "
             "made from, on the command line with --model"
         )
-    return torchvision_model(name)
+    # A file may say anything: it does not get a network of sizes beyond what it could fill.
+    numbers = sum(tensor.numel() for state in file.states.values() for tensor in state.values())
+    values = [v for v in model_args.values() if not isinstance(v, tuple)]
+    values += [item for v in model_args.values() if isinstance(v, tuple) for item in v]
+    if any(isinstance(value, int) and value > numbers for value in values):
+        raise RetrofitError(
+            f"{file.path}: its metadata is damaged, model_args: {in_words(model_args)} of a file "
+            f"of {numbers:,} numbers"
+        )
+    return torchvision_model(name, model_args)
 
 
 def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,7 +8,7 @@ decided by the model's own names, which may begin like that, too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from retrofit.errors import RetrofitError, warn
+from retrofit.files.model_args import OPTION
 from retrofit.files.state_dicts import State
 from retrofit.files.weights import WeightsFile
 from retrofit.numerics.comparison import Comparison
@@ -141,12 +142,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
             f"{key} {_kind(new)}" for key, (new, old) in both.items() if not _suits(new, old)
         ],
     }
-    problems = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in wrong.items() if keys]
-    if problems:
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
+    if problems := [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in wrong.items()]:
+        head = other_head(both.values()) if list(wrong) == ["of another shape"] else ""
         odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
         raise RetrofitError(
             f"the weights in {source} do not fit {type(model).__name__}: keys "
-            f"{'; '.join(problems)}{odd}"
+            f"{'; '.join(problems)}{odd}{head}"
         )
     _refuse_untied(own, tensors, source)
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
@@ -158,6 +160,28 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
     whole = model.state_dict()  # with the versions that some modules ask for (MNASNet)
     whole.update(tensors)
     model.load_state_dict(whole)
+
+
+def other_head(pairs: Iterable[tuple[Any, Any]]) -> str:
+    """Say how to build a model for the file's number of classes, if all else fits; "" if not.
+
+    Args:
+        pairs: tensors of the file, each beside the model's own of that name.
+    """
+    shapes = [
+        (tuple(new.shape), tuple(old.shape))
+        for new, old in pairs
+        if isinstance(new, Tensor) and isinstance(old, Tensor)
+    ]
+    other = [(new, old) for new, old in shapes if new != old]
+    counts = {(new[:1], old[:1]) for new, old in other}
+    if len(counts) != 1 or any(new[1:] != old[1:] for new, old in other):
+        return ""
+    (((new,), (old,)),) = counts
+    return (
+        f"; they are of {new} classes, it seems, and the model of {old}: build it with "
+        f"num_classes={new} ({OPTION} num_classes={new})"
+    )
 
 
 def _fit(path: str, prefix: str, state: State, own: Mapping[str, Any]) -> Fit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,13 @@ from torchvision.transforms.functional import to_tensor
 
 from retrofit.errors import RetrofitError
 from retrofit.files.fitting import fits, fitted, load_weights
+from retrofit.files.model_args import (
+    OPTION,
+    ModelArgs,
+    call_factory,
+    in_words,
+    refuse_weights,
+)
 from retrofit.files.model_source import Source, in_precision, nearest
 from retrofit.files.suffixes import KINDS
 from retrofit.files.weights import WeightsFile
@@ -26,31 +35,33 @@ from retrofit.pictures.preprocessing import Transform, Transforms
 
 
 class Torchvision(Source):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: ModelArgs) -> None:
         known = torchvision.models.list_models()
         if name not in known:
             raise RetrofitError(
                 f"torchvision has no model {name!r}{nearest(name, known)}; other models are given "
                 "as timm:NAME, package.module:factory or path/to/file.py:factory"
             )
-        self.name = name
+        refuse_weights(name, arguments)
+        self.name, self.arguments = name, arguments
         self.entries = torchvision.models.get_model_weights(name)
         self.names = list(self.entries.__members__)
 
     def build(self) -> nn.Module:
         builder = torchvision.models.get_model_builder(self.name)
         known = inspect.signature(builder).parameters
-        options: dict[str, Any] = {"weights": None}
+        options: dict[str, Any] = {"weights": None}  # where the arguments do not decide
         if "weights_backbone" in known:
             options["weights_backbone"] = None
         if self.name in ("googlenet", "inception_v3"):  # they warn of a slow start otherwise
             options["init_weights"] = False
-        model: nn.Module = builder(**options)
+        module = sys.modules[builder.__module__]
+        model: nn.Module = call_factory(self.name, builder, self.arguments, module, **options)
         return model
 
     @property
     def code(self) -> str:
-        return f"torchvision.models.get_model({self.name!r})"
+        return f"torchvision.models.get_model({_call(self)})"
 
     def pretrained(self, weights: str) -> nn.Module:
         if weights not in self.names:
@@ -59,6 +70,9 @@ class Torchvision(Source):
                 f"{', '.join(self.names)}"
             )
         entry = self.entries[weights]
+        classes = len(entry.meta.get("categories", ()))
+        if classes:
+            _refuse_other_classes(str(entry), classes, self.arguments)
         try:
             tensors = entry.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
@@ -76,26 +90,31 @@ class Torchvision(Source):
 class Timm(Source):
     names = ("DEFAULT",)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: ModelArgs) -> None:
         try:
             import timm.data  # noqa: PLC0415 - an extra, and slow to import
             import timm.utils  # noqa: PLC0415
         except ImportError as error:
-            raise RetrofitError(f"timm is needed for its model {name}: pip install timm") from error
+            raise RetrofitError(
+                f"timm is needed for its model {name}: pip install 'batchnorm-retrofit[timm]'"
+            ) from error
         # Names that it lists, and no others: it would take those of hubs and folders too.
         known = [*timm.list_models(), *timm.list_models(include_tags=True)]
         if name not in known:
             raise RetrofitError(f"timm has no model {name!r}{nearest(name, known)}")
-        self.name = name
+        refuse_weights(name, arguments)
+        self.name, self.arguments = name, arguments
         self.timm: Any = timm
 
     def build(self) -> nn.Module:
-        model: nn.Module = self.timm.create_model(self.name)
+        create = functools.partial(self.timm.create_model, self.name)
+        module = sys.modules[self.timm.models.model_entrypoint(self.name).__module__]
+        model: nn.Module = call_factory(f"timm:{self.name}", create, self.arguments, module)
         return model
 
     @property
     def code(self) -> str:
-        return f"timm.create_model({self.name!r})"
+        return f"timm.create_model({_call(self)})"
 
     def pretrained(self, weights: str) -> nn.Module:
         if weights != "DEFAULT":
@@ -108,9 +127,13 @@ class Timm(Source):
             *self.timm.list_models(pretrained=True),
         ):
             raise RetrofitError(f"timm has no weights for {self.name}: give a file")
+        if self.arguments:
+            self._refuse_unfit_arguments()
         try:
             with _quiet("huggingface_hub"):  # it tells of every retry
-                model: nn.Module = self.timm.create_model(self.name, pretrained=True)
+                model: nn.Module = self.timm.create_model(
+                    self.name, pretrained=True, **self.arguments
+                )
         except Exception as error:  # the hub's client raises errors of many kinds
             reason = " ".join(str(error).split())
             raise RetrofitError(
@@ -118,6 +141,13 @@ class Timm(Source):
                 f"{reason}"
             ) from error
         return model
+
+    def _refuse_unfit_arguments(self) -> None:
+        """Raise RetrofitError, before a download, for arguments that do not go with its weights."""
+        Timm.build(self)
+        config = self.timm.models.get_pretrained_cfg(self.name)
+        if self.arguments.get("num_classes") != 0:  # without a head
+            _refuse_other_classes(f"timm's {self.name}", config.num_classes, self.arguments)
 
     def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
         config = self.timm.data.resolve_model_data_config(model)
@@ -176,7 +206,12 @@ class Reparameterized(Timm):
 class Ultralytics(Source):
     """The class that a YAML of ultralytics describes, by its name or its path."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: ModelArgs) -> None:
+        if arguments:
+            raise RetrofitError(
+                f"ultralytics:{name} takes no {OPTION}: what it is stands in its YAML (nc: the "
+                "number of classes), of which a copy of yours can be named"
+            )
         try:
             import ultralytics  # noqa: PLC0415 - the user's to install, and slow to import
             import ultralytics.data.augment  # noqa: PLC0415
@@ -248,6 +283,22 @@ class Ultralytics(Source):
             return transform
 
         return classified if isinstance(model, classifier) else detected
+
+
+def _call(source: Torchvision | Timm) -> str:
+    """Write the arguments of the call that builds a model by its name."""
+    return ", ".join(filter(None, (repr(source.name), in_words(source.arguments))))
+
+
+def _refuse_other_classes(weights: str, classes: int, arguments: ModelArgs) -> None:
+    """Raise RetrofitError for a head that these weights are not for, and that would be random."""
+    asked = arguments.get("num_classes", classes)
+    if asked != classes:
+        raise RetrofitError(
+            f"the weights of {weights} are for {classes} classes, and with {OPTION} "
+            f"num_classes={asked} the head would be random: convert the network as it is and give "
+            "it another head then, or give --weights a file of yours"
+        )
 
 
 @contextmanager

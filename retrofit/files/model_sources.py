@@ -9,6 +9,7 @@ from torch import nn
 
 from retrofit.errors import RetrofitError
 from retrofit.files.library_models import Reparameterized, Timm, Torchvision, Ultralytics
+from retrofit.files.model_args import NO_ARGS, ModelArgs
 from retrofit.files.model_source import Source, in_precision
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.own_models import Code, Onnx
@@ -20,7 +21,7 @@ from retrofit.pictures.preprocessing import Transforms
 LIBRARIES = {"timm": Timm, "timm-reparameterized": Reparameterized, "ultralytics": Ultralytics}
 
 
-def build(spec: str) -> nn.Module:
+def build(spec: str, model_args: ModelArgs = NO_ARGS) -> nn.Module:
     """Build the model that `spec` names.
 
     Args:
@@ -28,13 +29,16 @@ def build(spec: str) -> nn.Module:
             (`timm:vgg11.tv_in1k`); `timm-reparameterized:NAME` for the same after
             `timm.utils.reparameterize_model`; `ultralytics:NAME` (`ultralytics:yolo11n`), or with
             the path of a model's YAML; `package.module:factory` or
-            `path/to/file.py:factory`, where the factory is called without arguments, which imports
-            and runs that code; `path/to/file.onnx`, of which onnx2torch makes a module.
+            `path/to/file.py:factory`, which imports and runs that code; `path/to/file.onnx`, of
+            which onnx2torch makes a module.
+        model_args: what the function that builds it is called with, by name (`num_classes`); none
+            for ultralytics and ONNX files.
 
     Raises:
-        RetrofitError: no such model, module, file or factory, or no nn.Module came of it.
+        RetrofitError: no such model, module, file or factory, arguments that it does not take, or
+            no nn.Module came of it.
     """
-    return _source(spec).build()
+    return _source(spec, model_args).build()
 
 
 def trained(
@@ -42,6 +46,7 @@ def trained(
     weights: str | None,
     weights_key: str | None = None,
     dtype: torch.dtype | None = None,
+    model_args: ModelArgs = NO_ARGS,
 ) -> nn.Module:
     """Build the model that `spec` names, with its weights, in eval mode.
 
@@ -53,11 +58,13 @@ def trained(
             of the model as trained or those after merging.
         weights_key: where they are in the file, if it holds several state dicts.
         dtype: the precision of the model; by default the one that it is built in.
+        model_args: as for `build`.
 
     Raises:
-        RetrofitError: as `build`; no such weights, or they do not fit or cannot be downloaded.
+        RetrofitError: as `build`; no such weights, weights by name for another number of
+            classes, or they do not fit or cannot be downloaded.
     """
-    source = _source(spec)
+    source = _source(spec, model_args)
     file = weights is not None and weights not in source.names and _is_path(weights)
     if weights_key is not None and not file:
         raise RetrofitError(
@@ -93,20 +100,26 @@ def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Trans
     return _source(spec).transforms(model, weights)
 
 
-def code_of(spec: str) -> str:
+def code_of(spec: str, model_args: ModelArgs = NO_ARGS) -> str:
     """Write the Python expression that builds the model."""
-    return _source(spec).code
+    return _source(spec, model_args).code
 
 
-def torchvision_model(name: str) -> nn.Module:
+def torchvision_model(name: str, model_args: ModelArgs = NO_ARGS) -> nn.Module:
     """Build a torchvision model with fresh weights; RetrofitError for an unknown name."""
-    return Torchvision(name).build()
+    return Torchvision(name, model_args).build()
 
 
-def _source(spec: str) -> Source:
+def is_torchvision(spec: str) -> bool:
+    """Tell whether this is the name of a model of torchvision, as far as its form tells."""
+    return ":" not in spec and not is_onnx(spec)
+
+
+def _source(spec: str, model_args: ModelArgs = NO_ARGS) -> Source:
     if is_onnx(spec):
-        return Onnx(spec)
+        return Onnx(spec, model_args)
     prefix, _, name = spec.partition(":")
     if not name:
-        return Torchvision(spec)
-    return LIBRARIES.get(prefix, Code)(name if prefix in LIBRARIES else spec)
+        return Torchvision(spec, model_args)
+    kind = LIBRARIES.get(prefix, Code)
+    return kind(name if prefix in LIBRARIES else spec, model_args)

@@ -6,7 +6,7 @@ reading the old name, which is the BatchNorm's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ def with_batchnorms(path: StrPath, converted: nn.Module) -> bytes:
     return content
 
 
-def agreement(path: StrPath, content: bytes, batches: Iterable[Tensor]) -> Agreement:
-    """Compare a file with another's content on pictures, (N, C, H, W), going through them twice."""
+def agreement(path: StrPath, content: bytes, batches: Sequence[Sequence[Tensor]]) -> Agreement:
+    """Compare a file with another's content on batches, each a tensor for each input."""
     plain = _differences(path, content, batches, optimised=False)
     merged = _differences(path, content, batches, optimised=True)
     return Agreement(
@@ -85,13 +85,13 @@ def agreement(path: StrPath, content: bytes, batches: Iterable[Tensor]) -> Agree
 
 
 def _differences(
-    path: StrPath, content: bytes, batches: Iterable[Tensor], *, optimised: bool
+    path: StrPath, content: bytes, batches: Sequence[Sequence[Tensor]], *, optimised: bool
 ) -> list[Difference]:
     """Compare each output of two files."""
     sessions = [Session(source, optimised=optimised) for source in (path, content)]
     found: dict[int, Comparison] = {}
     for batch in batches:
-        outputs = (session.run([batch.numpy()]) for session in sessions)
+        outputs = (session.run([tensor.numpy() for tensor in batch]) for session in sessions)
         for i, (one, other) in enumerate(zip(*outputs, strict=True)):
             pair = torch.from_numpy(one), torch.from_numpy(other)
             found.setdefault(i, Comparison()).add(*pair, "an output")

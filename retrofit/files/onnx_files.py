@@ -70,8 +70,9 @@ def picture_size(path: StrPath) -> tuple[int, int] | None:
     fits = len(inputs) == 1 and len(axes[0]) == 4 and kinds[0].elem_type == FLOAT
     if not fits or (axes[0][3] in COLOURS and axes[0][1] > max(COLOURS)):
         raise RetrofitError(
-            f"{path} takes {told}, and the command line gives one input of float32 pictures "
-            "(N, C, H, W): convert retrofit.module_from_onnx(path) in Python, with your own batches"
+            f"{path} takes {told}, and pictures are one input of float32 (N, C, H, W): give "
+            "batches of your own, --data file.py:loader, or convert "
+            "retrofit.module_from_onnx(path) in Python"
         )
     height, width = axes[0][2:]
     return (height, width) if height and width else None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.files.model_source import Source, nearest
+from retrofit.files.model_args import OPTION, ModelArgs, call_factory, in_words
+from retrofit.files.model_source import Source
 from retrofit.files.onnx_files import picture_size
 from retrofit.files.onnx_modules import module_from_onnx
 from retrofit.files.suffixes import KINDS
+from retrofit.files.user_code import named, said
 from retrofit.pictures.preprocessing import PRESET, Transform, Transforms
 
 
@@ -25,29 +23,26 @@ class Code(Source):
 
     random = False
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
+    def __init__(self, spec: str, arguments: ModelArgs) -> None:
+        self.spec, self.arguments = spec, arguments
 
     def build(self) -> nn.Module:
-        source, _, name = self.spec.rpartition(":")
-        module = _from_file(Path(source)) if source.endswith(".py") else _from_import(source)
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            callables = [
-                n for n, v in vars(module).items() if callable(v) and not n.startswith("_")
-            ]
-            raise RetrofitError(f"{source} has no factory {name!r}{nearest(name, callables)}")
+        factory = named(self.spec, "factory", called=True)
         try:
-            model = factory()
+            model = call_factory(self.spec, factory, self.arguments)
+        except RetrofitError:
+            raise
         except (Exception, SystemExit) as error:
-            raise RetrofitError(f"{self.spec}() failed: {_said(error)}") from error
+            lacks = isinstance(error, TypeError) and "required" in str(error)
+            hint = f" ({OPTION} gives a factory its arguments)" if lacks else ""
+            raise RetrofitError(f"{self.spec}() failed: {said(error, self.spec)}{hint}") from error
         if not isinstance(model, nn.Module):
             raise RetrofitError(f"{self.spec} returned a {type(model).__name__}, not an nn.Module")
         return model
 
     @property
     def code(self) -> str:
-        return f"{self.spec.rpartition(':')[2]}()"
+        return f"{self.spec.rpartition(':')[2]}({in_words(self.arguments)})"
 
     def pretrained(self, weights: str) -> nn.Module:
         raise RetrofitError(
@@ -60,8 +55,10 @@ class Onnx(Source):
 
     random = False
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, arguments: ModelArgs) -> None:
         self.path = Path(spec)
+        if arguments:
+            raise RetrofitError(f"{spec} holds a whole network, which takes no {OPTION}")
 
     def build(self) -> nn.Module:
         return module_from_onnx(self.path)
@@ -94,34 +91,3 @@ class Onnx(Source):
             return cast("Transform", transform)
 
         return made
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RetrofitError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # of a name that ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
-    sys.path.insert(0, str(path.parent.resolve()))  # as for a script: its neighbours are found
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise RetrofitError(f"{path} cannot be imported: {_said(error)}") from error
-    return module
-
-
-def _from_import(name: str) -> ModuleType:
-    if "" not in sys.path:  # as python -m does: modules beside the user come first
-        sys.path.insert(0, "")
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise RetrofitError(f"{name} cannot be imported: {_said(error)}") from error
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, SystemExit):  # a script, which does its work when it is imported
-        return "it ends the process: put what a script does under if __name__ == '__main__'"
-    return f"{type(error).__name__}: {error}"

@@ -17,11 +17,13 @@ from retrofit.checking.drift import Drift
 from retrofit.checking.verify import Verification
 from retrofit.errors import RetrofitError
 from retrofit.files.batchnorm_settings import current_record
+from retrofit.files.model_args import ModelArgs, check_model_args, in_words
 from retrofit.json_values import from_plain, to_plain
 from retrofit.plans import Plan
 from retrofit.surgery.record import Record
 from retrofit.version import __version__
 
+Argument = bool | int | float | str | tuple[bool | int | float | str, ...] | None
 # Names in files that differ from those of the attributes.
 KEYS = {"model_class": "class"}
 
@@ -34,6 +36,7 @@ class Provenance:
         retrofit, torch, torchvision: versions that wrote the file.
         date: when, in ISO 8601 and UTC.
         model: what the model is, as for `save(name=...)`.
+        model_args: what the function that builds it is called with, by name.
         model_class: its class.
         eps, momentum: of the inserted BatchNorms.
         images: how many are behind their statistics.
@@ -48,6 +51,7 @@ class Provenance:
     torchvision: str | None = None
     date: str | None = None
     model: str | None = None
+    model_args: dict[str, Argument] | None = None
     model_class: str | None = None
     eps: float | None = None
     momentum: float | None = None
@@ -58,6 +62,12 @@ class Provenance:
     verification: Verification | None = None
     drift: Drift | None = None
     plan: Plan | None = None
+
+    @property
+    def call(self) -> str | None:
+        """The model with its arguments, to be read."""
+        arguments = f"({in_words(self.model_args)})" if self.model_args else ""
+        return None if self.model is None else self.model + arguments
 
     @property
     def record(self) -> Record | None:
@@ -96,6 +106,7 @@ def provenance_of(
     model: nn.Module,
     *,
     name: str | None = None,
+    model_args: ModelArgs | None = None,
     data: str | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
@@ -112,6 +123,7 @@ def provenance_of(
         torchvision=torchvision.__version__,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=name,
+        model_args=check_model_args(model_args) or None,
         model_class=type(model).__name__,
         data=data,
         calibration=calibration,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retrofit.errors import NeitherTrueNorFalse, RetrofitError
 from retrofit.numerics.moments import Moments, pooled
+from retrofit.tables import in_full, in_short, shortened
 
 # Of the root mean square: more than a GPU's rounding, less than another branch of a model's code.
 BRANCH_TOLERANCE = 1e-3
@@ -35,6 +36,15 @@ class Difference(NeitherTrueNorFalse):
     relative: float
     finite: bool = True
     ask_for = "its exact, max_abs or relative"
+
+    def __repr__(self) -> str:
+        found = f"max abs {self.max_abs:.3g}, relative {self.relative:.3g}"
+        not_finite = "" if self.finite else "; NaN or Inf in the original"
+        verdict = "equal bit for bit" if self.exact else found
+        return in_short(self, f"{shortened(self.name)}: {verdict}{not_finite}")
+
+    def __str__(self) -> str:
+        return in_full(self)
 
 
 class Comparison:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from retrofit.tables import in_short
+
 CONSTANT = 1e-6  # sigma / mean
 
 
@@ -19,6 +21,17 @@ class ChannelMoments(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+    def __repr__(self) -> str:
+        spans = (
+            f"{name} {float(values.min()):.3g} to {float(values.max()):.3g}"
+            for name, values in zip(self._fields, self, strict=True)
+            if len(values)
+        )
+        return in_short(self, f"{len(self.mean)} channels: {', '.join(spans)}")
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}(mean={self.mean!r}, var={self.var!r})"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,10 +16,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from torchvision.transforms import Compose, InterpolationMode, Resize
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
-from retrofit.errors import PeerError, RetrofitError
+from retrofit.errors import RetrofitError
 from retrofit.pictures.eight_bits import counted, eight_bits
 from retrofit.pictures.preprocessing import Transform
 from retrofit.pictures.sources import Pictures
+from retrofit.pictures.workers import loaded
 
 
 def _first_resize(transform: Transform) -> Any:
@@ -130,41 +129,6 @@ def _collate(items: list[_Item]) -> _Batch:
     return _Batch(names, default_collate(tensors) if alike else tensors, bad)
 
 
-def _loaded(loader: DataLoader[_Item]) -> Iterator[_Batch]:
-    """Yield what the loader gives; PeerError, out of next() alone, for a worker that is gone."""
-    with _without_torchs_signal_handler():
-        batches = iter(loader)
-    try:
-        yield from batches
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and _are_alive(batches):
-            raise
-        raise PeerError(
-            f"a process that reads pictures is gone ({' '.join(str(error).split())}): is there "
-            "enough memory? --workers 0 does without"
-        ) from error
-
-
-def _are_alive(batches: Any) -> bool:
-    """Tell whether the processes and the thread that read for a loader's iterator are."""
-    readers = [*getattr(batches, "_workers", ()), getattr(batches, "_pin_memory_thread", None)]
-    return all(reader.is_alive() for reader in readers if reader is not None)
-
-
-@contextmanager
-def _without_torchs_signal_handler() -> Iterator[None]:
-    """Undo that torch's loader sets a signal handler in the block, for the whole process.
-
-    It raises out of whatever runs, for each worker that is gone, also when the error for the first
-    one is being handled. Without it the loader looks after its workers every five seconds.
-    """
-    number = getattr(signal, "SIGCHLD", None)  # Windows has none
-    before = number and signal.getsignal(number)
-    yield
-    if number and before is not None and signal.getsignal(number) is not before:
-        signal.signal(number, before)
-
-
 class PictureBatches:
     """Batches of pictures that workers read: tensors (N, C, H, W), or lists of (C, H, W).
 
@@ -240,7 +204,7 @@ class PictureBatches:
         done = self._done
         given = done  # what came before a resumption has given something
         problems: list[str] = []
-        for names, pictures, bad in _loaded(loader):
+        for names, pictures, bad in loaded(loader, "pictures"):
             for name, problem in bad:
                 if not self.skip_bad:
                     raise RetrofitError(

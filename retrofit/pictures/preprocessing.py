@@ -108,7 +108,7 @@ def _try_out(transform: Transform, channels: int) -> None:
     except (AttributeError, TypeError) as error:
         raise RetrofitError(
             f"the model takes no single pictures (its transform is {type(transform).__name__}): "
-            "convert it in Python, with batches of your own"
+            "give batches of your own, --data file.py:loader"
         ) from error
     except MemoryError as error:
         raise RetrofitError(

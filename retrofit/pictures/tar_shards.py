@@ -122,8 +122,9 @@ class ShardPictures:
 
 def expand(pattern: Path) -> list[Path]:
     """List the shards that train-{000..012}.tar or a plain path stands for; they must exist."""
+    webdataset = _webdataset(pattern)
     try:
-        shards = [Path(path) for path in _webdataset(pattern).shardlists.expand_urls(str(pattern))]
+        shards = [Path(path) for path in webdataset.shardlists.expand_urls(str(pattern))]
     except (ValueError, AssertionError) as error:  # braces without a partner, ${...}
         raise RetrofitError(f"{pattern} is no pattern of shards: {error}") from error
     missing = [str(shard) for shard in shards if not shard.is_file()]
@@ -140,8 +141,9 @@ def _pictures(shard: Path) -> tuple[list[tarfile.TarInfo], str]:
     members, problem = _members(shard)
     files = ({"fname": m.name, "data": m, "__url__": str(shard)} for m in members)
     pictures: list[tarfile.TarInfo] = []
+    webdataset = _webdataset(shard)
     try:
-        for sample in _webdataset(shard).tariterators.group_by_keys(files):
+        for sample in webdataset.tariterators.group_by_keys(files):
             found = [ext for ext in sample if f".{ext.rpartition('.')[2]}" in EXTENSIONS]
             plain = [ext for ext in found if "." not in ext]
             pictures += [sample[ext] for ext in plain[:1] or found]
@@ -183,6 +185,7 @@ def _webdataset(shards: Path) -> Any:
         import webdataset.tariterators  # noqa: PLC0415
     except ImportError as error:
         raise RetrofitError(
-            f"webdataset is needed for tar shards such as {shards}: pip install webdataset"
+            f"webdataset is needed for tar shards such as {shards}: "
+            "pip install 'batchnorm-retrofit[webdataset]'"
         ) from error
     return webdataset

@@ -22,7 +22,9 @@ def check_report(path: Path, *, overwrite: bool) -> None:
     """Raise RetrofitError if `write_report` could not do its work: asked before other work."""
     check_output(path, overwrite=overwrite, suffixes=(".html",))
     if importlib.util.find_spec("matplotlib") is None:
-        raise RetrofitError("the report's figures need matplotlib: pip install matplotlib")
+        raise RetrofitError(
+            "the report's figures need matplotlib: pip install 'batchnorm-retrofit[report]'"
+        )
 
 
 def measured_drift(
@@ -30,6 +32,8 @@ def measured_drift(
     converted: nn.Module,
     data: Iterable[Any],
     device: torch.device | str | None = None,
+    *,
+    progress: bool = True,
 ) -> tuple[Drift | None, str]:
     """Measure what batch statistics change, or say why that cannot be done.
 
@@ -39,7 +43,7 @@ def measured_drift(
     """
     watched = _Watched(data)
     try:
-        return drift(original, converted, watched, device=device, progress=True), ""
+        return drift(original, converted, watched, device=device, progress=progress), ""
     except (RetrofitError, RuntimeError) as error:
         if error is watched.error:
             raise

@@ -158,8 +158,8 @@ def by_layer(calibration: Calibration, numbers: Sequence[int]) -> str:
     """Draw the standard errors of each layer over its number."""
     title = "Standard error of mean and standard deviation, by layer"
     sites = calibration.sites
-    worst = max(range(len(sites)), key=lambda i: max(sites[i].mean_error, sites[i].std_error))
-    largest = max(sites[worst].mean_error, sites[worst].std_error)
+    worst = max(range(len(sites)), key=lambda i: sites[i].error)
+    largest = sites[worst].error
     description = f"Largest at layer {numbers[worst]}: {largest:.2%} of a standard deviation."
     with _figure("by-layer", title, description) as (axes, svg):
         lines = ("mean_error", "mean", "o", BLUE), ("std_error", "standard deviation", "s", RED)

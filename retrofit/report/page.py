@@ -187,7 +187,7 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
     layout = f"{plan.layout}, {plan.placement.replace('_', '-')}" if plan else None
     rows = {
         "file": facts.source,
-        "model": told.model,
+        "model": told.call,
         "class": told.model_class,
         "calibrated on": told.data,
         "pictures": None if told.images is None else f"{told.images:,}",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from retrofit.errors import RetrofitError
-from retrofit.files.fitting import COUNTS, fits, fitted, load_weights
+from retrofit.files.fitting import COUNTS, fits, fitted, load_weights, other_head
 from retrofit.files.state_dicts import State
 from retrofit.restoring.skeleton import skeleton_of
 from retrofit.restoring.sources import Layer, Source
@@ -104,6 +104,7 @@ def _refuse_other_shapes(
             raise RetrofitError(
                 f"{name} has shape {tuple(theirs.shape)} in {source.name}, and "
                 f"{tuple(ours.shape)} in the architecture: it is of another one"
+                f"{other_head((tensors[n], t) for n, t in own.items() if n in tensors)}"
             )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.tables import table
+from retrofit.html_tables import html_table, paragraph, view
+from retrofit.tables import Part, Table, counted, few, in_full, in_short, printed, shortened
 
 _ATTRIBUTE = "_retrofit_restored"
 
@@ -32,6 +33,15 @@ class Seat:
     channels: int
     bias: str
     relative: float
+
+    def __repr__(self) -> str:
+        bias = f"folded bias in {shortened(self.bias)}" if self.bias else "no folded bias"
+        places = f"{shortened(self.norm)} after {shortened(self.layer)}"
+        told = f"{self.channels} channels, {bias}, difference {self.relative:.1e}"
+        return in_short(self, f"{places}: {told}")
+
+    def __str__(self) -> str:
+        return in_full(self)
 
 
 @dataclass(frozen=True)
@@ -66,25 +76,50 @@ class Restoration:
         return max(self.seats, key=lambda seat: seat.relative)
 
     def __str__(self) -> str:
+        return printed(self._parts())
+
+    def _parts(self) -> tuple[Part, ...]:
+        """Return what `print` shows."""
+        return self._table(), self._summary()
+
+    def __repr__(self) -> str:
+        restored = counted(len(self.seats), "BatchNorm")
+        statistics = f"{counted(self.images, 'image')} (standard error {self.standard_error:.1%})"
+        return in_short(self, f"{restored} of {statistics}; {self._verdict()}; print it for all")
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook: the verdict, and each BatchNorm."""
+        caption = f"Restoration: {self._summary()}"
+        kept = paragraph(f"Taken over as they are: {few(self.kept)}") if self.kept else ""
+        table = self._table()
+        return view(html_table(caption, table.header, table.rows, table.right), kept)
+
+    def _summary(self) -> str:
+        kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
+        jump = " (outputs are empty, or jump with the last bit of a layer, and tell nothing)"
+        return (
+            f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
+            f"(standard error {self.standard_error:.1%}); on {self.compared} images "
+            f"{self._verdict()}{jump if self.outputs_jump else ''}"
+        )
+
+    def _table(self) -> Table:
         head = ("BatchNorm", "layer", "channels", "folded bias", "difference")
         rows = [
             (s.norm, s.layer, str(s.channels), s.bias or "none", f"{s.relative:.1e}")
             for s in self.seats
         ]
-        kept = f", {len(self.kept)} taken over as they are" if self.kept else ""
-        return (
-            f"{table(head, rows, right='channels,difference')}\n"
-            f"{len(self.seats)} BatchNorms restored{kept}; statistics of {self.images} images "
-            f"(standard error {self.standard_error:.1%}); on {self.compared} images "
-            f"{self._verdict()}"
+        return Table(
+            head,
+            rows,
+            right=("channels", "difference"),
+            paths=("BatchNorm", "layer"),
+            spare=("folded bias", "layer"),
         )
 
     def _verdict(self) -> str:
         if self.outputs_jump:
-            return (
-                f"BatchNorms are equal to {self.worst.relative:.1e} (outputs are empty, or jump "
-                "with the last bit of a layer, and tell nothing)"
-            )
+            return f"BatchNorms are equal to {max((s.relative for s in self.seats), default=0):.1e}"
         if self.exact:
             return "outputs are equal bit for bit"
         return f"outputs are equal to {self.relative:.1e} of the largest"

@@ -80,7 +80,12 @@ def restore(
             cannot tell whether that is right.
         example: one batch, for architectures that torch.fx cannot follow; the first of `data` by
             default. On it both networks are compared.
-        forward_fn, device, max_images, tolerance, progress: as for `calibrate`.
+        forward_fn: `forward_fn(model, batch)` calls a model that takes more than a batch.
+        device: where it runs while calibrating; by default where it is.
+        max_images: calibrate on so many at most.
+        tolerance: stop when the standard errors of 99 % of the channels are below so many standard
+            deviations; by default 0.05 for data known to be in random order, else 0: use all.
+        progress: show a bar.
         key_map: names of tensors in `folded` to their names in the architecture, where they differ
             by more than a prefix. Without it, the layers of a module under other names are matched
             in the order of execution, where all shapes agree.

@@ -4,39 +4,81 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-from tqdm import tqdm
+from torch import nn
+from tqdm import TqdmWarning
+
+from retrofit.errors import RetrofitError
+from retrofit.running.call_arguments import ForwardFn, images_in
+
+with warnings.catch_warnings():  # in a notebook without ipywidgets: it has bars of text then
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]  # a type to type checkers alone
+    """A bar over so many units; a widget in a notebook that can show it."""
+
+    def expect(self, total: float | None) -> None:
+        """Expect another total; None where that is not known."""
+        self.total = total
+        widget = getattr(self, "container", None)
+        if widget is not None and total:  # which goes by the first one, and is short without
+            widget.children[1].max, widget.children[1].layout.width = total, None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Come to the end, unless an error has ended the block: there were no more units."""
+        if kind is None:
+            self.expect(self.n)
+        super().__exit__(kind, error, trace)
 
 
 def images_bar(
-    stage: str, data: Iterable[Any], most: int | None, *, shown: bool, done: int = 0
-) -> tqdm[Any]:
+    stage: str,
+    model: nn.Module,
+    data: Iterable[Any],
+    most: int | None,
+    forward_fn: ForwardFn | None,
+    *,
+    shown: bool,
+    done: int = 0,
+) -> ProgressBar:
     """Make a bar over the images of `data`, as far as their number is known.
 
     Args:
         stage: what is being done, before the bar.
-        data: batches.
+        model, forward_fn: what is called with the batches, and how, which tells the images in them.
+        data: batches; a `bar_unit` of its data set names what there are, instead of images.
         most: no more are used.
         shown: whether it is to be seen.
         done: how many were used before.
     """
-    known = _images_in_all(data)
+    known = _images_in_all(model, data, forward_fn) if shown else None
     total = most if known is None else known if most is None else min(known, most)
-    return progress_bar(stage, total, "image", shown=shown, done=done)
+    unit = getattr(getattr(data, "dataset", None), "bar_unit", "image")
+    return progress_bar(stage, total, unit, shown=shown, done=done)
 
 
 def progress_bar(
     stage: str, total: int | None, unit: str, *, shown: bool, done: int = 0
-) -> tqdm[Any]:
+) -> ProgressBar:
     """Make a bar over `total` units; a log, where no bar can move, gets a line at its start."""
     drawn = _draws_bars()
     if shown and not drawn:
         count = "" if total is None else f": {total:,} {unit}s"
         tqdm.write(f"{stage}{count} ...", file=sys.stderr)
-    return tqdm(desc=stage, total=total, initial=done, unit=unit, disable=not (shown and drawn))
+    return ProgressBar(
+        desc=stage, total=total, initial=done, unit=unit, disable=not (shown and drawn)
+    )
 
 
 def _draws_bars() -> bool:
@@ -48,10 +90,17 @@ def _draws_bars() -> bool:
     return all(os.get_terminal_size(sys.stderr.fileno()))  # of no size (docker run -t), tqdm hides
 
 
-def _images_in_all(data: Iterable[Any]) -> int | None:
-    """Count what can be counted without reading it: a list of tensors, a DataLoader's data set."""
-    if isinstance(data, (list, tuple)) and all(isinstance(b, Tensor) and b.dim() for b in data):
-        return sum(map(len, data))
+def _images_in_all(
+    model: nn.Module, data: Iterable[Any], forward_fn: ForwardFn | None
+) -> int | None:
+    """Count what can be counted without reading it: a list of batches, a DataLoader's data set."""
+    if isinstance(data, (list, tuple)):
+        try:
+            counts = [images_in(model, batch, forward_fn) for batch in data]
+        except RetrofitError:  # which the batch will raise when its turn comes
+            return None
+        # With a forward_fn 0 may mean that the batch does not tell.
+        return sum(counts) if forward_fn is None or all(counts) else None
     try:
         return len(data.dataset)  # type: ignore[attr-defined]
     except (AttributeError, TypeError, NotImplementedError):

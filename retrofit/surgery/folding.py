@@ -128,8 +128,9 @@ def unfoldable(
     """List the BatchNorms that `fold`, called alike, leaves in a model, with the reasons.
 
     Args:
-        model: as for `fold`; not changed.
-        plan, example: as for `fold`.
+        model: converted by this package, or any other with BatchNorm; not changed.
+        plan: which BatchNorms; by default the model's own, or else all.
+        example: one batch, for a model that torch.fx cannot trace, as for `fold`.
 
     Returns:
         Module path to reason.

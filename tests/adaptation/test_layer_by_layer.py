@@ -152,7 +152,7 @@ def test_a_batchnorm_called_again_has_a_pass_of_its_own():
     found = layerwise(nets.build(Shared), X.split(5))
     # Each of these is called again once in vain: `second`, `first`, and `second` behind that.
     assert found.passes == 1 + 3 * 2
-    assert repr(found) == "Recalibration(3 BatchNorms on 24 images in 5 batches, 7 times)"
+    assert str(found) == "Recalibration(3 BatchNorms on 24 images in 5 batches, 7 times)"
 
 
 def test_other_batches_in_another_pass_are_refused_where_not_all_wait():

@@ -473,7 +473,7 @@ def test_what_cannot_be_recalibrated_is_named(model, data, options, message):
 
 def test_an_undo_and_an_observer_say_what_they_are():
     undo = recalibrate(nets.build(Net), [X])
-    assert repr(undo) == "Recalibration(3 BatchNorms on 42 images in 1 batches)"
+    assert str(undo) == "Recalibration(3 BatchNorms on 42 images in 1 batches)"
     prepared = retrofit.prepare(nets.build(nets.root_sequential))
     retrofit.calibrate(prepared, [X], progress=False)
     assert "site='0', samples=42" in repr(prepared)

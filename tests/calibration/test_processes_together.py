@@ -3,7 +3,6 @@
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Started
+from processes import Started, in_environment, started
 from safetensors.torch import load_file
 from torch import nn
 
@@ -265,29 +264,12 @@ def converting(pictures, *options):
     ]
 
 
-def in_environment(variables):
-    os.environ.update(variables)
-
-
 def test_processes_that_cannot_meet_say_so(pictures):
     nowhere = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "none"}
     first = functools.partial(in_environment, nowhere)
     found = Started(pictures.parent, *converting(pictures), first=first).finished()
     assert (found.code, found.out, len(found.err)) == (2, "", 1)
     assert found.err[0].startswith("retrofit: the processes cannot find each other: ")
-
-
-def started(folder, *commands):
-    """Two processes as torchrun starts them, but nothing that watches them."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = []
-    for rank, argv in enumerate(commands):
-        variables = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(Started(folder, *argv, first=functools.partial(in_environment, variables)))
-    return processes
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ REPORT = "report bn.safetensors --output out.html"
 
 # (command, exit code, what its line says); of an option given twice the last counts.
 CASES = [
-    ("", 2, "the following arguments are required: COMMAND"),
+    ("--quiet", 2, "the following arguments are required: COMMAND"),
     ("frobnicate", 2, "invalid choice: 'frobnicate'"),
     ("plan", 2, "the following arguments are required: model"),
     ("plan vgg61", 2, "torchvision has no model 'vgg61'; nearest: vgg19"),

@@ -88,8 +88,8 @@ def test_convert_verify_inspect_and_fold(run, folder, squeezenet, tmp_path):
 
     code, out, err = run("inspect", "bn.safetensors")
     assert (code, err) == (0, [])
-    assert "model        squeezenet1_1" in out
-    assert "images       24" in out
+    assert "model               squeezenet1_1" in out
+    assert "images              24" in out
     assert "64/64" in out
 
     code, out, err = run("fold", "bn.safetensors", "--output", "plain.pth")

@@ -47,17 +47,17 @@ def state(dtype):
     return {key: tensor.to(dtype) for key, tensor in wide.items()}
 
 
-def converted(run, folder, dtype):
+def converted(run, folder, dtype, *more):
     """Convert the network with weights of that precision: what the command printed."""
     save_file(state(dtype), folder / "w.safetensors")
     words = f"convert net.py:{named(dtype)} --weights w.safetensors --output bn.safetensors {DATA}"
-    code, out, err = run(*words.split(), "--report", "page.html")
+    code, out, err = run(*words.split(), *more)
     assert (code, err) == (0, [])
     return out
 
 
 def test_a_network_is_converted_in_its_precision(run, tmp_path, dtype):
-    out = converted(run, tmp_path, dtype)
+    out = converted(run, tmp_path, dtype, "--report", "page.html")
     assert f"calibrated on       24 pictures as {named(dtype)}" in out
     written, plain = load_file(tmp_path / "bn.safetensors"), state(dtype)
     assert torch.equal(written["0.conv.weight"], plain["0.weight"])

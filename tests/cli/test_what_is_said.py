@@ -1,7 +1,6 @@
 """What the commands say on stderr while they work; stdout is the result alone."""
 
 import sys
-from dataclasses import replace
 
 import pytest
 from folders import pictures
@@ -9,7 +8,7 @@ from torchvision.transforms import CenterCrop, Compose, ToTensor
 
 import retrofit
 from retrofit.cli import main
-from retrofit.cli.sample import Sample
+from retrofit.cli.picture_sample import size_in_words
 from retrofit.demo import trained_vgg
 
 NET = "retrofit.demo:trained_vgg"
@@ -81,7 +80,6 @@ def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
 
 
 def test_of_pictures_that_keep_their_size_none_is_told():
-    sample = Sample(None, None, ToTensor(), channels=3, order=(), options=None)
-    assert sample.size == "sizes of their own"
+    assert size_in_words(ToTensor(), 3) == "sizes of their own"
     crop = Compose([ToTensor(), CenterCrop((32, 48))])
-    assert replace(sample, transform=crop).size == "32 x 48 pixels"
+    assert size_in_words(crop, 3) == "32 x 48 pixels"

@@ -1,8 +1,11 @@
 """What the documentation names is there, and what is public is documented."""
 
+import inspect
 import re
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 import retrofit
 
@@ -18,6 +21,27 @@ def test_every_public_name_is_on_the_page_of_the_api():
 def test_tab_completion_shows_the_public_names_and_nothing_else():
     assert dir(retrofit) == sorted(retrofit.__all__)
     assert all(getattr(retrofit, name).__doc__ for name in set(dir(retrofit)) - {"__version__"})
+
+
+FUNCTIONS = [name for name in retrofit.__all__ if inspect.isfunction(getattr(retrofit, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_help_explains_each_option_in_a_line_of_its_own(name):
+    function = getattr(retrofit, name)
+    explained = re.findall(r"^    ([a-z_, ]+): (\S.+)", inspect.getdoc(function), re.MULTILINE)
+    lines = {option: text for options, text in explained for option in options.split(", ")}
+    options = inspect.signature(function).parameters
+    assert set(options) - set(lines) == set()
+    assert {option for option in options if re.match(r"(see|as for) ", lines[option])} == set()
+
+
+def test_the_readme_is_short_and_every_page_that_it_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1500
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_test_that_holds_a_guarantee_exists():

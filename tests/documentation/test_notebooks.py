@@ -27,10 +27,10 @@ def printed(output):
     return "".join("".join(text) for text in [*texts, output.get("text", "")])
 
 
-def test_there_are_seven_and_the_readme_links_each():
+def test_there_are_eight_and_the_readme_links_each_and_first_the_most_common_case():
     links = re.findall(r"\((\S+\.ipynb)\)", (ROOT / "notebooks" / "README.md").read_text())
-    assert links == [path.name for path in NOTEBOOKS]
-    assert [name[0] for name in links] == list("1234567")
+    assert sorted(links) == [path.name for path in NOTEBOOKS]
+    assert [name[0] for name in links] == list("81234567")
 
 
 @each_notebook

@@ -126,11 +126,15 @@ def test_calibration(page, tmp_path):
 
 def test_own_data(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "net.py").write_text(GREY)
+    section = page_blocks.blocks_of(page_blocks.section("docs/own-data.md", "Data of your own"))
+    net, sounds = (block.code for block in section if block.language == "python")
+    (tmp_path / "net.py").write_text(GREY + net)
+    (tmp_path / "sounds.py").write_text(sounds)
     for name in ("a", "b"):
         pictures(tmp_path / "pictures" / "train" / name, 10)
     np.save("digits.npy", np.random.default_rng(0).integers(0, 256, (64, 28, 28), dtype=np.uint8))
     page("own-data", ["--workers", "0"])
+    assert load_file("seven_bn.safetensors")["8.weight"].shape == (7, 32)
 
 
 @pytest.mark.slow
@@ -193,13 +197,8 @@ def test_folded(page, tmp_path):
     assert_close(folded, names["network"], images[0])
 
 
-SLOWER = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("mobileone_s0", "repvit_m0_9", "fastvit_t8")
-]
-
-
-@pytest.mark.parametrize("name", ["repvgg_a0", *SLOWER])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8"])
 def test_merged_branches_do_not_come_back(name):
     text = page_blocks.section("docs/folded.md", "What cannot come back")
     assert name.split("_")[0] in text.lower()

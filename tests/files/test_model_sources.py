@@ -92,7 +92,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch, capfd):
 
 def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(RetrofitError, match=r"pip install timm"):
+    with pytest.raises(RetrofitError, match=r"pip install 'batchnorm-retrofit\[timm\]'$"):
         model_sources.build("timm:vgg11")
 
 

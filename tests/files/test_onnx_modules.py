@@ -59,7 +59,7 @@ def test_batchnorms_of_one_and_three_axes_become_nodes(tmp_path, net, shape, how
     content = with_batchnorms(file, converted)
     ops = [node.op_type for node in onnx.load_from_string(content).graph.node]
     assert ops.count("BatchNormalization") == 2
-    found = agreement(file, content, images)
+    found = agreement(file, content, [(batch,) for batch in images])
     assert (found.exact, found.relative) == (True, 0)
     assert found.optimised < 1e-5
     (new,), (old,) = (run_onnx(source, [images[0].numpy()]) for source in (content, file))
@@ -72,7 +72,7 @@ def test_a_changed_batchnorm_is_found_in_onnxruntime(tmp_path):
     converted = retrofit.add_batchnorm(module_from_onnx(file), images, progress=False)
     norm = converted.get_submodule(retrofit.plan_of(converted).inserted[0].norm)
     norm.bias.data += 0.1
-    found = agreement(file, with_batchnorms(file, converted), images)
+    found = agreement(file, with_batchnorms(file, converted), [(batch,) for batch in images])
     assert not found.exact
     assert found.relative > 1e-3
     assert found.optimised > 1e-3

@@ -199,8 +199,10 @@ def test_what_cannot_be_opened_is_named(tmp_path, source, message):
 def test_without_webdataset_the_message_says_what_to_install(tmp_path, monkeypatch):
     folder = write_shards(tmp_path / "data", shards=1)
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(RetrofitError, match=r"pip install webdataset"):
-        open_pictures(folder)
+    needed = r"^webdataset is needed for tar .*: pip install 'batchnorm-retrofit\[webdataset\]'$"
+    for source in (folder, folder / "train-{000..000}.tar"):
+        with pytest.raises(RetrofitError, match=needed):
+            open_pictures(source)
 
 
 @pytest.mark.skipif(not OPEN_FILES.exists(), reason="counts open files as Linux does")

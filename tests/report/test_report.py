@@ -550,7 +550,9 @@ def test_without_matplotlib_convert_says_so_before_any_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = run(*convertible, "--output", "bn.pth", "--report", "page.html")
     assert (code, out) == (2, "")
-    needs = "retrofit: the report's figures need matplotlib: pip install matplotlib"
+    needs = (
+        "retrofit: the report's figures need matplotlib: pip install 'batchnorm-retrofit[report]'"
+    )
     assert err == [needs]
     assert not (tmp_path / "bn.pth").exists()
     assert run(*convertible, "--output", "bn.pth")[0] == 0  # and without a report it is not needed

@@ -27,6 +27,7 @@ def test_a_model_is_folded_restored_and_compared():
     assert 0 < result.folding < 5e-6
 
 
+@pytest.mark.slow
 def test_batchnorms_that_folding_does_not_reach_are_kept():
     result = check("timm:resnetv2_18", most=1e9)
     assert not result.failed, result
