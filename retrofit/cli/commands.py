@@ -18,6 +18,7 @@ from torch import nn
 import retrofit
 from retrofit import RetrofitError, Verification, demo
 from retrofit.cli.convert import planned, run_convert
+from retrofit.cli.data_sources import check_device, sample_for
 from retrofit.cli.norm_table import norm_rows, norm_table
 from retrofit.cli.requests import (
     AdaptRequest,
@@ -33,7 +34,6 @@ from retrofit.cli.requests import (
 )
 from retrofit.cli.restore import run_restore
 from retrofit.cli.sample import naming
-from retrofit.cli.samples import check_device, sample_for
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.files.checkpoint import check_output, load_opened

@@ -16,6 +16,7 @@ from retrofit import Calibration, Plan, RetrofitError, Verification
 from retrofit.atomic_write import write_whole
 from retrofit.calibration.processes import Processes, launched
 from retrofit.calibration.sample_errors import TOLERANCES
+from retrofit.cli.data_sources import check_device, counted, open_data, sample_for
 from retrofit.cli.norm_table import NormRow, norm_rows, norm_table
 from retrofit.cli.requests import (
     ConvertRequest,
@@ -24,7 +25,6 @@ from retrofit.cli.requests import (
     may_end_early,
 )
 from retrofit.cli.sample import Sample, naming
-from retrofit.cli.samples import check_device, counted, open_data, sample_for
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.errors import UnfinishedError

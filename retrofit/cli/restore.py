@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import retrofit
+from retrofit.cli.data_sources import check_device, sample_for
 from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import naming
-from retrofit.cli.samples import check_device, sample_for
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from retrofit.cli import main
-from retrofit.cli.samples import is_code
+from retrofit.cli.data_sources import is_code
 from retrofit.files.model_sources import build
 
 NETS = """
