@@ -18,7 +18,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
-BESIDE = ("docs/**/*.csv", "docs/**/*.svg", "docs/site.css")
+BESIDE = ("CITATION.cff", "docs/**/*.csv", "docs/**/*.svg", "docs/site.css")
 LINK_TO_SOURCE = re.compile(r"\]\(([^):]+\.py)\)")
 
 
