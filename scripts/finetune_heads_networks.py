@@ -99,18 +99,19 @@ def pooled(head: Head) -> nn.Module:
 
 
 RATES = 0.001, 0.003, 0.01, 0.03, 0.1, 0.3
+LOW, HIGH = RATES[:-1], RATES[1:]
 SQUEEZENET = NETWORKS["squeezenet1_1"]
 # In the order in which they are run, and named as their files are.
 SUBJECTS: Mapping[str, Subject] = {
     "mobilenetv2_100-folded": Subject(
-        NETWORKS["mobilenetv2_100-folded"], lambda: Head(1280, 1), 64, 100, RATES, folded=True
+        NETWORKS["mobilenetv2_100-folded"], lambda: Head(1280, 1), 64, 100, HIGH, folded=True
     ),
-    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, RATES),
+    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, LOW),
     "vgg16-features": Subject(
         Network(vgg16_trunk, added, SQUEEZENET.mean, SQUEEZENET.std),
         lambda: Head(512, 12),
         32,
-        60,
-        RATES,
+        40,
+        LOW,
     ),
 }
