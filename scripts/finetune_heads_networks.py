@@ -19,6 +19,7 @@ VARIANTS: Mapping[str, Variant] = {
     "plain": Variant("none"),
     "plain, clipped": Variant("none", clip=1.0),
     "add_batchnorm": Variant("calibrated"),
+    "add_batchnorm, clipped": Variant("calibrated", clip=1.0),
     "restored": Variant("restored"),
 }
 
@@ -98,20 +99,19 @@ def pooled(head: Head) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
-RATES = 0.001, 0.003, 0.01, 0.03, 0.1, 0.3
-LOW, HIGH = RATES[:-1], RATES[1:]
+RATES = 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1
 SQUEEZENET = NETWORKS["squeezenet1_1"]
 # In the order in which they are run, and named as their files are.
 SUBJECTS: Mapping[str, Subject] = {
     "mobilenetv2_100-folded": Subject(
-        NETWORKS["mobilenetv2_100-folded"], lambda: Head(1280, 1), 64, 100, HIGH, folded=True
+        NETWORKS["mobilenetv2_100-folded"], lambda: Head(1280, 1), 64, 60, RATES, folded=True
     ),
-    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, LOW),
+    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, RATES[1:]),
     "vgg16-features": Subject(
         Network(vgg16_trunk, added, SQUEEZENET.mean, SQUEEZENET.std),
         lambda: Head(512, 12),
         32,
         40,
-        LOW,
+        RATES[1:],
     ),
 }

@@ -59,7 +59,7 @@ def networks():
 @pytest.fixture
 def command(heads, networks, monkeypatch, tmp_path):
     """Runs the script on two tiny networks; later options win. Returns the rows of its CSV."""
-    labelled_pictures(tmp_path / "data", train=4, test=10)
+    labelled_pictures(tmp_path / "data", train=4, test=20)
     (tmp_path / "weights").mkdir()
     subjects = {}
     for name, back in (("tiny-folded", restored), ("tiny", None)):
@@ -93,14 +93,14 @@ def test_each_network_is_run_with_its_variants_in_its_size_and_all_of_a_seed_fir
     command, tmp_path, capsys
 ):
     rows = command()
-    variants = {"tiny-folded": ["plain", "plain, clipped", "add_batchnorm", "restored"]}
-    variants["tiny"] = variants["tiny-folded"][:3]
+    variants = {"tiny": ["plain", "plain, clipped", "add_batchnorm", "add_batchnorm, clipped"]}
+    variants = {"tiny-folded": [*variants["tiny"], "restored"], **variants}
     assert keys(rows) == [
         (network, variant, rate, seed)
         for seed in (0, 1)
         for network, names in variants.items()
-        for variant in names
         for rate in (0.01, 0.1)
+        for variant in names
     ]
     assert {(r["model"], r["pixels"]) for r in rows} == {("tiny-folded", "12"), ("tiny", "20")}
     assert {r["test_images"] for r in rows} == {"10"}
@@ -119,7 +119,7 @@ def test_a_study_goes_on_with_what_is_missing_and_refuses_other_settings_by_netw
     before = (tmp_path / "out" / "finetune-heads.csv").read_text()
     both = command("--seeds", 1)
     assert both[: len(rows)] == rows
-    assert len(both) == 6 + 8
+    assert len(both) == 8 + 10
     with pytest.raises(SystemExit, match="runs with pixels = 12, this study has 16"):
         command("--seeds", 1, "--pixels", 16)
     assert (tmp_path / "out" / "finetune-heads.csv").read_text().startswith(before)
@@ -136,9 +136,9 @@ def test_variants_of_a_seed_see_the_same_pictures_in_the_same_order(command, hea
 
     monkeypatch.setattr(heads, "train", train)
     command("--seeds", 2, "--learning-rates", 0.1, "--network", "tiny-folded")
-    by_seed = seen[:4], seen[4:]
+    by_seed = seen[:5], seen[5:]
     for runs in by_seed:
-        assert [run[0] for run in runs] == ["none", "none", "calibrated", "restored"]
+        assert [run[0] for run in runs] == ["none"] * 2 + ["calibrated"] * 2 + ["restored"]
         assert all(run[1:3] == runs[0][1:3] for run in runs)
         assert all(torch.equal(run[3], torch.zeros(32, 10)) for run in runs)
     assert by_seed[0][0][1:3] != by_seed[1][0][1:3]
