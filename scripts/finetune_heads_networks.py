@@ -106,12 +106,12 @@ SUBJECTS: Mapping[str, Subject] = {
     "mobilenetv2_100-folded": Subject(
         NETWORKS["mobilenetv2_100-folded"], lambda: Head(1280, 1), 64, 60, RATES, folded=True
     ),
-    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, RATES[1:]),
+    "squeezenet1_1": Subject(SQUEEZENET, lambda: pooled(Head(512, 8)), 64, 100, (*RATES[1:], 0.3)),
     "vgg16-features": Subject(
         Network(vgg16_trunk, added, SQUEEZENET.mean, SQUEEZENET.std),
         lambda: Head(512, 12),
         32,
         40,
-        RATES[1:],
+        RATES,
     ),
 }

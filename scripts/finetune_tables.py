@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,7 @@ def draw(runs: Sequence[Run]) -> Figure:
 
     plt.style.use("retrofit.plots")
     figure, axes = plt.subplots()
-    _curves(axes, runs)
+    _curves(axes, runs, accuracies(runs))
     axes.set(ylabel="accuracy on test pictures (%)", title=QUESTION)
     axes.legend()
     return figure
@@ -130,23 +131,29 @@ def draw_panels(panels: Mapping[str, Sequence[Run]]) -> Figure:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     plt.style.use("retrofit.plots")
+    variants = accuracies([run for runs in panels.values() for run in runs])
     size = (3.2 * len(panels) + 0.4, 4.0)
-    figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
-    for place, (title, runs) in zip(axes[0], panels.items(), strict=True):
-        _curves(place, runs)
-        place.set_title(title)
-    axes[0, 0].set_ylabel("accuracy on test pictures (%)")
-    labelled = {line.get_label(): line for place in axes[0] for line in place.get_lines()}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
+    figure, places = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
+    for axes, (title, runs) in zip(places[0], panels.items(), strict=True):
+        _curves(axes, runs, variants)
+        axes.set_title(title)
+    places[0, 0].set_ylabel("accuracy on test pictures (%)")
+    labelled = {line.get_label(): line for axes in places[0] for line in axes.get_lines()}
+    shown = [labelled[variant] for variant in variants]
+    figure.legend(shown, variants, loc="outside lower center", ncols=5)
     figure.suptitle(QUESTION)
     return figure
 
 
-def _curves(axes: Axes, runs: Sequence[Run]) -> None:
+def _curves(axes: Axes, runs: Sequence[Run], variants: Iterable[str]) -> None:
+    """Draw the runs; a variant has the style of its place among `variants`."""
+    from matplotlib import rcParams  # noqa: PLC0415
+
+    styles = dict(zip(variants, itertools.cycle(rcParams["axes.prop_cycle"]), strict=False))
     for variant, by_rate in accuracies(runs).items():
         rates = sorted(by_rate)
         means = [statistics.mean(by_rate[rate]) * 100 for rate in rates]
-        (line,) = axes.plot(rates, means, label=variant)
+        (line,) = axes.plot(rates, means, label=variant, **styles[variant])
         low, high = ([pick(by_rate[rate]) * 100 for rate in rates] for pick in (min, max))
         axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     ticks = sorted({run.learning_rate for run in runs})
