@@ -144,6 +144,19 @@ def test_variants_of_a_seed_see_the_same_pictures_in_the_same_order(command, hea
     assert by_seed[0][0][1:3] != by_seed[1][0][1:3]
 
 
+def test_a_variant_looks_the_same_in_each_panel_of_the_figure(heads):
+    def run(variant):
+        return heads.HeadRun("tiny", 32, 10, 4, 8, variant, 0.1, accuracy=0.5)
+
+    panels = {"one": [run("plain"), run("restored")], "two": [run("restored")]}
+    figure = heads.draw_panels(panels)
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.get_lines()}
+        for axes in figure.axes
+    ]
+    assert looks[0]["restored"] == looks[1]["restored"] != looks[0]["plain"]
+
+
 def test_weights_that_are_not_there_are_named(command, tmp_path):
     (tmp_path / "weights" / "tiny.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"there is no .*tiny\.safetensors: put it there"):
