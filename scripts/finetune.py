@@ -17,94 +17,21 @@ interrupted goes on where it was, and at last as a table (.md) and a figure (.sv
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from finetune_tables import Protocol, Run, by_learning_rate, draw, usable
+from finetune_training import Task, chosen, completed, read_task, train
 from finetune_variants import STUDIES, TASKS, Variant, network, sample
 from markdown_table import markdown_table
-from pictures import accuracy, augment, normalise, read
+from pictures import augment, normalise
 from recorded_runs import RecordedRuns
-from torch import Tensor, nn
-from tqdm import tqdm
 
 import retrofit
-from retrofit.demo.restoring import shuffled_batches
 from retrofit.files.model_sources import build
-
-
-@dataclass(frozen=True)
-class Task:
-    """Pictures to train on and to test on."""
-
-    pictures: Tensor
-    labels: Tensor
-    test_pictures: Tensor
-    test_labels: Tensor
-
-
-# --- training ----------------------------------------------------------------------------------
-
-
-def train(
-    model: nn.Module,
-    variant: Variant,
-    protocol: Protocol,
-    learning_rate: float,
-    pictures: Tensor,
-    labels: Tensor,
-    device: str,
-) -> list[float]:
-    """Train with torch's one-cycle schedule (30 % warm-up, then a cosine); SGD has momentum 0.9.
-
-    Returns the losses; training ends after one that is not finite.
-    """
-    groups = retrofit.param_groups(model, variant.weight_decay)
-    if variant.decay_all:
-        groups = [group | {"weight_decay": variant.weight_decay} for group in groups]
-    optimizer: torch.optim.Optimizer
-    if variant.optimizer == "SGD":
-        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-    steps = protocol.steps * variant.longer
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps, cycle_momentum=False
-    )
-    thaw = round(variant.frozen * steps)
-    if thaw:
-        retrofit.freeze_statistics(model)
-    losses: list[float] = []
-    batches = shuffled_batches(len(pictures), protocol.batch_size)
-    model.train()
-    for step, index in enumerate(itertools.islice(batches, steps)):
-        if step == thaw:
-            retrofit.unfreeze_statistics(model)
-        x = normalise(augment(pictures[index])).to(device)
-        loss = F.cross_entropy(model(x), labels[index].to(device))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        if variant.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), variant.clip)
-        optimizer.step()
-        schedule.step()
-    return losses
-
-
-def chosen(task: Task, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw the pictures of a seed, with labels; all that is random afterwards follows the seed."""
-    torch.manual_seed(seed)
-    index = torch.randperm(len(task.pictures))[: protocol.images]
-    return task.pictures[index], task.labels[index]
 
 
 def run(
@@ -125,15 +52,12 @@ def run(
     if variant.recalibrated:
         seen = augment(pictures) if variant.augmented else pictures
         retrofit.recalibrate(model, normalise(seen).split(128), progress=False)
-    return Run(
-        **asdict(protocol),
-        variant=name,
-        learning_rate=learning_rate,
-        seed=seed,
-        accuracy=accuracy(model, task.test_pictures, task.test_labels),
-        loss=sum(losses[-20:]) / len(losses[-20:]),
-        diverged=not math.isfinite(losses[-1]),
-        seconds=round(time.perf_counter() - start, 1),
+    return Run.ended(
+        protocol,
+        (name, learning_rate, seed),
+        task.accuracy(model),
+        losses,
+        time.perf_counter() - start,
     )
 
 
@@ -151,18 +75,17 @@ def study(
 ) -> list[Run]:
     """Make all runs, seed by seed, except those that are in `file` already."""
     record = RecordedRuns(file, Run, asdict(protocol))
-    done = {found.key for found in record.runs}
     wanted = [
         (name, lr, seed)
         for seed in range(seeds)
         for name, variant in variants.items()
         for lr in variant.rates or rates
     ]
-    for name, lr, seed in (bar := tqdm([key for key in wanted if key not in done], desc="runs")):
-        bar.set_postfix_str(f"{name}, learning rate {lr:g}, seed {seed}")
-        record.append(run(task, protocol, name, variants[name], lr, seed, device))
-    found = [one for one in record.runs if one.key in wanted]
-    return sorted(found, key=lambda one: wanted.index(one.key))
+    return completed(
+        record,
+        wanted,
+        lambda name, lr, seed: run(task, protocol, name, variants[name], lr, seed, device),
+    )
 
 
 def drifts(task: Task, protocol: Protocol) -> str:
@@ -203,18 +126,6 @@ def samples_used(task: Task, protocol: Protocol, seeds: int) -> str:
 # --- the command -------------------------------------------------------------------------------
 
 
-def loaded(folder: Path, task: str, test_every: int) -> Task:
-    """Read the pictures of a folder, as those of the task; only some of the test pictures."""
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise SystemExit(
-                f"{folder} has no folder {part}: --data is a folder with train and test"
-            )
-    pictures, labels = read(folder / "train")
-    test_pictures, test_labels = (t[::test_every] for t in read(folder / "test"))
-    return Task(TASKS[task](pictures), labels, TASKS[task](test_pictures), test_labels)
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -243,19 +154,16 @@ def parsed() -> argparse.Namespace:
 
 def checked_task(arguments: argparse.Namespace) -> Task:
     """Read the pictures; refuse what cannot be trained with these arguments."""
-    images, batch_size = arguments.images, arguments.batch_size
-    if images < batch_size:
-        raise SystemExit(f"--images {images} is less than --batch-size {batch_size}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
     chosen = STUDIES[arguments.study]
-    task = loaded(arguments.data, chosen.task, 5 if arguments.quick else chosen.test_every)
-    if len(task.pictures) < images:
-        raise SystemExit(
-            f"{arguments.data / 'train'} has {len(task.pictures)} pictures: too few for "
-            f"--images {images}"
-        )
-    return task
+    return read_task(
+        arguments.data,
+        arguments.images,
+        arguments.batch_size,
+        5 if arguments.quick else chosen.test_every,
+        TASKS[chosen.task],
+    )
 
 
 def main() -> None:

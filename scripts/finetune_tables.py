@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from markdown_table import markdown_table
+from typing_extensions import Self
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Key = tuple[str, float, int]  # of a run: variant, learning rate, seed
 NEAR = 0.1  # a learning rate is usable whose mean accuracy is within 10 points of the best
 
 
@@ -40,8 +45,25 @@ class Run(Protocol):
     seconds: float = 0.0
 
     @property
-    def key(self) -> tuple[str, float, int]:
+    def key(self) -> Key:
         return self.variant, self.learning_rate, self.seed
+
+    @classmethod
+    def ended(
+        cls, protocol: Protocol, key: Key, accuracy: float, losses: Sequence[float], seconds: float
+    ) -> Self:
+        """Put together what there is to tell of a run with this key."""
+        variant, learning_rate, seed = key
+        return cls(
+            **asdict(protocol),
+            variant=variant,
+            learning_rate=learning_rate,
+            seed=seed,
+            accuracy=accuracy,
+            loss=sum(losses[-20:]) / len(losses[-20:]),
+            diverged=not math.isfinite(losses[-1]),
+            seconds=round(seconds, 1),
+        )
 
 
 def accuracies(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
@@ -89,26 +111,52 @@ def usable(runs: Sequence[Run]) -> str:
     return markdown_table(head, lines)
 
 
+QUESTION = "Which learning rates does the network take?"
+
+
 def draw(runs: Sequence[Run]) -> Figure:
     """Draw accuracy against learning rate: means as lines, ranges over the seeds as bands."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     plt.style.use("retrofit.plots")
     figure, axes = plt.subplots()
+    _curves(axes, runs, accuracies(runs))
+    axes.set(ylabel="accuracy on test pictures (%)", title=QUESTION)
+    axes.legend()
+    return figure
+
+
+def draw_panels(panels: Mapping[str, Sequence[Run]]) -> Figure:
+    """Draw the runs under each title as `draw` does, in panels side by side."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    plt.style.use("retrofit.plots")
+    variants = accuracies([run for runs in panels.values() for run in runs])
+    size = (3.2 * len(panels) + 0.4, 4.0)
+    figure, places = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
+    for axes, (title, runs) in zip(places[0], panels.items(), strict=True):
+        _curves(axes, runs, variants)
+        axes.set_title(title)
+    places[0, 0].set_ylabel("accuracy on test pictures (%)")
+    labelled = {line.get_label(): line for axes in places[0] for line in axes.get_lines()}
+    shown = [labelled[variant] for variant in variants]
+    figure.legend(shown, variants, loc="outside lower center", ncols=5)
+    figure.suptitle(QUESTION)
+    return figure
+
+
+def _curves(axes: Axes, runs: Sequence[Run], variants: Iterable[str]) -> None:
+    """Draw the runs; a variant has the style of its place among `variants`."""
+    from matplotlib import rcParams  # noqa: PLC0415
+
+    styles = dict(zip(variants, itertools.cycle(rcParams["axes.prop_cycle"]), strict=False))
     for variant, by_rate in accuracies(runs).items():
         rates = sorted(by_rate)
         means = [statistics.mean(by_rate[rate]) * 100 for rate in rates]
-        (line,) = axes.plot(rates, means, label=variant)
+        (line,) = axes.plot(rates, means, label=variant, **styles[variant])
         low, high = ([pick(by_rate[rate]) * 100 for rate in rates] for pick in (min, max))
         axes.fill_between(rates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     ticks = sorted({run.learning_rate for run in runs})
-    axes.set(
-        xscale="log",
-        xlabel="learning rate at the top of the schedule",
-        ylabel="accuracy on test pictures (%)",
-        title="Which learning rates does the network take?",
-    )
+    axes.set(xscale="log", xlabel="learning rate at the top of the schedule")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.legend()
-    return figure

@@ -31,22 +31,30 @@ class RecordedRuns(Generic[R]):
         file: a CSV file; it is made by the first run where there is none.
         kind: the dataclass of a run. Its fields are the columns.
         settings: the values that some fields have in all runs of the study.
+        study: a field that tells the studies apart which share the file; `settings` has its value.
 
     Attributes:
-        runs: all of them, in the order in which they were made.
+        runs: all of the study, in the order in which they were made.
 
     Raises:
-        SystemExit: the file has other columns, or a run of other settings.
+        SystemExit: the file has other columns, or a run of the study has other settings.
     """
 
     def __init__(
-        self, file: Path, kind: type[R], settings: Mapping[str, object] | None = None
+        self,
+        file: Path,
+        kind: type[R],
+        settings: Mapping[str, object] | None = None,
+        study: str | None = None,
     ) -> None:
         self.file, self.kind = file, kind
         types = get_type_hints(kind)
         self.types = {field.name: types[field.name] for field in fields(kind)}
+        settings = settings or {}
         self.runs = self._read()
-        for setting, value in (settings or {}).items():
+        if study is not None:
+            self.runs = [run for run in self.runs if getattr(run, study) == settings[study]]
+        for setting, value in settings.items():
             for other in {getattr(run, setting) for run in self.runs} - {value}:
                 raise SystemExit(
                     f"{file} has runs with {setting} = {other}, this study has {value}: give the "

@@ -6,11 +6,8 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-from retrofit.demo.network import CLASSES
+from folders import labelled_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +32,7 @@ def finetune(monkeypatch):
 @pytest.fixture
 def command(tmp_path, finetune, monkeypatch):
     """Runs the script on the tiny task; later options win. Returns the rows of its CSV."""
-    noise = np.random.default_rng(0)
-    for part, count in (("train", 4), ("test", 2)):
-        for name in CLASSES:
-            (tmp_path / "data" / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(256, size=(12, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{i}.png")
+    labelled_pictures(tmp_path / "data", train=4, test=2)
     (tmp_path / "tiny.py").write_text(NETWORK)
 
     def run(*options, output="output"):
@@ -104,9 +95,10 @@ def test_runs_made_with_other_settings_are_refused_by_name(command, tmp_path):
     assert (tmp_path / "output" / "finetune-rates.csv").read_bytes() == before
 
 
-def test_a_run_that_diverges_ends_at_once_and_is_called_so(command, finetune, monkeypatch):
+def test_a_run_that_diverges_ends_at_once_and_is_called_so(command, monkeypatch):
     steps = []
-    monkeypatch.setattr(finetune, "augment", lambda x: steps.append(len(x)) or x)
+    training = importlib.import_module("finetune_training")
+    monkeypatch.setattr(training, "augment", lambda x: steps.append(len(x)) or x)
     rows = command("--seeds", 1, "--learning-rates", "1e30", "--steps", 1000)
     plain = rows[0]
     assert plain["variant"] == "plain"

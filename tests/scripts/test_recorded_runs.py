@@ -1,7 +1,7 @@
 """scripts/recorded_runs.py and scripts/markdown_table.py, which all studies share."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,17 @@ def test_runs_of_other_settings_or_columns_are_refused_and_stay(tmp_path):
     with pytest.raises(SystemExit, match=r"runs\.csv has other columns"):
         RecordedRuns(file, Run)
     assert file.read_text() == before
+
+
+def test_studies_that_share_a_file_have_settings_of_their_own(tmp_path):
+    file = tmp_path / "runs.csv"
+    RecordedRuns(file, Run).append(ONE)
+    other = RecordedRuns(file, Run, {"name": OTHER.name, "steps": 5}, study="name")
+    assert other.runs == []
+    other.append(replace(OTHER, steps=5))
+    assert RecordedRuns(file, Run, {"name": "plain", "steps": 300}, study="name").runs == [ONE]
+    with pytest.raises(SystemExit, match="runs with steps = 300, this study has 5"):
+        RecordedRuns(file, Run, {"name": "plain", "steps": 5}, study="name")
 
 
 def test_a_table_has_words_on_the_left_and_numbers_on_the_right():
