@@ -19,6 +19,7 @@ from retrofit.calibration.sample_errors import TOLERANCES
 from retrofit.cli.data_sources import check_device, counted, open_data, sample_for
 from retrofit.cli.norm_table import NormRow, norm_rows, norm_table
 from retrofit.cli.requests import (
+    BATCH_SIZE,
     ConvertRequest,
     PictureOptions,
     PlanOptions,
@@ -43,6 +44,7 @@ from retrofit.tables import Facts, Part, Table
 # Options that the processes of one conversion may have different values of.
 OF_A_PROCESS = {"data", "output", "overwrite", "report", "state", "weights", "weights_key"}
 OF_A_PROCESS |= {"workers", "device"}
+DEFAULTS = {"seed": 0, "batch_size": BATCH_SIZE}  # of a process that was not given them
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def _alike(request: ConvertRequest | PlanOptions | PictureOptions) -> dict[str, 
         if is_dataclass(value):
             found |= _alike(value)  # type: ignore[arg-type]
         elif field.name not in OF_A_PROCESS:
-            found[f"--{field.name.replace('_', '-')}"] = str(value)
+            chosen = DEFAULTS.get(field.name) if value is None else value
+            found[f"--{field.name.replace('_', '-')}"] = str(chosen)
     return found
 
 
