@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # Of the channel's standard deviation: standard errors that calibration may end at.
 TOLERANCE = 0.05
+# The same, from which on calibration warns.
+UNCERTAIN = 0.1
 # To re-estimate statistics on.
 RECALIBRATION_IMAGES = 256
 

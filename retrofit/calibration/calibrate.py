@@ -28,7 +28,7 @@ from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import evaluating
 from retrofit.running.random_order import in_random_order
-from retrofit.sample_sizes import default_tolerance
+from retrofit.sample_sizes import TOLERANCE, UNCERTAIN, default_tolerance
 from retrofit.tables import few
 
 
@@ -246,4 +246,10 @@ def _warn(report: Calibration, tolerance: float | None) -> None:
             f"the calibration ended after {report.images} images at a standard error of "
             f"{report.standard_error:.2%}: a tolerance of {tolerance:.2%} needs about "
             f"{report.images_needed(tolerance):,}"
+        )
+    elif UNCERTAIN < report.standard_error < math.inf:
+        warn(
+            f"the statistics of {report.images} images are uncertain by "
+            f"{report.standard_error:.0%} of a standard deviation: about "
+            f"{report.images_needed(TOLERANCE):,} bring that to {TOLERANCE:.0%}"
         )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from retrofit.cli import requests
 from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, default_workers
+from retrofit.cli.terminal import Terminal
 from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
@@ -58,13 +59,22 @@ def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests
     if not words:
         parser.print_help()
         parser.exit()
+    try:
+        found = _parsed(parser, words)
+    except _Mistake as mistake:
+        command = next((f" {word}" for word in words if word in COMMANDS), "")
+        Terminal(as_json="--json" in words).fail(f"{mistake} (see retrofit{command} --help)", 2)
+        sys.exit(2)
+    return _made(found.request, found), _made(requests.Telling, found)
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     for before, word in itertools.pairwise(["retrofit", *words]):
         if not word or (word.startswith("--") and word.endswith("=")):
             parser.error(
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
-    found = parser.parse_args(words)
-    return _made(found.request, found), _made(requests.Telling, found)
+    return parser.parse_args(words)
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -79,10 +89,14 @@ def _made(kind: type[R], found: argparse.Namespace) -> R:
     return kind(**values)
 
 
+class _Mistake(Exception):  # noqa: N818 - of the user
+    """What was typed cannot be parsed."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """Exit with one line, as for every other bad request."""
-        self.exit(2, f"retrofit: {one_line(message)} (see {self.prog} --help)\n")
+        """Raise what `parse` tells as every other bad request."""
+        raise _Mistake(one_line(message))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -89,7 +89,10 @@ def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
     passed = found.exact if request.tolerance == 0 else found.passed(request.tolerance)
     terminal.tell(passed=passed, tolerance=request.tolerance, dtype=dtype, **found.summary())
     terminal.tell(sites=found.sites, outputs=found.outputs)
-    return 0 if passed else terminal.fail(_failure(found, request.tolerance), 1)
+    if passed:
+        return 0
+    hint = "" if request.weights else f" (without --weights, {called.name} is as built: random?)"
+    return terminal.fail(f"{_failure(found, request.tolerance)}{hint}", 1)
 
 
 def run_fold(request: FoldRequest, terminal: Terminal) -> int:
@@ -329,7 +332,8 @@ def _described(provenance: Provenance) -> dict[str, Any]:
     for key in ("calibration", "verification"):
         found = getattr(provenance, key)
         values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}
-        texts = (f"{k} {v}" for k, v in values.items() if not isinstance(v, list))
+        told = {k: v for k, v in values.items() if not isinstance(v, list)}
+        texts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items())
         facts[key] = None if found is None else ", ".join(texts)
     return facts
 

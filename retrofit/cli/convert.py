@@ -314,7 +314,8 @@ def _tell(
     """Tell what was converted, how it compares, and where it is."""
     sites = (retrofit.plan_of(checked.converted) or calibrated.plan).sites
     left = {s.path: (s.kind, s.reason) for s in sites if s.decision == "skip"}
-    rows = norm_rows(checked.converted.state_dict(), 1e-5)
+    order = [site.batchnorm for site in sites if site.decision == "insert"]
+    rows = norm_rows(checked.converted.state_dict(), 1e-5, order)
     terminal.show(*_summary(rows, left))
     sample.list_bad(terminal, [*calibrated.bad, *checked.bad])
     terminal.show(_facts(request, sample, calibrated.report, checked))

@@ -50,8 +50,10 @@ def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
 
 
 def _loading(request: RestoreRequest) -> str:
-    """Write the line of Python that loads the file into a fresh model."""
+    """Write the line of Python that loads the file into a fresh `network`."""
     path = repr(str(request.output))
     safe = request.output.suffix == ".safetensors"
     read = f"safetensors.torch.load_file({path})" if safe else f"torch.load({path})"
-    return f"{code_of(request.model, request.model_args)}.load_state_dict({read})"
+    return (
+        f"network = {code_of(request.model, request.model_args)}; network.load_state_dict({read})"
+    )

@@ -143,7 +143,7 @@ class OrderedSample(Sample):
         others = self.order[min(used, len(self.chosen)) :][:TEST_IMAGES]
         if len(others) == TEST_IMAGES:
             return self._part(others), f"other {self.word}"
-        return self._part(self.chosen[:TEST_IMAGES]), self.word
+        return self._part(self.chosen[:TEST_IMAGES]), f"of the same {self.word}"
 
     def for_drift(self, used: int) -> Batches:
         used = min(used, len(self.chosen))

@@ -119,6 +119,12 @@ def _source(spec: str, model_args: ModelArgs = NO_ARGS) -> Source:
     if is_onnx(spec):
         return Onnx(spec, model_args)
     prefix, _, name = spec.partition(":")
+    if not name and Path(spec).is_file():
+        raise RetrofitError(
+            f"{spec} is code: name the function in it that makes the network, as in {spec}:make"
+            if spec.endswith(".py")
+            else f"{spec} is a file, not the name of a network: weights are given with --weights"
+        )
     if not name:
         return Torchvision(spec, model_args)
     kind = LIBRARIES.get(prefix, Code)

@@ -28,6 +28,10 @@ class Code(Source):
 
     def build(self) -> nn.Module:
         factory = named(self.spec, "factory", called=True)
+        if isinstance(factory, nn.Module):
+            raise RetrofitError(
+                f"{self.spec} is a network: name a function that returns it (def make(): return ...)"
+            )
         try:
             model = call_factory(self.spec, factory, self.arguments)
         except RetrofitError:

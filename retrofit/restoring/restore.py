@@ -39,7 +39,6 @@ from retrofit.surgery.record import record_of
 from retrofit.tracing.operations import channels
 
 M = TypeVar("M", bound=nn.Module)
-UNCERTAIN = 0.1  # standard deviations
 
 
 def restore(
@@ -136,11 +135,6 @@ def restore(
         forward_fn=forward_fn,
         progress=progress,
     )
-    if calibration.standard_error > UNCERTAIN:
-        warn(
-            f"the statistics of {calibration.images} images are uncertain by "
-            f"{calibration.standard_error:.0%} of a standard deviation: pass more"
-        )
     result = _filled(architecture, match, prepared, calibration)
     proof = prove(match.skeleton, result, runs)
     compared = images_in(result, example, forward_fn)

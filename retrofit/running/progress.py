@@ -75,6 +75,8 @@ def progress_bar(
     drawn = _draws_bars()
     if shown and not drawn:
         count = "" if total is None else f": {total:,} {unit}s"
+        if done:
+            count += f", after {done:,} before"
         tqdm.write(f"{stage}{count} ...", file=sys.stderr)
     return ProgressBar(
         desc=stage, total=total, initial=done, unit=unit, disable=not (shown and drawn)

@@ -396,7 +396,7 @@ def test_an_argument_that_is_empty_does_not_mean_this_folder(kit, tmp_path, word
     before = contents(folder)
     found = command(folder, *shlex.split(words))
     message = f"retrofit: an argument is empty, after {after} (a variable without value?)"
-    assert (found.code, found.err) == (2, [f"{message} (see retrofit --help)"])
+    assert (found.code, found.err) == (2, [f"{message} (see retrofit {words.split()[0]} --help)"])
     assert contents(folder) == before
 
 

@@ -76,7 +76,7 @@ def test_convert_verify_inspect_and_fold(run, folder, squeezenet, tmp_path):
     assert (code, err) == (0, [])
     assert "classifier.1   Conv2d  output head" in out
     assert "calibrated on       40 pictures" in out
-    assert "verified on         16 pictures" in out  # there are no others
+    assert "verified on         16 of the same pictures" in out  # there are no others
 
     out_file = ("--output", "bn.safetensors", "--images", "24", "--seed", "3")
     code, out, err = run("convert", "squeezenet1_1", *weights, *out_file, *SMALL)

@@ -109,4 +109,7 @@ def test_of_a_factory_only_the_architecture_matters(tmp_path, capsys):
     )
     words = f"restore net.py:make --weights folded.pth --output out.pth {WORDS}"
     assert main(words.split()) == 0
-    assert "to load: make().load_state_dict(torch.load('out.pth'))" in capsys.readouterr().out
+    assert (
+        "to load: network = make(); network.load_state_dict(torch.load('out.pth'))"
+        in capsys.readouterr().out
+    )

@@ -202,3 +202,58 @@ def test_colours_are_for_those_who_want_them(capsys, monkeypatch, colour):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     assert main(["plan", "alexnet"]) == 0
     assert ("\x1b[" in capsys.readouterr().out) is colour
+
+
+@pytest.mark.parametrize("words", ["convert --json", "--json verify a.pth --data d --imagse 4"])
+def test_a_mistake_in_the_arguments_is_in_the_object_too(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["exit_code"] == 2
+    assert err == f"retrofit: {found['error']}\n"
+    command = next(word for word in words.split() if not word.startswith("-"))
+    assert found["error"].endswith(f"(see retrofit {command} --help)")
+
+
+@pytest.mark.filterwarnings("always:the statistics of")
+def test_statistics_of_too_few_pictures_are_called_uncertain(told):
+    code, found, err = told(f"convert {NET} {DATA} --images 4 --output out.safetensors")
+    assert code == 0
+    assert [text for text in found["warnings"] if "uncertain" in text]
+    assert any("the statistics of 4 images are uncertain" in line for line in err)
+    code, found, _ = told("inspect out.safetensors")
+    assert [row["batchnorm"] for row in found["batchnorms"]] == [
+        site["norm"] for site in found["provenance"]["plan"]["sites"] if site["norm"]
+    ]
+
+
+def test_a_network_that_is_no_function_is_told_from_one(run, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nmodel = nn.Sequential(nn.Conv2d(3, 4, 3))\n"
+    )
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    for spec, hint in (
+        ("net.py:model", "name a function that returns it"),
+        ("net.py", "as in net.py:make"),
+        ("w.pth", "weights are given with --weights"),
+    ):
+        code, out, err = run("plan", spec)
+        assert (code, out, len(err)) == (2, "", 1)
+        assert hint in err[0]
+
+
+def test_a_comparison_with_random_weights_says_so(run, kit, tmp_path):
+    (tmp_path / "pictures").symlink_to(kit / "pictures")
+    (tmp_path / "net.py").write_text(
+        STAYS.replace("nn.BatchNorm2d(3), ", "").replace(", nn.BatchNorm2d(4)", ", nn.ReLU()")
+    )
+    made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    save_file(made.state_dict(), tmp_path / "w.safetensors")
+    words = f"net.py:make --weights w.safetensors {DATA} --mean 0 --std 1"
+    assert run("convert", *words.split(), "--output", "bn.safetensors")[0] == 0
+    words = f"verify bn.safetensors --model net.py:make {DATA} --mean 0 --std 1"
+    code, _, err = run(*words.split())
+    assert code == 1
+    assert "without --weights, net.py:make is as it is built" in err[-1]
