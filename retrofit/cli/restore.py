@@ -54,6 +54,5 @@ def _loading(request: RestoreRequest) -> str:
     path = repr(str(request.output))
     safe = request.output.suffix == ".safetensors"
     read = f"safetensors.torch.load_file({path})" if safe else f"torch.load({path})"
-    return (
-        f"network = {code_of(request.model, request.model_args)}; network.load_state_dict({read})"
-    )
+    made = code_of(request.model, request.model_args)
+    return f"network = {made}; network.load_state_dict({read})"

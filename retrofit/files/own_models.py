@@ -30,7 +30,7 @@ class Code(Source):
         factory = named(self.spec, "factory", called=True)
         if isinstance(factory, nn.Module):
             raise RetrofitError(
-                f"{self.spec} is a network: name a function that returns it (def make(): return ...)"
+                f"{self.spec} is a network: name a function that returns it (def make(): ...)"
             )
         try:
             model = call_factory(self.spec, factory, self.arguments)

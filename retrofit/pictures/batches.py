@@ -253,7 +253,8 @@ class PictureBatches:
             name = self.dataset.pictures.name(index)
             order.update(name.encode(errors="surrogateescape") + b"\0")
         transform = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.dataset.transform))
-        data_set = f"{len(self.dataset)} pictures whose names in their order (--seed) have SHA-256 {order.hexdigest()}"
+        names = f"whose names in their order (--seed) have SHA-256 {order.hexdigest()}"
+        data_set = f"{len(self.dataset)} pictures {names}"
         if self.dataset.channels != 3:
             data_set += f", of {counted(self.dataset.channels)}"
         return {

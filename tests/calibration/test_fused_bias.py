@@ -230,6 +230,10 @@ def test_backends_that_begin_with_the_bias_are_left_alone(use, monkeypatch):
     assert kernel.calls == 0
 
 
+def of_the_kernel(caught):
+    return [one for one in caught if "uncertain" not in str(one.message)]  # few images
+
+
 def test_a_pytorch_that_does_not_tell_the_backend_is_left_alone_with_one_warning(use, monkeypatch):
     net = two_convolutions()
     expected = moments(net)
@@ -239,7 +243,7 @@ def test_a_pytorch_that_does_not_tell_the_backend_is_left_alone_with_one_warning
     monkeypatch.delattr(torch._C, "_select_conv_backend")
     with pytest.warns(UserWarning, match="not used on cpu .*_select_conv_backend") as caught:
         assert_close(moments(net), expected)
-    assert (kernel.calls, len(caught)) == (0, 1)
+    assert (kernel.calls, len(of_the_kernel(caught))) == (0, 1)
 
 
 def test_a_kernel_that_fails_is_left_with_one_warning_and_the_same_moments(use):
@@ -249,7 +253,7 @@ def test_a_kernel_that_fails_is_left_with_one_warning_and_the_same_moments(use):
     with pytest.warns(UserWarning, match=r"\(RuntimeError: out of registers\)") as caught:
         found = moments(net)
     assert_close(found, expected)
-    assert (kernel.calls, len(caught)) == (1, 1)
+    assert (kernel.calls, len(of_the_kernel(caught))) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ def test_a_kernel_is_compared_with_pytorch_before_it_is_used(kernel, reason, use
     with pytest.warns(UserWarning, match=reason) as caught:
         found = moments(net)
     assert_close(found, expected)
-    assert (kernel.calls, len(caught)) == (1, 1)
+    assert (kernel.calls, len(of_the_kernel(caught))) == (1, 1)
 
 
 def biased_afterwards(x, weight, bias=None):

@@ -603,6 +603,7 @@ SIZES = """() => [...document.querySelectorAll("svg, svg image")].map(e => {
     const box = e.getBoundingClientRect(); return Math.min(box.width, box.height) })"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "hostile", "vgg16"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])

@@ -214,6 +214,7 @@ def kernel(*parts):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_notebook_with_widgets_has_bars_of_them_that_come_to_their_ends():
     *whole, early = json.loads(kernel(WIDGETS, CALIBRATE))
     assert whole == [[60, 60, "success", None]] * 3
@@ -221,6 +222,7 @@ def test_a_notebook_with_widgets_has_bars_of_them_that_come_to_their_ends():
     assert early[0] < 60
 
 
+@pytest.mark.slow
 def test_a_notebook_without_widgets_has_bars_of_text_and_no_warning():
     said = """
 import warnings
