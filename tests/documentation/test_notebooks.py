@@ -104,3 +104,12 @@ def test_a_cell_that_fails_is_named_in_one_line(tmp_path):
         f"{path}, cell 2 (one / 0): ZeroDivisionError: division by zero"
     ]
     assert json.loads(path.read_text()) == notebook
+
+
+@each_notebook
+def test_what_a_notebook_imports_of_the_package_is_there(path):
+    code = ("".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code")
+    lines = [line for text in code for line in text.splitlines()]
+    imports = [line for line in lines if re.match(r"(from retrofit|import retrofit)\b", line)]
+    assert imports
+    exec("\n".join(imports), {})  # noqa: S102 - a missing name raises ImportError
