@@ -1,7 +1,6 @@
 """scripts/cifar10c.py on the demo's pictures, scripts/corruptions.py on a tiny network."""
 
 import importlib
-from pathlib import Path
 
 import nets
 import numpy as np
@@ -26,25 +25,19 @@ NAMES = [
 DRAWN = set(NAMES) - {"defocus blur", "zoom blur", "brightness", "contrast", "pixelate", "jpeg"}
 
 
-def script(name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-        return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def cifar10c():
-    return script("cifar10c")
+    return importlib.import_module("cifar10c")
 
 
 @pytest.fixture(scope="module")
 def corruptions():
-    return script("corruptions")
+    return importlib.import_module("corruptions")
 
 
 @pytest.fixture(scope="module")
 def normalise():
-    return script("pictures").normalise
+    return importlib.import_module("pictures").normalise
 
 
 @pytest.fixture(scope="module")

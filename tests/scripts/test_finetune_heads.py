@@ -3,7 +3,6 @@
 import csv
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,20 +39,14 @@ def restored(plain, batches):
     return retrofit.restore(Stock().eval(), plain, batches, progress=False)
 
 
-def script(name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-        return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def heads():
-    return script("finetune_heads")
+    return importlib.import_module("finetune_heads")
 
 
 @pytest.fixture(scope="module")
 def networks():
-    return script("finetune_heads_networks")
+    return importlib.import_module("finetune_heads_networks")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import csv
 import importlib
 import math
 import sys
-from pathlib import Path
 
 import pytest
 from folders import labelled_pictures
@@ -24,8 +23,7 @@ VARIANTS = ["plain", "naive", "retrofitted", "frozen first"]
 
 
 @pytest.fixture
-def finetune(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+def finetune():
     return importlib.import_module("finetune")
 
 

@@ -4,7 +4,6 @@ import csv
 import importlib
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,14 +17,12 @@ CELLS = [("fog", 3), ("snow", 3), ("fog", 5), ("snow", 5)]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+def script():
     return importlib.import_module("imagenet_corruptions")
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+def tables():
     return importlib.import_module("imagenet_corruptions_tables")
 
 

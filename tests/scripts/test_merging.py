@@ -1,18 +1,15 @@
 """scripts/merging.py: channels find their partners, and get the moments between."""
 
 import itertools
-import sys
 from pathlib import Path
 
+import merging
 import page_blocks
 import pytest
 import torch
 
 import retrofit
 from retrofit import demo
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import merging
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """scripts/peers.py on a tiny network: what it measures of a tool, and what it says of one."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 
 import retrofit
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytest.importorskip("timm")
 import imagenet_networks
 import peers

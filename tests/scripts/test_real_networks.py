@@ -2,21 +2,18 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torch.nn.utils import parametrizations
-
-import retrofit
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import real_networks
+import torch
 from real_networks_checks import check
 from real_networks_models import NETWORKS, Network, named, normal
 from real_networks_tables import Result, document
 from recorded_runs import RecordedRuns
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import retrofit
 
 
 class Tiny(nn.Module):

@@ -1,12 +1,8 @@
 """scripts/recorded_runs.py and scripts/markdown_table.py, which all studies share."""
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from markdown_table import markdown_table
 from recorded_runs import RecordedRuns
 

@@ -9,7 +9,6 @@ import pytest
 
 import retrofit
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytest.importorskip("timm")
 from recorded_runs import RecordedRuns
 from restored_zoo_tables import Restored, document

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import retrofit
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from recorded_runs import RecordedRuns
 from zoo_tables import Result
+
+import retrofit
 
 pytestmark = pytest.mark.slow
 
