@@ -19,6 +19,7 @@ from retrofit.pictures.batches import shuffled
 from retrofit.pictures.workers import loaded
 from retrofit.running.batch_checks import check_data
 from retrofit.running.call_arguments import images_in
+from retrofit.running.progress import images_in_all
 from retrofit.running.random_order import in_random_order
 
 OF_PICTURES = ("resize", "crop", "mean", "std", "skip_bad_images")
@@ -242,7 +243,8 @@ class LoaderSample(Sample):
     def tests(self, used: int) -> tuple[Batches, str]:  # noqa: ARG002
         """Take the first batches, which were kept while the network was calibrated on them."""
         # With a --state that was complete there was no need to read them.
-        tests = _Kept(self._first) if self._complete else _LoaderBatches(self, TEST_IMAGES)
+        kept = _Kept(self.model, self._first)
+        tests = kept if self._complete else _LoaderBatches(self, TEST_IMAGES)
         return tests, "samples, the first of them"
 
     def for_drift(self, used: int) -> Batches:
@@ -289,21 +291,20 @@ class _Counted:
 
     bar_unit = "sample"
 
-    def __init__(self, data: Any, most: int | None = None) -> None:
-        self.data, self.most = data, most
+    def __init__(self, model: nn.Module, data: Any, most: int | None = None) -> None:
+        self.model, self.data, self.most = model, data, most
 
     def __len__(self) -> int:
-        if isinstance(self.data, (list, tuple)) and all(isinstance(b, Tensor) for b in self.data):
-            count = sum(map(len, self.data))
-        else:
-            count = len(self.data.dataset)  # AttributeError, TypeError: it is not known
+        count = images_in_all(self.model, self.data, None)
+        if count is None:
+            raise TypeError("their number is not known")
         return count if self.most is None else min(count, self.most)
 
 
 class _LoaderBatches:
     def __init__(self, sample: LoaderSample, most: int | None) -> None:
         self.sample, self.most = sample, most
-        self.dataset = _Counted(sample.data.data, most)
+        self.dataset = _Counted(sample.model, sample.data.data, most)
         self.in_random_order = in_random_order(sample.data.data)
         self.names: list[str] = []
         self.bad: list[str] = []
@@ -313,8 +314,8 @@ class _LoaderBatches:
 
 
 class _Kept:
-    def __init__(self, batches: list[Any]) -> None:
-        self.kept, self.dataset = batches, _Counted(batches)
+    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
+        self.kept, self.dataset = batches, _Counted(model, batches)
         self.names: list[str] = []
         self.bad: list[str] = []
 

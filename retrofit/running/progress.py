@@ -62,7 +62,7 @@ def images_bar(
         shown: whether it is to be seen.
         done: how many were used before.
     """
-    known = _images_in_all(model, data, forward_fn) if shown else None
+    known = images_in_all(model, data, forward_fn) if shown else None
     total = most if known is None else known if most is None else min(known, most)
     unit = getattr(getattr(data, "dataset", None), "bar_unit", "image")
     return progress_bar(stage, total, unit, shown=shown, done=done)
@@ -92,7 +92,7 @@ def _draws_bars() -> bool:
     return all(os.get_terminal_size(sys.stderr.fileno()))  # of no size (docker run -t), tqdm hides
 
 
-def _images_in_all(
+def images_in_all(
     model: nn.Module, data: Iterable[Any], forward_fn: ForwardFn | None
 ) -> int | None:
     """Count what can be counted without reading it: a list of batches, a DataLoader's data set."""
