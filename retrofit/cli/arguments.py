@@ -21,7 +21,6 @@ from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.sample_sizes import RECALIBRATION_IMAGES, TOLERANCE
-from retrofit.tables import one_line
 from retrofit.version import __version__
 
 MODEL = (
@@ -96,7 +95,7 @@ class _Mistake(Exception):  # noqa: N818 - of the user
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raise what `parse` tells as every other bad request."""
-        raise _Mistake(one_line(message))
+        raise _Mistake(message)
 
 
 def _parser() -> argparse.ArgumentParser:

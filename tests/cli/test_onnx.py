@@ -116,6 +116,21 @@ def test_a_file_is_the_model_of_the_other_commands(run, folder, how):
     assert torch.equal(plain(x), build(file)(x))
 
 
+def test_a_file_that_differs_is_not_taken_for_random(run, folder):
+    file = exported(folder).name
+    assert run("convert", file, *DATA, "--output", "bn.safetensors")[0] == 0
+    export(nets.build(nets.Residual), nets.images(1, 3, 16, 16), folder / "other.onnx", "script")
+    model = onnx.load("other.onnx")
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    changed = 2 * onnx.numpy_helper.to_array(weight)
+    weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    onnx.save(model, "other.onnx")
+    code, _, err = run("verify", "bn.safetensors", "--model", "other.onnx", *DATA)
+    assert (code, len(err)) == (1, 1)
+    assert "the models differ" in err[0]
+    assert "random" not in err[0]
+
+
 def test_the_file_with_batchnorms_verifies_and_folds_as_well(run, folder):
     file = exported(folder)
     assert run("convert", file, *DATA, "--output", "bn.onnx", "--report", "bn.html")[0] == 0
