@@ -30,6 +30,11 @@ def loaded(loader: DataLoader[Any], what: str) -> Iterator[Any]:
             f"a process that reads {what} is gone ({' '.join(str(error).split())}): is there "
             "enough memory? --workers 0 does without"
         ) from error
+    finally:
+        # An error holds on to them until garbage collection, which closes their queues first, and
+        # waits five seconds for each one in the midst of something else.
+        if getattr(batches, "_workers", ()):
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _are_alive(batches: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -129,8 +130,10 @@ def failing(_picture):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_transform_of_ones_own_is_passed_on(workers):
     batches = PictureBatches(Counted(4), range(4), failing, batch_size=2, workers=workers)
-    with pytest.raises(RuntimeError, match="boom"):
+    with pytest.raises(RuntimeError, match="boom") as caught:
         list(batches)
+    assert caught.tb is not None  # the error is held, as a notebook does
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
