@@ -165,7 +165,7 @@ def _one_after_another(
     """Give each of the architecture's layers the next one; raise for the first that differs."""
     found: dict[str, Layer] = {}
     waiting = list(layers)
-    for layer in own:
+    for i, layer in enumerate(own):
         theirs = waiting[0] if waiting else None
         if layer.path in pairs.pairs and not _is_that_norm(theirs, layer):
             continue
@@ -173,8 +173,13 @@ def _one_after_another(
             theirs = _with_bias(theirs, layer)
         if theirs is None or (reason := _other(layer, theirs)):
             what = f"{theirs.path} {reason}" if theirs else "no more layers"
-            why = pairs.left.get(layer.path, "")
-            raise _differs(source, layer, what, f" ({why})" if why else "")
+            why = f" ({pairs.left[layer.path]})" if layer.path in pairs.left else ""
+            rest = [one for one in own[i:] if one.path not in pairs.pairs]
+            raise RetrofitError(
+                f"{source.name} does not fit, neither by names nor layer by layer: where the "
+                f"architecture has {layer.path} {_shapes(layer)}{why}, it has {what}"
+                f"{_head_alone(waiting, rest)}"
+            )
         found[layer.path] = theirs
         waiting.pop(0)
     if waiting:
@@ -245,12 +250,18 @@ def _shapes(layer: Layer) -> str:
     return f"of shape {tuple(layer.tensors['weight'].shape)}"
 
 
-def _differs(source: Source, layer: Layer, what: str, why: str) -> RetrofitError:
-    return RetrofitError(
-        f"{source.name} does not fit, neither by names nor layer by layer: where the architecture "
-        f"has {layer.path} {_shapes(layer)}{why}, it has {what}; key_map= of "
-        "retrofit.restore says what belongs where"
-    )
+def _head_alone(theirs: Sequence[Layer], ours: Sequence[Layer]) -> str:
+    """Say what to do, of layers from the first that differs: other classes, or other places."""
+    if len(theirs) == len(ours):
+        tensors = (
+            (other.tensors[name], tensor)
+            for other, layer in zip(theirs, ours, strict=True)
+            for name, tensor in layer.tensors.items()
+            if name in other.tensors
+        )
+        if hint := other_head(tensors):
+            return hint
+    return "; key_map= of retrofit.restore says what belongs where"
 
 
 def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tuple[str, Any]]:

@@ -66,6 +66,24 @@ def test_a_batchnorm_without_a_weight_that_stays(tmp_path):
     assert_close(result, model(x), x)
 
 
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_of_other_classes(dynamo, tmp_path):
+    def make(num_classes):
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes),
+        )  # fmt: skip
+
+    x, file = nets.images(8, 3, 9, 9), tmp_path / "net.onnx"
+    torch.onnx.export(trained(make(7)), (x,), file, dynamo=dynamo, verbose=False)
+    with pytest.raises(RetrofitError) as refused:
+        retrofit.restore(make(10).eval(), file, [x], progress=False)
+    assert "they are of 7 classes, it seems, and the model of 10: build it with num_classes=7" in (
+        str(refused.value)
+    )
+    assert "key_map" not in str(refused.value)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
