@@ -6,6 +6,7 @@ Nothing here imports torch: help, and what is said of a mistake, need not wait f
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import math
 import sys
@@ -73,7 +74,16 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
             parser.error(
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
-    return parser.parse_args(words)
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise _Mistake(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0], found)}")
+    return found
+
+
+def _nearest(word: str, found: argparse.Namespace) -> str:
+    """Ask whether an option of the command was meant by one that it has not."""
+    near = difflib.get_close_matches(word.partition("=")[0], found.options, n=1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -109,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (request, text, describe, more) in COMMANDS.items():
         one = commands.add_parser(name, help=text, description=text + more)
         _add_telling(one, default=argparse.SUPPRESS)  # what stands before the command counts
-        one.set_defaults(request=request)
         describe(one)
+        one.set_defaults(request=request, options=tuple(one._option_string_actions))
     return whole
 
 

@@ -89,7 +89,7 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
     """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
     with launched() as processes, processes.failing_together():
         _refuse_bad_files(request, processes)
-        with if_stopped(f"{request.output} is not written"):
+        with if_stopped(f"{request.output} is not written", request.state):
             sample = _sample(request, processes)
             by = f", by {processes.size} processes" if processes.group else ""
             sample.announce(terminal, by, at_most=may_end_early(request))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from retrofit.json_values import to_plain
@@ -74,9 +75,11 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def if_stopped(left: str) -> Iterator[None]:
-    """Let Ctrl-C (or SIGTERM) in the block say what it leaves behind."""
+def if_stopped(left: str, state: Path | None = None) -> Iterator[None]:
+    """Let Ctrl-C (or SIGTERM) in the block say what it leaves behind, and a file to go on from."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise type(stop)(left) from stop
+        kept = state is not None and state.exists()
+        goes_on = f"; {state} is kept, and the same command goes on from it" if kept else ""
+        raise type(stop)(left + goes_on) from stop

@@ -144,6 +144,17 @@ def test_a_signal_leaves_nothing_behind(folder, phase, number, workers):
     assert contents(folder) == before
 
 
+def test_a_signal_tells_of_the_state_that_is_kept(folder):
+    words = [*CONVERT.split(), "--workers", 0, "--state", "state"]
+    found = command(folder, *words, first=functools.partial(fault, 0, "signal 15"))
+    assert found.err == ["retrofit: terminated: out.pth is not written"]  # nothing is kept yet
+    found = command(folder, *words, first=functools.partial(fault, 6, "signal 15"))
+    kept = "state is kept, and the same command goes on from it"
+    assert found.err == [f"retrofit: terminated: out.pth is not written; {kept}"]
+    assert command(folder, *words).code == 0
+    assert not (folder / "state").exists()
+
+
 @pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
 @pytest.mark.parametrize(
     "words",
