@@ -253,15 +253,16 @@ def _without_key(path: Path) -> WeightsFile:
 
 @dataclass(frozen=True)
 class Called:
-    """How the model of a file is built: its name and arguments, as given or as the file says."""
+    """How the model of a file is built: as given, or as the file says."""
 
     name: str
     model_args: ModelArgs
+    built_for: str | None = None
 
     @property
     def told(self) -> dict[str, Any]:
         """What `save` is told."""
-        return {"name": self.name, "model_args": self.model_args}
+        return {"name": self.name, "model_args": self.model_args, "weights": self.built_for}
 
 
 def _load(
@@ -275,12 +276,14 @@ def _load(
     if name is None:
         raise _nameless(file.path)
     by_name = is_torchvision(name)
+    built_for = told.weights if name == told.model else None
     if by_name and name == told.model and not request.model_args:
-        return load_opened(file, None, key), Called(name, told.model_args or {})
-    called = Called(name, request.model_args)
+        return load_opened(file, None, key), Called(name, told.model_args or {}, built_for)
+    called = Called(name, request.model_args, built_for)
     # Code is imported for what the user typed, never for what a file says.
     typed = request.model or (by_name and request.model_args)
-    return load_opened(file, build(name, called.model_args) if typed else None, key), called
+    model = build(name, called.model_args, built_for) if typed else None
+    return load_opened(file, model, key), called
 
 
 def _original(

@@ -30,7 +30,7 @@ from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
-from retrofit.files.model_sources import trained
+from retrofit.files.model_sources import trained, weights_name
 from retrofit.files.onnx_batchnorms import Agreement, agreement, with_batchnorms
 from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
@@ -253,6 +253,7 @@ def _saved(
     told: dict[str, Any] = {
         "name": request.model,
         "model_args": request.model_args,
+        "weights": weights_name(request.model, request.weights),
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
         "calibration": calibrated.report,
         "verification": checked.verification,

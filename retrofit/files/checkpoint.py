@@ -27,6 +27,7 @@ from retrofit.files.converted_keys import refuse_changed_sites
 from retrofit.files.fitting import Fit, fits, fitted, load_weights
 from retrofit.files.model_args import ModelArgs, in_words
 from retrofit.files.model_sources import is_torchvision, torchvision_model
+from retrofit.files.named_network import difference
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
 from retrofit.files.provenance import provenance_of
@@ -68,6 +69,7 @@ def save(
     *,
     name: str | None = None,
     model_args: ModelArgs | None = None,
+    weights: str | None = None,
     data: str | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
@@ -77,7 +79,8 @@ def save(
     """Write the model's state dict, whole or not at all.
 
     Warns of what `load` will not find in a `.pth`: where the BatchNorms are, if their keys do not
-    tell, and another eps or momentum than torch's.
+    tell, and another eps or momentum than torch's; and of a `.safetensors` that `load` will build
+    another network for (of another activation, say), as far as its modules tell.
 
     Args:
         model: converted or folded by this package, or any other.
@@ -89,6 +92,9 @@ def save(
         model_args: what the function that builds it is called with, e.g. {"num_classes": 10};
             numbers, texts, True, False, None, and lists of these. `load` passes them to
             torchvision's models.
+        weights: the name of the weights that it was built with, e.g. "IMAGENET1K_V1": with them
+            torchvision builds some models in another way (`transform_input` of Inception, frozen
+            BatchNorms of detectors), and so will `load`.
         data: what it was calibrated on, in words.
         calibration: what `calibrate` found; `retrofit report` shows it.
         verification: what `verify` found, likewise.
@@ -122,12 +128,19 @@ def save(
         model,
         name=name,
         model_args=model_args,
+        weights=weights,
         data=data,
         calibration=calibration,
         verification=verification,
         drift=drift,
-    ).to_json()
-    metadata = {"format": "pt", "retrofit": json.dumps({**told, "aliases": aliases})}
+    )
+    if differs := difference(model, told):
+        warn(
+            f"load({path.name!r}) will build another network: {differs}; save it with the "
+            f"model_args= or weights= that torchvision builds it with, or pass the network to load"
+        )
+    described = json.dumps({**told.to_json(), "aliases": aliases})
+    metadata = {"format": "pt", "retrofit": described}
     # Not its save_file, whose temporary file a kill would leave.
     try:
         write_whole(path, lambda file: file.write(serialized(tensors, metadata)))
@@ -263,7 +276,7 @@ def _rebuild(file: WeightsFile) -> nn.Module:
             f"{file.path}: its metadata is damaged, model_args: {in_words(model_args)} of a file "
             f"of {numbers:,} numbers"
         )
-    return torchvision_model(name, model_args)
+    return torchvision_model(name, model_args, file.provenance.weights)
 
 
 def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,7 +21,7 @@ from retrofit.pictures.preprocessing import Transforms
 LIBRARIES = {"timm": Timm, "timm-reparameterized": Reparameterized, "ultralytics": Ultralytics}
 
 
-def build(spec: str, model_args: ModelArgs = NO_ARGS) -> nn.Module:
+def build(spec: str, model_args: ModelArgs = NO_ARGS, built_for: str | None = None) -> nn.Module:
     """Build the model that `spec` names.
 
     Args:
@@ -33,12 +33,27 @@ def build(spec: str, model_args: ModelArgs = NO_ARGS) -> nn.Module:
             which onnx2torch makes a module.
         model_args: what the function that builds it is called with, by name (`num_classes`); none
             for ultralytics and ONNX files.
+        built_for: weights of torchvision's, by name, whose settings the model gets, as torchvision
+            gives them with these weights (`transform_input`, a frozen backbone), but not they.
 
     Raises:
-        RetrofitError: no such model, module, file or factory, arguments that it does not take, or
-            no nn.Module came of it.
+        RetrofitError: no such model, weights, module, file or factory, arguments that it does not
+            take, or no nn.Module came of it.
     """
+    if built_for is not None and is_torchvision(spec):
+        return torchvision_model(spec, model_args, built_for)
     return _source(spec, model_args).build()
+
+
+def weights_name(spec: str, weights: str | None) -> str | None:
+    """Find the full name of weights that are given by name (`DEFAULT`); None for a file or none.
+
+    Raises RetrofitError for a model that does not exist.
+    """
+    source = _source(spec)
+    if weights is None or weights not in source.names:
+        return None
+    return source.entries[weights].name if isinstance(source, Torchvision) else weights
 
 
 def trained(
@@ -105,9 +120,11 @@ def code_of(spec: str, model_args: ModelArgs = NO_ARGS) -> str:
     return _source(spec, model_args).code
 
 
-def torchvision_model(name: str, model_args: ModelArgs = NO_ARGS) -> nn.Module:
+def torchvision_model(
+    name: str, model_args: ModelArgs = NO_ARGS, built_for: str | None = None
+) -> nn.Module:
     """Build a torchvision model with fresh weights; RetrofitError for an unknown name."""
-    return Torchvision(name, model_args).build()
+    return Torchvision(name, model_args, built_for).build()
 
 
 def is_torchvision(spec: str) -> bool:

@@ -37,6 +37,7 @@ class Provenance:
         date: when, in ISO 8601 and UTC.
         model: what the model is, as for `save(name=...)`.
         model_args: what the function that builds it is called with, by name.
+        weights: the name of the weights that the model was built for, if they had one.
         model_class: its class.
         eps, momentum: of the inserted BatchNorms.
         images: how many are behind their statistics.
@@ -52,6 +53,7 @@ class Provenance:
     date: str | None = None
     model: str | None = None
     model_args: dict[str, Argument] | None = None
+    weights: str | None = None
     model_class: str | None = None
     eps: float | None = None
     momentum: float | None = None
@@ -107,6 +109,7 @@ def provenance_of(
     *,
     name: str | None = None,
     model_args: ModelArgs | None = None,
+    weights: str | None = None,
     data: str | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
@@ -124,6 +127,7 @@ def provenance_of(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=name,
         model_args=check_model_args(model_args) or None,
+        weights=weights,
         model_class=type(model).__name__,
         data=data,
         calibration=calibration,
