@@ -4,8 +4,9 @@ from __future__ import annotations
 
 # Of the channel's standard deviation: standard errors that calibration may end at.
 TOLERANCE = 0.05
-# The same, from which on calibration warns.
+# The same, from which on calibration warns, and recalibration, which some sixteen images satisfy.
 UNCERTAIN = 0.1
+UNCERTAIN_RECALIBRATION = 0.25
 # To re-estimate statistics on.
 RECALIBRATION_IMAGES = 256
 

@@ -33,10 +33,8 @@ from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.modes import batch_statistics
 from retrofit.running.random_order import in_random_order
-from retrofit.sample_sizes import RECALIBRATION_IMAGES
+from retrofit.sample_sizes import RECALIBRATION_IMAGES, UNCERTAIN_RECALIBRATION
 from retrofit.tables import in_short
-
-UNCERTAIN = 0.25  # sigma; some sixteen pictures have less
 
 
 class Recalibration:
@@ -259,7 +257,7 @@ def _warn(norms: Norms, found: Estimate, error: float) -> None:
             f"the data never reached {', '.join(unreached)}: these BatchNorms keep the statistics "
             "they had"
         )
-    if found.measured and error > UNCERTAIN:
+    if found.measured and error > UNCERTAIN_RECALIBRATION:
         warn(_uncertain(found.fed, error))
 
 

@@ -330,7 +330,7 @@ def _described(provenance: Provenance) -> dict[str, Any]:
     facts = {
         k: v
         for k, v in provenance.to_json().items()
-        if k not in ("model_args", "plan", "drift", "measured")
+        if k not in ("model_args", "plan", "drift", "measured") and (k != "weights" or v)
     }
     facts["model"] = provenance.call
     for key in ("calibration", "verification"):

@@ -188,6 +188,7 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
     rows = {
         "file": facts.source,
         "model": told.call,
+        "weights": told.weights,
         "class": told.model_class,
         "calibrated on": told.data,
         "pictures": None if told.images is None else f"{told.images:,}",
@@ -200,6 +201,7 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
         "torch": told.torch,
         "torchvision": told.torchvision,
     }
-    if rows["measured anew"] is None:
-        del rows["measured anew"]
+    for seldom in ("weights", "measured anew"):
+        if rows[seldom] is None:
+            del rows[seldom]
     return [(what, fact or NOT_KNOWN) for what, fact in rows.items()]
