@@ -227,7 +227,7 @@ def run_demo(request: DemoRequest, terminal: Terminal) -> int:
         found = demo.run(folder, progress=terminal.progress)
     except OSError as error:
         raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
-    terminal.show(found)
+    terminal.show(*found._parts())
     terminal.tell(demo=found)
     return 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from retrofit.calibration.calibrate import calibrate
-from retrofit.checking.verify import verify
+from retrofit.calibration.sample_errors import Calibration
+from retrofit.checking.verify import Verification, verify
 from retrofit.conversion import convert, insert, prepare
 from retrofit.demo.accuracy import BATCH, accuracy
 from retrofit.demo.trained import trained_vgg
@@ -15,13 +18,57 @@ from retrofit.files.checkpoint import load, save
 from retrofit.planning.plan import plan
 from retrofit.running.progress import progress_bar
 from retrofit.surgery.folding import fold
-from retrofit.tables import Table
+from retrofit.tables import Part, Table
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How often a network is right, under running statistics, those of batches, or without any."""
+
+    network: str
+    statistics: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of the VGG.
+
+    Attributes:
+        accuracies: of the networks, on the test pictures.
+        tested: how many these are.
+        calibration, verification: what these functions found.
+        written: the file.
+    """
+
+    accuracies: list[Answered]
+    tested: int
+    calibration: Calibration
+    verification: Verification
+    written: str
+
+    def _parts(self) -> Iterator[Part]:
+        verified, calibrated = self.verification, self.calibration
+        exact = "equal bit for bit" if verified.exact else "NOT equal"
+        yield (
+            f"A plain VGG gets BatchNorm: {self.tested:,} test pictures of CIFAR-10 (whole "
+            "batches where statistics are theirs)\n"
+        )
+        head = ("network", "statistics", "accuracy")
+        rows = [(one.network, one.statistics, f"{one.accuracy:.2%}") for one in self.accuracies]
+        yield Table(head, rows, right=head[2:])
+        yield (
+            f"\nretrofitted and plain: {exact} on {verified.images:,} pictures, at "
+            f"{len(verified.sites)} sites and the output; the same top-1 on {verified.top1:.2%}\n"
+            f"calibrated on {calibrated.images:,} pictures in {calibrated.seconds:.1f} s\n"
+            f"written: {self.written}\n"
+        )
 
 
 def convert_vgg(
     folder: Path, images: Tensor, test: Tensor, labels: Tensor, *, progress: bool
-) -> str:
-    """Convert, verify, save, load and fold the VGG; returns what was found."""
+) -> Converted:
+    """Convert, verify, save, load and fold the VGG."""
     plain = trained_vgg()
     prepared = prepare(plain, plan(plain))
     calibration = calibrate(prepared, images.split(BATCH), progress=progress)
@@ -39,17 +86,7 @@ def convert_vgg(
     )
     folded = fold(load(file, plain))
     accuracies = _accuracies(plain, retrofitted, folded, test, labels, progress=progress)
-    exact = "equal bit for bit" if verification.exact else "NOT equal"
-    return (
-        f"A plain VGG gets BatchNorm: {len(test):,} test pictures of CIFAR-10 (whole batches where "
-        f"statistics are theirs)\n\n"
-        f"{accuracies}\n\n"
-        f"retrofitted and plain: {exact} on {verification.images:,} pictures, at "
-        f"{len(verification.sites)} sites and the output; the same top-1 on "
-        f"{verification.top1:.2%}\n"
-        f"calibrated on {calibration.images:,} pictures in {calibration.seconds:.1f} s\n"
-        f"written: {file}"
-    )
+    return Converted(accuracies, len(test), calibration, verification, str(file))
 
 
 def _accuracies(
@@ -60,8 +97,8 @@ def _accuracies(
     labels: Tensor,
     *,
     progress: bool,
-) -> str:
-    """Make a table of how often each network is right, and one with BatchNorm uncalibrated."""
+) -> list[Answered]:
+    """Test each network, and one with BatchNorm uncalibrated."""
     running, batchwise = "running", f"of batches of {BATCH}"
     networks = [
         ("plain VGG", "-", plain),
@@ -70,11 +107,10 @@ def _accuracies(
         ("retrofitted", batchwise, retrofitted),
         ("BatchNorm without calibration", batchwise, insert(plain)),
     ]
-    rows = []
+    found = []
     with progress_bar("accuracy", len(networks), "network", shown=progress) as bar:
         for name, statistics, network in networks:
             right = accuracy(network, test, labels, batchwise=statistics == batchwise)
-            rows.append((name, statistics, f"{right:.2%}"))
+            found.append(Answered(name, statistics, right))
             bar.update()
-    head = ("network", "statistics", "accuracy")
-    return str(Table(head, rows, right=head[2:]))
+    return found

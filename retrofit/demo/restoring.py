@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +17,51 @@ from retrofit.demo.pictures import inverted
 from retrofit.demo.trained import folded_resnet
 from retrofit.files.checkpoint import save
 from retrofit.finetuning import param_groups
-from retrofit.restoring.restoration import restoration_of
+from retrofit.restoring.restoration import Restoration, restoration_of
 from retrofit.restoring.restore import restore
 from retrofit.running.progress import progress_bar
-from retrofit.tables import Table
+from retrofit.tables import Part, Table
 
 STEPS, EVERY = 100, 25  # steps, and after how many the network is tested
 RATE, BATCH = 0.03, 64
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What came of the ResNet.
+
+    Attributes:
+        accuracies: on the test pictures, of each network, every 25 steps from the first.
+        trained, tested: on how many pictures.
+        restoration: what `restore` found.
+        written: the file.
+    """
+
+    accuracies: dict[str, list[float]]
+    trained: int
+    tested: int
+    restoration: Restoration
+    written: str
+
+    def _parts(self) -> Iterator[Part]:
+        yield (
+            "A ResNet whose BatchNorms were folded away gets them back, in its own class. Both "
+            f"learn {self.trained:,} inverted pictures (SGD, rate {RATE:g}, batches of {BATCH}); "
+            f"right of {self.tested:,} others\n"
+        )
+        head = ("ResNet", *(f"step {step}" for step in range(0, STEPS + 1, EVERY)))
+        rows = [
+            (name, *(f"{share:.1%}" for share in shares))
+            for name, shares in self.accuracies.items()
+        ]
+        yield Table(head, rows, right=head[1:])
+        found, apart = self.restoration, "are equal bit for bit"
+        if not found.exact:
+            apart = f"differ by {found.relative:.1e} of the largest"
+        yield (
+            f"\n{len(found.seats)} BatchNorms restored; before they learn, the outputs {apart}\n"
+            f"written: {self.written}\n"
+        )
 
 
 def restore_resnet(
@@ -33,8 +72,8 @@ def restore_resnet(
     test_labels: Tensor,
     *,
     progress: bool,
-) -> str:
-    """Restore the folded ResNet, and fine-tune both on inverted pictures; returns what was found.
+) -> Restored:
+    """Restore the folded ResNet, and fine-tune both on inverted pictures.
 
     Tested on every fourth of the test pictures.
     """
@@ -46,23 +85,11 @@ def restore_resnet(
     assert found is not None
     file = folder / "resnet-cifar10.safetensors"
     save(restored, file, name="retrofit.demo:resnet_cifar10", overwrite=True)
-    rows = []
+    accuracies = {}
     with progress_bar("fine-tune", 2 * STEPS, "step", shown=progress) as bar:
         for name, network in (("folded", folded), ("restored", restored)):
-            shares = fine_tuned(network, images, labels, test, test_labels, bar.update)
-            rows.append((name, *(f"{share:.1%}" for share in shares)))
-    apart = "are equal bit for bit"
-    if not found.exact:
-        apart = f"differ by {found.relative:.1e} of the largest"
-    head = ("ResNet", *(f"step {step}" for step in range(0, STEPS + 1, EVERY)))
-    return (
-        "A ResNet whose BatchNorms were folded away gets them back, in its own class. Both learn "
-        f"{len(images):,} inverted pictures (SGD, rate {RATE:g}, batches of {BATCH}); right of "
-        f"{len(test):,} others\n\n"
-        f"{Table(head, rows, right=head[1:])}\n\n"
-        f"{len(found.seats)} BatchNorms restored; before they learn, the outputs {apart}\n"
-        f"written: {file}"
-    )
+            accuracies[name] = fine_tuned(network, images, labels, test, test_labels, bar.update)
+    return Restored(accuracies, len(images), len(test), found, str(file))
 
 
 def fine_tuned(

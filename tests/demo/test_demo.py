@@ -1,5 +1,6 @@
 """The demo that comes with the package."""
 
+import json
 import re
 import tarfile
 
@@ -39,6 +40,20 @@ def test_the_demo_shows_what_it_claims(tmp_path, capsys):
     with safe_open(tmp_path / "demo" / "resnet-cifar10.safetensors", framework="pt") as file:
         stock = demo.resnet_cifar10()
         stock.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_a_program_gets_the_numbers(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["demo"]
+    converted, restored = found["converted"], found["restored"]
+    plain, retrofitted, folded, *_ = (one["accuracy"] for one in converted["accuracies"])
+    assert plain == retrofitted == folded > 0.8
+    assert converted["verification"]["exact"]
+    assert converted["calibration"]["images"] == 1024
+    assert restored["accuracies"].keys() == {"folded", "restored"}
+    assert restored["accuracies"]["restored"][-1] > restored["accuracies"]["folded"][-1]
+    assert (tmp_path / "demo" / "resnet-cifar10.safetensors").samefile(restored["written"])
 
 
 def shares(network, out):
