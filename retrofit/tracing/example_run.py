@@ -69,7 +69,9 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
     device = home(watched)
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of other GPUs, which were not kept
+        if devices:
+            torch.cuda.default_generators[devices[0].index].manual_seed(0)
         try:
             with watcher.watching():
                 result = run(watched)

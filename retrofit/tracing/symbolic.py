@@ -111,7 +111,7 @@ def symbolic(
         module._forward_pre_hooks.clear()
     opaque: dict[str, str] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs, which fork_rng leaves
         while True:
             reads = Reads(traced, watched_layers(traced))
             tracer = _Tracer(traced, opaque, reads)
