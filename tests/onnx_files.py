@@ -3,6 +3,7 @@
 import warnings
 
 import onnx
+import pytest
 import torch
 from onnx import parser
 
@@ -14,6 +15,7 @@ EXPORTS = {
     "script": {"dynamo": False},
     "script, whole": {"dynamo": False, "training": PRESERVE, "do_constant_folding": False},
 }
+HOW = ["dynamo", "script", *(pytest.param(h, marks=pytest.mark.slow) for h in EXPORTS if "," in h)]
 
 
 def export(model, example, file, how="script", **options):

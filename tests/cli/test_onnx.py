@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import contents, pictures
 from onnx import helper
-from onnx_files import EXPORTS, export, written
+from onnx_files import HOW, export, written
 from torch import nn
 
 import retrofit
@@ -53,7 +53,7 @@ def ops(file, op):
     return [node for node in onnx.load(file).graph.node if node.op_type == op]
 
 
-@pytest.mark.parametrize("how", ["script", "dynamo, whole"])
+@pytest.mark.parametrize("how", ["script", pytest.param("dynamo, whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("net", [nets.Residual, Padded])
 def test_batchnorms_are_written_into_the_file_and_nothing_else_changes(run, folder, net, how):
     file = exported(folder, net, how)
@@ -97,7 +97,7 @@ def test_the_tensors_are_those_of_the_converted_module(run, folder):
         assert attributes == pytest.approx({"epsilon": norm.eps, "momentum": 1 - norm.momentum})
 
 
-@pytest.mark.parametrize("how", EXPORTS)
+@pytest.mark.parametrize("how", HOW)
 def test_a_file_is_the_model_of_the_other_commands(run, folder, how):
     file = exported(folder, how=how).name
     code, out, _ = run("plan", file, "--data", "pictures")
@@ -141,7 +141,10 @@ def test_the_file_with_batchnorms_verifies_and_folds_as_well(run, folder):
     assert (code, "already normalised" in out) == (1, True)
 
 
-@pytest.mark.parametrize(("exporter", "file"), [(1, "kept.onnx"), (2, "kept_too.onnx")])
+@pytest.mark.parametrize(
+    ("exporter", "file"),
+    [(1, "kept.onnx"), pytest.param(2, "kept_too.onnx", marks=pytest.mark.slow)],
+)
 def test_what_the_documentation_says_keeps_batchnorms_in_an_export(
     folder, monkeypatch, exporter, file
 ):

@@ -190,7 +190,14 @@ def test_volumes_of_floats_and_two_inputs_by_name(run):
         assert {"volumes": "2.bn", "Two": "right.bn"}[net] in out
 
 
-@pytest.mark.parametrize("name", ["batches", "loader", "made", "Sounds", "labelled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Sounds",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batches", "labelled", "loader")),
+        "made",
+    ],
+)
 def test_every_command_takes_it(run, folder, name):
     data = ("--data", f"data.py:{name}")
     model = ("--model", "net.py:audio")

@@ -25,7 +25,11 @@ def bfloat16(): return make().bfloat16()
 def float64(): return make().double()
 """
 DATA = "--data pictures --crop 16 --workers 0 --mean .5 --std .5"
-DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+DTYPES = [
+    torch.bfloat16,
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+    pytest.param(torch.float64, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(params=DTYPES, ids=str)

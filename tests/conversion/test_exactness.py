@@ -106,8 +106,25 @@ def test_vgg16_of_any_size_with_threads_and_in_a_channels_last_model_too():
         pytest.param("vgg16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
-def test_torchvision_networks(name, autocast):
+def test_torchvision_networks(name):
+    assert_equal_beside(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "squeezenet1_1",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("alexnet", "squeezenet1_0", "vgg16")
+        ),
+    ],
+)
+def test_torchvision_networks_under_autocast(name):
+    assert_equal_beside(name, autocast=True)
+
+
+def assert_equal_beside(name, *, autocast=False):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
     converted = retrofitted(model, nets.images(4, 3, 96, 96))

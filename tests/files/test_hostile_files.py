@@ -196,7 +196,13 @@ def test_a_plan_of_other_places_is_refused(tmp_path, field, path):
 
 
 @pytest.mark.parametrize(
-    "key", ["../../evil", "/evil", "a\x1b[2Jb", "a\nb", "a\rb", "\x00", "a." * 100_000 + "b"]
+    "key",
+    [
+        "a\x1b[2Jb",
+        "../../evil",
+        "a." * 100_000 + "b",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("/evil", "a\nb", "a\rb", "\x00")),
+    ],
 )
 def test_names_of_tensors_are_only_names(run, tmp_path, key):
     tensors = {f"{key}.{name}": torch.ones(2) for name in

@@ -103,6 +103,7 @@ def test_the_trained_network_computes_what_torchvisions_does(downloaded):
     assert not torch.equal(as_asked(x), inception(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the statistics")  # of four pictures
 def test_a_detector_is_converted_verified_folded_and_loaded(downloaded, run, tmp_path):
     expected = downloaded(FASTER)

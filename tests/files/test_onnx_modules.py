@@ -4,7 +4,7 @@ import nets
 import onnx
 import pytest
 import torch
-from onnx_files import EXPORTS, export, written
+from onnx_files import HOW, export, written
 from torch import nn
 
 import retrofit
@@ -32,7 +32,7 @@ class Shuffled(nn.Module):
         return self.head(torch.relu(self.second(x)).view(n, -1))
 
 
-@pytest.mark.parametrize("how", EXPORTS)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     "net", [Shuffled, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)]
 )

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_files import EXPORTS, export, written
+from onnx_files import HOW, export, written
 from torch import nn
 
 from retrofit.errors import RetrofitError
@@ -47,7 +47,7 @@ class EachKind(nn.Module):
         return self.unbiased(self.flat(x.mean((1, 2))))
 
 
-@pytest.mark.parametrize("how", EXPORTS)
+@pytest.mark.parametrize("how", HOW)
 def test_all_layers_are_found_in_order_with_their_tensors(tmp_path, how):
     model = nets.build(EachKind)
     x = nets.images(2, 3, 12, 12)

@@ -194,10 +194,20 @@ def assert_stock(make, fold, form):
 
 
 @pytest.mark.filterwarnings("ignore:.*BatchNorms stay")
-@pytest.mark.parametrize(("fold", "form"), [(retrofit.fold, "module"), (fuse, "state dict")])
-@pytest.mark.parametrize("make", STOCK.values(), ids=STOCK)
-def test_torchvision_networks(make, fold, form):
-    assert_stock(make, fold, form)
+@pytest.mark.parametrize(
+    ("name", "fold", "form"),
+    [
+        ("resnet18", fuse, "state dict"),
+        ("mobilenet_v3_small", retrofit.fold, "module"),
+        *(
+            pytest.param(name, *how, marks=pytest.mark.slow)
+            for name in ("mnasnet0_5", "shufflenet_v2_x0_5")
+            for how in ((retrofit.fold, "module"), (fuse, "state dict"))
+        ),
+    ],
+)
+def test_torchvision_networks(name, fold, form):
+    assert_stock(STOCK[name], fold, form)
 
 
 @pytest.mark.parametrize("name", TIMM)

@@ -53,7 +53,9 @@ def test_a_restored_network_that_differs_is_a_failure(monkeypatch):
     assert f"| test_resnet | a difference of {far} | {folding} |" in page
 
 
-@pytest.mark.parametrize("folder", ["torch.nn.utils", "retrofit"])
+@pytest.mark.parametrize(
+    "folder", [pytest.param("torch.nn.utils", marks=pytest.mark.slow), "retrofit"]
+)
 def test_a_network_is_restored_whatever_folded_it(folder):
     result = check_fold(f"timm:test_resnet, {folder}")
     assert not result.failed, result
