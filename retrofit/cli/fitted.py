@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,13 +20,20 @@ LEAST = 24  # characters of a name or sentence
 def print_fitted(parts: Iterable[Part]) -> None:
     """Print tables and lines as wide as the terminal is."""
     console = Console(highlight=False, markup=False, emoji=False)
-    for part in parts:
-        if isinstance(part, Table):
-            console.print(_table(part, console))
-        elif isinstance(part, Facts):
-            console.print(_facts(part))
-        else:
-            console.print(Text(part))
+    with console.capture() as captured:
+        for part in parts:
+            if isinstance(part, Table):
+                console.print(_table(part, console))
+            elif isinstance(part, Facts):
+                console.print(_facts(part))
+            else:
+                console.print(Text(part))
+    # Rich fills up the last column with blanks, which would be copied with the text.
+    print(
+        re.sub(r" +(?=(\x1b\[[\d;]*m)*$)", "", captured.get(), flags=re.MULTILINE),
+        end="",
+        flush=True,
+    )
 
 
 def _table(table: Table, console: Console) -> RichTable:

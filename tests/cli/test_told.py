@@ -179,6 +179,7 @@ def test_tables_are_as_wide_as_the_terminal(terminal, tmp_path, monkeypatch, wid
     (tmp_path / "net.py").write_text(NETS)
     wide = len("0.backbone.stage_3.block_17.attention.query_projection.0.conv")
     lines = terminal("plan net.py:deep", width)
+    assert all(line == line.rstrip() for line in lines)
     assert max(map(len, lines)) <= width
     first = next(line for line in lines if line.startswith("0.backbone"))
     assert ("..." in first) == (width < 2 * wide)
