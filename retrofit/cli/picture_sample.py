@@ -32,7 +32,7 @@ class PictureSample(OrderedSample):
         channels: that the model takes.
     """
 
-    word = "pictures"
+    word = "images"
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class PictureSample(OrderedSample):
 
     def _kind(self) -> str:
         """Say what the model sees, and how many channels and bits if not 3 and 32."""
-        kinds = {1: "grey pictures", 3: "pictures"}
-        kind = kinds.get(self.channels, f"pictures ({self.channels} channels)")
+        kinds = {1: "grey images", 3: "images"}
+        kind = kinds.get(self.channels, f"images ({self.channels} channels)")
         dtype = input_dtype(self.model)
         return kind if dtype == torch.float32 else f"{kind} as {str(dtype).removeprefix('torch.')}"
 

@@ -46,14 +46,14 @@ def build(spec: str, model_args: ModelArgs = NO_ARGS, built_for: str | None = No
 
 
 def weights_name(spec: str, weights: str | None) -> str | None:
-    """Find the full name of weights that are given by name (`DEFAULT`); None for a file or none.
+    """Find the full name of torchvision's weights that are given by name (`DEFAULT`), else None.
 
-    Raises RetrofitError for a model that does not exist.
+    Raises RetrofitError for a model of torchvision that does not exist.
     """
-    source = _source(spec)
-    if weights is None or weights not in source.names:
+    if weights is None or not is_torchvision(spec):
         return None
-    return source.entries[weights].name if isinstance(source, Torchvision) else weights
+    source = Torchvision(spec, NO_ARGS)
+    return source.entries[weights].name if weights in source.names else None
 
 
 def trained(

@@ -37,7 +37,7 @@ class Provenance:
         date: when, in ISO 8601 and UTC.
         model: what the model is, as for `save(name=...)`.
         model_args: what the function that builds it is called with, by name.
-        weights: the name of the weights that the model was built for, if they had one.
+        weights: the name of torchvision's weights that the model was built for, if it was.
         model_class: its class.
         eps, momentum: of the inserted BatchNorms.
         images: how many are behind their statistics.

@@ -122,12 +122,12 @@ def quiet_channels(layers: Layers) -> str:
 
 
 def by_images(calibration: Calibration) -> str:
-    """Draw the standard error over the number of pictures."""
-    title = "Standard error by number of pictures"
+    """Draw the standard error over the number of images."""
+    title = "Standard error by number of images"
     images, error = calibration.images, calibration.standard_error
     needed = {t: calibration.images_needed(t) for t in TOLERANCES}
     marks = ", ".join(f"{t:.0%} at about {n:,}" for t, n in needed.items())
-    description = f"{error:.2%} at {images:,} pictures; by the square-root law {marks}."
+    description = f"{error:.2%} at {images:,} images; by the square-root law {marks}."
     span = np.array([min(images, *needed.values()) / 2, max(images, *needed.values()) * 2])
     with _figure("by-images", title, description) as (axes, svg):
         axes.set_xscale("log")
@@ -144,7 +144,7 @@ def by_images(calibration: Calibration) -> str:
                 textcoords="offset points", fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
         axes.margins(x=0.12)
-        axes.set_xlabel("pictures")
+        axes.set_xlabel("images")
         axes.set_ylabel(ERROR)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2, fontsize=8)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -102,7 +102,7 @@ def breakable(path: str) -> Markup:
 
 
 def _needed(facts: Facts) -> list[str]:
-    """Say how many pictures each tolerance needs, the easiest first."""
+    """Say how many images each tolerance needs, the easiest first."""
     calibration = facts.provenance.calibration
     if calibration is None:
         return []
@@ -132,7 +132,7 @@ def _of_channels(facts: Facts) -> list[Figure]:
                 "Which layers have dead channels?",
                 Markup(figures.quiet_channels(layers)),  # noqa: S704
                 "The share of channels that are constant, or nearly so: the higher a bar, the more "
-                "of its layer does nothing for pictures like these.",
+                "of its layer does nothing for images like these.",
             )
         )
     return made
@@ -146,10 +146,10 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
     if 0 < calibration.standard_error < math.inf:
         made.append(
             Figure(
-                "How many pictures were enough?",
+                "How many images were enough?",
                 Markup(figures.by_images(calibration)),  # noqa: S704
-                f"The dot is what {calibration.images:,} pictures reached; the line extends it by "
-                "the square-root law (four times the pictures, half the error), with the pictures "
+                f"The dot is what {calibration.images:,} images reached; the line extends it by "
+                "the square-root law (four times the images, half the error), with the images "
                 "that 5 %, 2 % and 1 % would take.",
             )
         )
@@ -161,7 +161,7 @@ def _of_sample(facts: Facts, layers: list[Layer]) -> list[Figure]:
                 "Which layer is the least certain?",
                 Markup(figures.by_layer(calibration, of_sites)),  # noqa: S704
                 "Standard errors that 99 % of the channels of a layer stay below: the highest "
-                "point is the layer that decides how many pictures are needed.",
+                "point is the layer that decides how many images are needed.",
             )
         )
     return made
@@ -191,7 +191,7 @@ def _provenance(facts: Facts) -> list[tuple[str, str]]:
         "weights": told.weights,
         "class": told.model_class,
         "calibrated on": told.data,
-        "pictures": None if told.images is None else f"{told.images:,}",
+        "images": None if told.images is None else f"{told.images:,}",
         "measured anew": told.measured,
         "plan": layout,
         "eps": None if told.eps is None else f"{told.eps:g}",

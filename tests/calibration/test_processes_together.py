@@ -333,7 +333,7 @@ def test_torchrun_writes_the_file_that_one_process_writes(pictures):
     output = pictures.parent / "out.safetensors"
     text, problem = together.communicate(timeout=120)
     assert together.returncode == 0, problem
-    assert text.count("40 pictures in") == 1
+    assert text.count("40 images in") == 1
     ours = load_file(output)
     assert main(converting(pictures, *images, "--overwrite")) == 0
     theirs = load_file(output)
@@ -346,7 +346,7 @@ def test_torchrun_writes_the_file_that_one_process_writes(pictures):
     ("options", "words"),
     [
         (["--seed", "1"], "process 1 of 2 has a different --seed (1, not 0) than process 0"),
-        (["--images", "1"], "2 processes cannot share 1 pictures: start fewer"),
+        (["--images", "1"], "2 processes cannot share 1 images: start fewer"),
     ],
 )
 def test_what_cannot_be_done_together_is_named(pictures, options, words):

@@ -56,7 +56,7 @@ def test_a_network_finds_its_way_in_fog_without_labels(run, here, tmp_path):
         "fog.safetensors", *SIZE,
     )  # fmt: skip
     assert (code, err) == (0, [])
-    assert "adapted on          256 pictures" in out
+    assert "adapted on          256 images" in out
     assert "BatchNorms          8 of them" in out
     before = retrofit.load(here / "bn.safetensors", demo.trained_vgg())
     after = retrofit.load(tmp_path / "fog.safetensors", demo.trained_vgg())
@@ -74,7 +74,7 @@ def test_with_a_prior_statistics_are_the_blend_of_old_and_new(run, here, tmp_pat
         "adapt", here / "bn.safetensors", *common, "--output", "b.safetensors", "--prior", "300"
     )
     assert code == 0
-    assert "100 pictures" in out
+    assert "100 images" in out
     assert "the old statistics counting as 300" in out
     files = (here / "bn.safetensors", tmp_path / "0.safetensors", tmp_path / "b.safetensors")
     # The first BatchNorm gets the same whatever the others do.
@@ -91,7 +91,7 @@ def test_the_file_says_what_it_was_adapted_on(run, here, tmp_path):
     with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
         provenance = json.loads(file.metadata()["retrofit"])
     assert provenance["data"] == (
-        f"CIFAR-10; adapted on 90 pictures of {here / 'few'}, seed 0, "
+        f"CIFAR-10; adapted on 90 images of {here / 'few'}, seed 0, "
         "the old statistics counting as 16"
     )
     assert provenance["verification"] is None  # it is no longer the original

@@ -86,7 +86,7 @@ def test_grey_and_coloured_files_go_in_grey_to_a_network_of_one_channel(run, net
         code, out, err = run("convert", net(1), "--data", data, "--output", "o.safetensors", *SIZE,
                              *NORMALISED, "--overwrite")  # fmt: skip
         assert (code, err) == (0, [])
-        assert "calibrated on       24 grey pictures in" in out
+        assert "calibrated on       24 grey images in" in out
         assert_calibrated_on(tmp_path / "o.safetensors", pixels, 1)
 
 
@@ -95,7 +95,7 @@ def test_pictures_with_alpha_go_to_a_network_of_four_channels(run, net, tmp_path
     code, out, err = run("convert", net(4), "--data", "rgba", "--output", "o.safetensors", *SIZE,
                          "--mean", *[MEAN] * 4, "--std", STD)  # fmt: skip
     assert (code, err) == (0, [])
-    assert "24 pictures (4 channels) in" in out
+    assert "24 images (4 channels) in" in out
     assert_calibrated_on(tmp_path / "o.safetensors", noise(4), 4)
 
 
@@ -177,11 +177,11 @@ def test_all_commands_take_such_pictures_and_the_file_says_how_they_were_prepare
     assert run("convert", *pictures[1:], "--output", "o.safetensors")[0] == 0
     with safe_open(tmp_path / "o.safetensors", framework="pt") as file:
         data = json.loads(file.metadata()["retrofit"])["data"]
-    assert data == "24 pictures (2 channels) of a.npy, seed 0, mean 0.4, std 0.3"
+    assert data == "24 images (2 channels) of a.npy, seed 0, mean 0.4, std 0.3"
     assert run("verify", "o.safetensors", *pictures)[0] == 0
     code, out, err = run("adapt", "o.safetensors", *pictures, "--output", "b.safetensors")
     assert (code, err) == (0, [])
-    assert "adapted on          24 pictures (2 channels) in" in out
+    assert "adapted on          24 images (2 channels) in" in out
     assert_calibrated_on(tmp_path / "b.safetensors", noise(2), 2)
     assert run("report", "o.safetensors", *pictures, "--output", "r.html")[0] == 0
     code, _, err = run("adapt", "o.safetensors", *pictures[:-4], "--output", "c.safetensors")

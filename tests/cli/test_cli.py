@@ -59,7 +59,7 @@ def test_vgg16_through_the_command_line_loads_in_stock_torchvision(run, folder, 
     )  # fmt: skip
     assert (code, err) == (0, [])
     assert "outputs             equal bit for bit, at every site and at the end" in out
-    assert "verified on         16 other pictures" in out
+    assert "verified on         16 other images" in out
     assert "features.41       512" in out
     stock = nets.unwritten("vgg16_bn")
     state = {}
@@ -75,8 +75,8 @@ def test_convert_verify_inspect_and_fold(run, folder, squeezenet, tmp_path):
     code, out, err = run("convert", "squeezenet1_1", *weights, "--output", "bn.pth", *SMALL)
     assert (code, err) == (0, [])
     assert "classifier.1   Conv2d  output head" in out
-    assert "calibrated on       40 pictures" in out
-    assert "verified on         16 of the same pictures" in out  # there are no others
+    assert "calibrated on       40 images" in out
+    assert "verified on         16 of the same images" in out  # there are no others
 
     out_file = ("--output", "bn.safetensors", "--images", "24", "--seed", "3")
     code, out, err = run("convert", "squeezenet1_1", *weights, *out_file, *SMALL)
@@ -173,7 +173,7 @@ def test_an_unreadable_picture_is_named_or_left_out(run, squeezenet, tmp_path):
     code, out, err = run(*arguments, "--output", "a.pth", "--skip-bad-images")
     assert code == 0
     assert err == [f"left out 1 unreadable pictures: {folder / '0' / 'bad.jpg'}"]
-    assert "calibrated on       30 pictures" in out
+    assert "calibrated on       30 images" in out
 
 
 def test_of_a_shard_cut_short_the_whole_pictures_are_used_if_asked(
@@ -405,7 +405,7 @@ def test_a_detector_takes_pictures_in_their_own_sizes(run, tmp_path):
     weights = ("--weights", "det.pth", "--data", folder, "--workers", "0")
     code, out, err = run("convert", "det.py:net", *weights, "--output", "bn.safetensors")
     assert (code, err) == (0, [])
-    assert "calibrated on       16 pictures" in out
+    assert "calibrated on       16 images" in out
     assert "outputs             equal bit for bit" in out
     assert "backbone.2.bn" in out
     code, out, err = run("verify", "bn.safetensors", "--model", "det.py:net", *weights)
@@ -529,8 +529,8 @@ def test_a_model_with_a_named_input_alone(run, folder, tmp_path):
 def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_path):
     data = pictures(tmp_path / "many", 120)
     for name, options, count in (
-        ("early", ["--tolerance", "0.9"], "32 pictures in"),  # enough at the first look
-        ("late", ["--tolerance", "0.001", "--images", "100"], "100 pictures in"),
+        ("early", ["--tolerance", "0.9"], "32 images in"),  # enough at the first look
+        ("late", ["--tolerance", "0.001", "--images", "100"], "100 images in"),
     ):
         code, out, _ = run(
             "convert", "retrofit.demo:trained_vgg", "--data", data, "--output",
@@ -538,7 +538,7 @@ def test_with_a_tolerance_too_the_pictures_that_were_not_used_verify(run, tmp_pa
         )  # fmt: skip
         assert code == 0
         assert count in out
-        assert "verified on         16 other pictures" in out
+        assert "verified on         16 other images" in out
 
 
 def test_as_many_pictures_are_used_as_asked_although_fewer_are_enough(run, tmp_path):
@@ -556,12 +556,12 @@ def test_as_many_pictures_are_used_as_asked_although_fewer_are_enough(run, tmp_p
     convert = ("convert", "mine.py:net", "--output", bn, "--overwrite", *options)
     code, out, err = run(*convert)
     assert (code, err) == (0, [])
-    assert int(re.search(r"calibrated on +(\d+) pictures", out)[1]) < 300
+    assert int(re.search(r"calibrated on +(\d+) images", out)[1]) < 300
     for images, counted in ((["--images", "350"], "350"), (["--tolerance", "0"], "400")):
-        assert f"calibrated on       {counted} pictures" in run(*convert, *images)[1]
+        assert f"calibrated on       {counted} images" in run(*convert, *images)[1]
     for images, counted in (([], "256"), (["--images", "350"], "350")):
         found = run("adapt", bn, *net, "--output", "new.pth", "--overwrite", *options, *images)
-        assert f"adapted on          {counted} pictures" in found[1]
+        assert f"adapted on          {counted} images" in found[1]
     assert run("fold", bn, *net, "--output", weights)[0] == 0
     restore = ("restore", "mine.py:stock", "--weights", weights, "--output", "r.pth", "--overwrite")
     found = run(*restore, *options, "--images", "350")

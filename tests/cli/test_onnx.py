@@ -219,7 +219,7 @@ def test_size_and_channels_are_those_of_the_input(run, folder):
     np.save(folder / "grey.npy", random.integers(0, 256, (9, 40, 30), dtype=np.uint8))
     data = "--data grey.npy --workers 0 --mean 0.5 --std 0.2 --output bn.onnx"
     code, out, _ = run("convert", file, *data.split())
-    assert (code, "9 grey pictures" in out) == (0, True), out
+    assert (code, "9 grey images" in out) == (0, True), out
     dynamic = exported(folder, dynamic_axes={"images": {0: "n", 2: "h", 3: "w"}})
     assert run("convert", dynamic, *DATA, "--crop", "24", "--output", "open.onnx")[0] == 0
 

@@ -62,7 +62,7 @@ def converted(run, folder, dtype, *more):
 
 def test_a_network_is_converted_in_its_precision(run, tmp_path, dtype):
     out = converted(run, tmp_path, dtype, "--report", "page.html")
-    assert f"calibrated on       24 pictures as {named(dtype)}" in out
+    assert f"calibrated on       24 images as {named(dtype)}" in out
     written, plain = load_file(tmp_path / "bn.safetensors"), state(dtype)
     assert torch.equal(written["0.conv.weight"], plain["0.weight"])
     pixels = np.stack([np.array(Image.open(f)) for f in (tmp_path / "pictures").iterdir()])
@@ -85,7 +85,7 @@ def test_a_converted_network_is_compared_in_its_precision(run, tmp_path, dtype, 
     assert out.endswith(f"compared in {named(dtype)}, the precision of bn.safetensors\n")
     words = f"report bn.safetensors --model {spec} --weights w.safetensors --output a.html {DATA}"
     assert run(*words.split())[::2] == (0, [])
-    assert f"pictures as {named(dtype)}" in (tmp_path / "a.html").read_text()
+    assert f"images as {named(dtype)}" in (tmp_path / "a.html").read_text()
 
 
 def test_a_converted_network_is_adapted_in_its_precision(run, tmp_path, dtype):
@@ -93,7 +93,7 @@ def test_a_converted_network_is_adapted_in_its_precision(run, tmp_path, dtype):
     words = f"adapt bn.safetensors --model net.py:make --output a.safetensors {DATA}"
     code, out, err = run(*words.split())
     assert (code, err) == (0, [])
-    assert f"adapted on          24 pictures as {named(dtype)}" in out
+    assert f"adapted on          24 images as {named(dtype)}" in out
     adapted, before = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "bn.safetensors")
     assert {k: t.dtype for k, t in adapted.items()} == {k: t.dtype for k, t in before.items()}
 

@@ -16,7 +16,7 @@ DATA = "--data pictures --crop 32 --workers 0 --batch-size 8"
 SAYS = {
     f"plan {NET} --data pictures": [],
     f"convert {NET} {DATA} --output out.safetensors --report out.html": [
-        "up to 40 pictures of 32 x 32 pixels, on cpu",
+        "up to 40 images of 32 x 32 pixels, on cpu",
         "calibrate: 40 images",
         "verify: 16 images",
         "writing out.safetensors",
@@ -24,11 +24,11 @@ SAYS = {
         "writing out.html",
     ],
     f"verify bn.safetensors --model {NET} {DATA} --images 9": [
-        "9 pictures of 32 x 32 pixels, on cpu",
+        "9 images of 32 x 32 pixels, on cpu",
         "verify: 9 images",
     ],
     f"adapt bn.safetensors --model {NET} {DATA} --output out.pth --images 9": [
-        "9 pictures of 32 x 32 pixels, on cpu",
+        "9 images of 32 x 32 pixels, on cpu",
         "first pass: 9 images",
         "recalibrate: 8 layers",
         "writing out.pth",
@@ -37,7 +37,7 @@ SAYS = {
         "writing out.pth",
     ],
     f"report bn.safetensors --model {NET} {DATA} --output out.html": [
-        "40 pictures of 32 x 32 pixels, on cpu",
+        "40 images of 32 x 32 pixels, on cpu",
         "drift: 40 images",
         "writing out.html",
     ],

@@ -345,7 +345,7 @@ def test_what_is_no_file_in_a_folder_of_pictures(run, tmp_path):
     words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
     code, out, err = run(*words.split(), "--skip-bad-images")
     assert code == 0
-    assert "calibrated on       3 pictures" in out
+    assert "calibrated on       3 images" in out
     assert "left out 2 unreadable pictures" in err[-1]
     assert "pictures/pipe.png" in err[-1]
     assert "pictures/nowhere.png" in err[-1]

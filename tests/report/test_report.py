@@ -172,7 +172,7 @@ def test_the_summary_says_what_was_reached_and_what_more_would_take(made, file, 
     text = report(file).text
     assert "3 BatchNorms were inserted, and the outputs are equal to the original" in text
     assert "BatchNorms 3 24 channels; 0 layers left alone" in text
-    assert "Calibrated on 40 pictures" in text
+    assert "Calibrated on 40 images" in text
     reached = made.calibration.standard_error
     assert f"Standard error reached {reached * 100:.2f} % of" in text
     five, two, one = (f"{math.ceil(40 * (reached / t) ** 2):,}" for t in (0.05, 0.02, 0.01))
@@ -284,7 +284,7 @@ def test_convert_writes_the_page_that_report_makes_of_its_file_and_the_drift(
     assert page.tables["drift"][1:]
     assert "The drift under batch statistics is not in the file." in later.text
     facts = dict(later.tables["provenance"])
-    assert facts["calibrated on"] == "40 pictures of pictures, seed 0"
+    assert facts["calibrated on"] == "40 images of pictures, seed 0"
     assert facts["torch"] == torch.__version__
 
 
@@ -335,11 +335,11 @@ def test_drift_and_parity_are_measured_anew_on_request(run, convertible, report,
     with_data = ("bn.safetensors", "--model", "made.py:net", "--data", "pictures", *SMALL)
     page = report(*with_data)
     assert [row[0] for row in page.tables["drift"][1:]] == ["8", "32"]
-    assert "on 16 pictures" in page.text
+    assert "on 16 images" in page.text
     page = report(*with_data, "--weights", "plain.pth")
-    assert "on 40 pictures" in page.text
+    assert "on 40 images" in page.text
     facts = dict(page.tables["provenance"])
-    assert facts["measured anew"] == "drift and parity, on 40 pictures of pictures, seed 0"
+    assert facts["measured anew"] == "drift and parity, on 40 images of pictures, seed 0"
     with torch.no_grad():
         model.stem.weight += 0.1
     torch.save(model.state_dict(), tmp_path / "other.pth")
@@ -637,7 +637,7 @@ def test_every_figure_has_a_name_and_headings_are_in_order(chromium, pages):
         "Mean of each channel, by layer",
         "Standard deviation of each channel, by layer",
         "Constant and near-constant channels, by layer",
-        "Standard error by number of pictures",
+        "Standard error by number of images",
         "Standard error of mean and standard deviation, by layer",
         "Drift of the outputs under batch statistics, by batch size",
     ):
