@@ -5,6 +5,7 @@ A state dict does not tell a ReLU from a SiLU, nor that Inception transforms its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,19 +48,20 @@ def difference(model: nn.Module, told: Provenance) -> str:
 
 
 def _built(told: Provenance) -> nn.Module | None:
-    """Build what `load` would, with any numbers; None where that takes a model from outside."""
+    """Build what `load` would, without its numbers; None where that takes a model from outside."""
     if told.model is None or not is_torchvision(told.model):
         return None
     call = told.model, told.model_args or {}, told.weights
     try:
         with torch.device("meta"):
             built = torchvision_model(*call)
-        built.to_empty(device="cpu")
     except NotImplementedError:  # RegNet asks for values of tensors
         built = torchvision_model(*call)
     if (record := told.record) is None:
         return built
-    return inserted(built, record.plan, eps=record.eps, momentum=record.momentum)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        return inserted(built, record.plan, eps=record.eps, momentum=record.momentum)
 
 
 def _kind(module: nn.Module) -> str:
