@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ def loaded(loader: DataLoader[Any], what: str) -> Iterator[Any]:
 
     `what` it reads is for the message.
     """
-    with _without_torchs_signal_handler():
+    with _without_torchs_signal_handler(), _stops_held():
         batches = iter(loader)
     try:
         yield from batches
@@ -44,6 +45,27 @@ def _are_alive(batches: Any) -> bool:
 
 
 @contextmanager
+def _stops_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block, in which processes start.
+
+    What a handler raises while a process forks is printed and lost, and everything would go on.
+    """
+    held: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+@contextmanager
 def _without_torchs_signal_handler() -> Iterator[None]:
     """Undo that torch's loader sets a signal handler in the block, for the whole process.
 
@@ -52,6 +74,8 @@ def _without_torchs_signal_handler() -> Iterator[None]:
     """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = number and signal.getsignal(number)
-    yield
-    if number and before is not None and signal.getsignal(number) is not before:
-        signal.signal(number, before)
+    try:
+        yield
+    finally:
+        if number and before is not None and signal.getsignal(number) is not before:
+            signal.signal(number, before)

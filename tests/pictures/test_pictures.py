@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -133,6 +134,24 @@ def test_an_error_in_a_transform_of_ones_own_is_passed_on(workers):
     with pytest.raises(RuntimeError, match="boom") as caught:
         list(batches)
     assert caught.tb is not None  # the error is held, as a notebook does
+    assert multiprocessing.active_children() == []
+
+
+FORKED = []  # what to do once, after a process has forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=lambda: FORKED and FORKED.pop()())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes do not fork")
+def test_an_interrupt_while_processes_start_is_not_lost():
+    batches = PictureBatches(Counted(4), range(4), np.asarray, batch_size=2, workers=2)
+    handler = signal.getsignal(signal.SIGINT)
+    FORKED.append(lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        list(batches)
+    assert FORKED == []
+    assert signal.getsignal(signal.SIGINT) is handler
+    gc.collect()
     assert multiprocessing.active_children() == []
 
 
