@@ -17,22 +17,38 @@ from retrofit.errors import RetrofitError
 from retrofit.files.model_sources import is_torchvision, torchvision_model
 from retrofit.files.provenance import Provenance
 
-# What decides nothing in eval mode.
-OF_TRAINING = ("training", "inplace", "momentum", "p")
+# What decides nothing in eval mode, or nothing that the shapes of tensors do not tell.
+PASSED_OVER = ("training", "inplace", "momentum", "p", "num_classes")
 
 
 def difference(model: nn.Module, told: Provenance) -> str:
     """Say where `load` would build another network than `model`; "" where it would not.
 
-    It is "" also where the name is not one of torchvision's, of which `load` builds nothing, and
-    where the tensors do not fit, of which it says so.
+    It is "" also where the name is not one of torchvision's, of which `load` builds nothing.
     """
+    plain = _named(told)
+    if plain is None:
+        return ""
     try:
-        expected = _built(told)
-    except RetrofitError:
-        return ""
-    if expected is None or expected.state_dict().keys() != model.state_dict().keys():
-        return ""
+        expected = _converted(plain, told)
+    except RetrofitError as error:
+        return str(error)
+    return _of_tensors(model, expected) or _of_modules(model, expected)
+
+
+def _of_tensors(model: nn.Module, expected: nn.Module) -> str:
+    ours, theirs = _shapes(model), _shapes(expected)
+    for key in {**theirs, **ours}:
+        if key not in ours:
+            return f"{key} is not in this one"
+        if key not in theirs:
+            return f"{key} is in this one alone"
+        if ours[key] != theirs[key]:
+            return f"{key} has shape {ours[key]} in this one, and would have {theirs[key]}"
+    return ""
+
+
+def _of_modules(model: nn.Module, expected: nn.Module) -> str:
     ours = dict(model.named_modules())
     for path, module in expected.named_modules():
         where = path or "the network"
@@ -47,21 +63,35 @@ def difference(model: nn.Module, told: Provenance) -> str:
     return ""
 
 
-def _built(told: Provenance) -> nn.Module | None:
-    """Build what `load` would, without its numbers; None where that takes a model from outside."""
+def _named(told: Provenance) -> nn.Module | None:
+    """Build the model of the name, without its numbers; None where torchvision has none."""
     if told.model is None or not is_torchvision(told.model):
         return None
     call = told.model, told.model_args or {}, told.weights
     try:
         with torch.device("meta"):
-            built = torchvision_model(*call)
+            return torchvision_model(*call)
     except NotImplementedError:  # RegNet asks for values of tensors
-        built = torchvision_model(*call)
+        return torchvision_model(*call)
+    except RetrofitError:
+        return None
+
+
+def _converted(built: nn.Module, told: Provenance) -> nn.Module:
+    """Put BatchNorms where the file says."""
     if (record := told.record) is None:
         return built
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         return inserted(built, record.plan, eps=record.eps, momentum=record.momentum)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(tensor.shape)
+        for key, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 def _kind(module: nn.Module) -> str:
@@ -73,5 +103,5 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         plain = value if isinstance(value, tuple) else (value,)
         of_plain = all(isinstance(v, (bool, int, float, str, type(None))) for v in plain)
-        if of_plain and not name.startswith("_") and name not in OF_TRAINING:
+        if of_plain and not name.startswith("_") and name not in PASSED_OVER:
             yield name, value

@@ -147,11 +147,37 @@ def test_another_activation_than_the_name_s_is_told(converted, tmp_path):
         retrofit.save(model, tmp_path / "a.safetensors", name="squeezenet1_1")
 
 
+def resnet_with_a_deeper_head():
+    model = models.resnet18()
+    model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 7))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "text"),
+    [
+        (resnet_with_a_deeper_head, "resnet18", r"fc\.weight is not in this one"),
+        (lambda: models.resnet18(num_classes=7), "resnet18", r"shape \(7, 512\) in this one, and"),
+        (lambda: retrofit.fold(models.resnet18()), "resnet18", r"bn1\.weight is not in this one"),
+        (models.squeezenet1_0, "squeezenet1_1", r"features\.0\.weight has shape"),
+    ],
+)
+def test_what_load_will_not_fit_is_told(make, name, text, tmp_path):
+    file = tmp_path / "a.safetensors"
+    with pytest.warns(UserWarning, match=text):
+        retrofit.save(make(), file, name=name)
+    with pytest.raises(RetrofitError):
+        retrofit.load(file)
+
+
 def test_nothing_is_told_of_what_load_would_build_alike_or_not_at_all(tmp_path):
     model = retrofit.insert(models.squeezenet1_1(dropout=0.1).train())
     retrofit.save(model, tmp_path / "a.safetensors", name="squeezenet1_1")
+    model.classifier[1] = nn.Conv2d(512, 5, 1)  # the network still says num_classes=1000
+    told = {"name": "squeezenet1_1", "model_args": {"num_classes": 5}}
+    retrofit.save(model, tmp_path / "a.safetensors", **told, overwrite=True)
     other = retrofit.insert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)))
-    for name in ("squeezenet1_1", "my own", "net.py:make", None):
+    for name in ("my own", "net.py:make", None):
         retrofit.save(other, tmp_path / "a.safetensors", name=name, overwrite=True)
 
 
