@@ -18,6 +18,10 @@ from retrofit.restoring.sources import Layer, Source
 from retrofit.surgery.fold_pairs import Pairs
 from retrofit.tables import few
 
+ANOTHER = (
+    ": is it of another architecture? (key_map= of retrofit.restore says how tensors are called)"
+)
+
 
 class Match(NamedTuple):
     """A folded network in the shape of an architecture.
@@ -87,8 +91,7 @@ def _refuse_lost(pairs: Pairs, state: State, missing: Sequence[str], source: Sou
         hint = f"; the nearest name there is {near[0]}" if near else ""
         raise RetrofitError(
             f"{source.name} has no {few(missing)}, of {len(missing)} tensors that are missing"
-            f"{hint}: is it of another architecture? (key_map= of retrofit.restore says how "
-            "tensors are called)"
+            f"{hint}{ANOTHER}"
         )
 
 
@@ -251,7 +254,7 @@ def _shapes(layer: Layer) -> str:
 
 
 def _head_alone(theirs: Sequence[Layer], ours: Sequence[Layer]) -> str:
-    """Say what to do, of layers from the first that differs: other classes, or other places."""
+    """Ask, of layers from the first that differs: of other classes, or of another architecture?"""
     if len(theirs) == len(ours):
         tensors = (
             (other.tensors[name], tensor)
@@ -261,7 +264,7 @@ def _head_alone(theirs: Sequence[Layer], ours: Sequence[Layer]) -> str:
         )
         if hint := other_head(tensors):
             return hint
-    return "; key_map= of retrofit.restore says what belongs where"
+    return ANOTHER
 
 
 def _completed(skeleton: nn.Module, state: State, source: Source) -> Iterator[tuple[str, Any]]:

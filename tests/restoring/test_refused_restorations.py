@@ -97,7 +97,7 @@ def test_other_names_and_layers_in_another_order():
 
     refused(
         r"neither by names nor layer by layer: where the architecture has 0 of shape "
-        r"\(6, 3, 3, 3\), it has a of shape \(4, 3, 1, 1\); key_map= of",
+        r"\(6, 3, 3, 3\), it has a of shape \(4, 3, 1, 1\): is it of another architecture\?",
         network=Other(),
     )
 
