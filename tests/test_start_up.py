@@ -81,7 +81,11 @@ def test_help_does_not_wait_for_torch(name):
         (["--version"], 0, ""),
         (["--json"], 2, "required: COMMAND"),
         (["convrt"], 2, "invalid choice: 'convrt'"),
-        (["plan", "vgg16", "--layuot", "graph"], 2, "unrecognized arguments: --layuot graph"),
+        (
+            ["plan", "vgg16", "--layuot", "graph"],
+            2,
+            "unrecognized arguments: --layuot: did you mean --layout?",
+        ),
         (["plan"], 2, "required: model"),
         (["plan", "vgg16", "--layout", "tree"], 2, "argument --layout: invalid choice: 'tree'"),
         (["plan", "vgg16", "--data", ""], 2, "an argument is empty"),

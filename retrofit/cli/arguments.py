@@ -42,6 +42,7 @@ TOLERANCE_HELP = (
     "stop when the standard errors of 99 %% of the channels are below T of their sigma; default: "
     f"{TOLERANCE:g}, and with --images 0, which uses all"
 )
+NEAR = 0.75  # of two words: the share of letters in common, from which one may stand for the other
 DEBUG = "show where an error came from"
 QUIET = "print nothing but warnings and errors"
 JSON = "print one JSON object, in place of tables and lines; it has all that they say"
@@ -74,16 +75,29 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
             parser.error(
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
-    found, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise _Mistake(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0], found)}")
-    return found
+    # argparse would speak first of what is missing, also where that is only misspelt.
+    command = None
+    for word in words:
+        command = command or (word if word in COMMANDS else None)
+        name, options = word.partition("=")[0], _options(parser, command)
+        if name[:2] == "--" and not any(option.startswith(name) for option in options):
+            raise _Mistake(f"unrecognized arguments: {word}{_nearest(name, options)}")
+    return parser.parse_args(words)
 
 
-def _nearest(word: str, found: argparse.Namespace) -> str:
-    """Ask whether an option of the command was meant by one that it has not."""
-    near = difflib.get_close_matches(word.partition("=")[0], found.options, n=1)
-    return f": did you mean {near[0]}?" if near else ""
+def _options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
+    """List the options of a command, or those that may stand before it."""
+    if command is not None:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = commands.choices[command]
+    return list(parser._option_string_actions)
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    """Ask whether an option was meant by one that there is not."""
+    known = [option.removeprefix("--") for option in options]
+    near = difflib.get_close_matches(name.removeprefix("--").lower(), known, n=1, cutoff=NEAR)
+    return f": did you mean --{near[0]}?" if near else ""
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -119,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (request, text, describe, more) in COMMANDS.items():
         one = commands.add_parser(name, help=text, description=text + more)
         _add_telling(one, default=argparse.SUPPRESS)  # what stands before the command counts
+        one.set_defaults(request=request)
         describe(one)
-        one.set_defaults(request=request, options=tuple(one._option_string_actions))
     return whole
 
 

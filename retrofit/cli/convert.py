@@ -89,7 +89,8 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
     """Calibrate, all processes together, each on its share of the pictures; the first one saves."""
     with launched() as processes, processes.failing_together():
         _refuse_bad_files(request, processes)
-        with if_stopped(f"{request.output} is not written", request.state):
+        unwritten = f"{request.output} is not written"
+        with if_stopped(unwritten):
             sample = _sample(request, processes)
             by = f", by {processes.size} processes" if processes.group else ""
             sample.announce(terminal, by, at_most=may_end_early(request))
@@ -100,6 +101,7 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
                 terminal.show(*plan._parts())
                 terminal.tell(plan=plan)
                 return terminal.fail("there is nothing to convert, and nothing was written", 1)
+        with if_stopped(unwritten, request.state):
             calibrated = _calibrated(request, sample, plan, processes, terminal)
             if processes.rank > 0:
                 return 0

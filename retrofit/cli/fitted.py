@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions
@@ -49,13 +50,18 @@ def _table(table: Table, console: Console) -> RichTable:
             justify="right" if right else "left",
             no_wrap=_is_rigid(table, i),
         )
-    for row in table.rows:
-        cells = (one_line(row[i]) for i in shown)
-        names = (table.header[i] in table.paths for i in shown)
-        fitted.add_row(
-            *(_Name(c) if name else Text(c) for c, name in zip(cells, names, strict=True))
-        )
+    columns = [_cells(table, i) for i in shown]
+    for cells in zip(*columns, strict=True):
+        fitted.add_row(*cells)
     return fitted
+
+
+def _cells(table: Table, column: int) -> list[Text] | list[_Name]:
+    texts = [one_line(row[column]) for row in table.rows]
+    if table.header[column] not in table.paths:
+        return list(map(Text, texts))
+    names = _Names(texts)
+    return [_Name(text, names) for text in texts]
 
 
 def _columns(table: Table, width: int) -> list[int]:
@@ -92,14 +98,33 @@ def _facts(facts: Facts) -> RichTable:
     return grid
 
 
+class _Names:
+    """The names of a column, which stay different when they are shortened."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = set(names)
+        self.counts: dict[int, Counter[str]] = {}  # by the width
+
+    def tells(self, short: str, width: int) -> bool:
+        """Tell whether one name alone is shortened to that."""
+        if width not in self.counts:
+            self.counts[width] = Counter(shortened(name, width) for name in self.names)
+        return self.counts[width][short] == 1
+
+
 @dataclass(frozen=True)
 class _Name:
-    """The path of a layer: its ends tell more than its middle."""
+    """The path of a layer: its ends tell more than its middle, unless others have the same."""
 
     text: str
+    among: _Names
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(len(self.text), LEAST), len(self.text))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield Text(shortened(self.text, options.max_width), no_wrap=True)
+        short = shortened(self.text, options.max_width)
+        if self.among.tells(short, options.max_width):
+            yield Text(short, no_wrap=True)
+        else:
+            yield Text(self.text, overflow="fold")

@@ -182,7 +182,11 @@ CASES = [
     ("plan net.py:needy", 2, "net.py:needy() failed: TypeError"),
     (f"{PLAN} --frobnicate", 2, "unrecognized arguments: --frobnicate (see"),
     (f"{PLAN} --exlcude=x", 2, "unrecognized arguments: --exlcude=x: did you mean --exclude?"),
-    (f"{CONVERT} --tolernace 1", 2, "--tolernace 1: did you mean --tolerance? (see"),
+    (f"{CONVERT} --tolernace 1", 2, "--tolernace: did you mean --tolerance? (see"),
+    ("convert net.py:make --data d --ouptut o.pth", 2, "--ouptut: did you mean --output? (see"),
+    ("--verison", 2, "unrecognized arguments: --verison: did you mean --version? (see retrofit --"),
+    (f"{CONVERT} --force", 2, "unrecognized arguments: --force (see"),  # of no option's likeness
+    (f"{PLAN} --no-verify", 2, "unrecognized arguments: --no-verify (see"),
     (f"{PLAN} --layout tree", 2, "argument --layout: invalid choice: 'tree'"),
     (f"{PLAN} --placement before", 2, "argument --placement: invalid choice: 'before'"),
     (f"{PLAN} --include nope.*", 2, "'nope.*' matches none of the 2 convolutions"),

@@ -160,6 +160,19 @@ def terminal(monkeypatch, capsys):
     return shown
 
 
+ALIKE = """
+from collections import OrderedDict
+from torch import nn
+
+def alike():
+    blocks = {
+        f"block_{i}": nn.Sequential(OrderedDict(projection_and_more=nn.Sequential(
+            nn.Conv2d(3, 3, 3), nn.ReLU())))
+        for i in range(3)
+    }
+    body = nn.Sequential(OrderedDict(blocks))
+    return nn.Sequential(OrderedDict(a_backbone_of_some_length=body, head=nn.Conv2d(3, 2, 1)))
+"""
 NETS = """
 from torch import nn
 
@@ -186,6 +199,15 @@ def test_tables_are_as_wide_as_the_terminal(terminal, tmp_path, monkeypatch, wid
     assert first.split()[0].endswith("ojection.0")  # both ends of the name are there
     converted(tmp_path)
     assert max(map(len, terminal("inspect bn.safetensors", width))) <= width
+
+
+def test_names_that_differ_in_the_middle_stay_different(terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(ALIKE)
+    text = "".join(terminal("plan net.py:alike", 60)).replace(" ", "")
+    for block in range(3):
+        name = f"a_backbone_of_some_length.block_{block}.projection_and_more.0"
+        assert name in text or f"block_{block}" in text
 
 
 def test_without_a_terminal_tables_are_plain_text_of_any_width(run):
