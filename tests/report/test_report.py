@@ -245,7 +245,8 @@ def test_outputs_that_differ_are_called_different(made, report, tmp_path):
 
 
 def test_a_file_without_a_comparison_says_how_to_get_one(made, report, tmp_path):
-    retrofit.save(made.converted, tmp_path / "bn.safetensors", name="vgg16")
+    with pytest.warns(UserWarning, match="will build another network"):
+        retrofit.save(made.converted, tmp_path / "bn.safetensors", name="vgg16")
     text = report("bn.safetensors").text
     assert "does not say how the outputs compare" in text
     command = "retrofit report bn.safetensors --output report.html --data FOLDER --weights WEIGHTS"
@@ -592,7 +593,8 @@ def pages(made, tmp_path_factory):
     found = retrofit.verify(vgg, converted, [x])
     drift = retrofit.drift(vgg, converted, [x])
     measured = {"calibration": calibration, "verification": found, "drift": drift}
-    retrofit.save(converted, folder / "vgg16.safetensors", name="vgg16", **measured)
+    with pytest.warns(UserWarning, match="will build another network"):  # without a classifier
+        retrofit.save(converted, folder / "vgg16.safetensors", name="vgg16", **measured)
     for name in ("small", "hostile", "vgg16"):
         file = folder / name
         assert main(["report", f"{file}.safetensors", "--output", f"{file}.html"]) == 0
