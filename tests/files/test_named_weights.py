@@ -82,9 +82,9 @@ def downloaded(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
 
-    def stock(entry):
+    def stock(entry, random=None):
         torch.manual_seed(0)
-        random = as_torchvision_builds(entry, monkeypatch)
+        random = random or as_torchvision_builds(entry, monkeypatch)
         torch.save(random.state_dict(), folder / entry.url.rpartition("/")[2])
         return models.get_model(NAMES[type(entry)], weights=entry).eval()
 
@@ -126,14 +126,18 @@ def test_a_detector_is_converted_verified_folded_and_loaded(downloaded, run, tmp
 
 
 def test_save_in_python_takes_the_weights_name(downloaded, tmp_path):
-    inception, x = downloaded(models.Inception_V3_Weights.DEFAULT), nets.images(2, 3, 80, 80)
-    file = tmp_path / "a.safetensors"
+    with_classifiers = models.googlenet(init_weights=False)  # as in the file of torchvision's
+    network = downloaded(models.GoogLeNet_Weights.DEFAULT, with_classifiers)
+    x = nets.images(2, 3, 64, 64)
+    assert torch.equal(model_sources.trained("googlenet", "DEFAULT")(x), network(x))
+    file, without = tmp_path / "a.safetensors", {"aux_logits": False}
     with pytest.warns(UserWarning, match="network has transform_input=True in this one, and would"):
-        retrofit.save(inception, file, name="inception_v3")
-    assert not torch.equal(retrofit.load(file)(x), inception(x))
-    for told in ({"weights": "IMAGENET1K_V1"}, {"model_args": {"transform_input": True}}):
-        retrofit.save(inception, file, name="inception_v3", **told, overwrite=True)
-        assert torch.equal(retrofit.load(file)(x), inception(x))
+        retrofit.save(network, file, name="googlenet", model_args=without)
+    assert not torch.equal(retrofit.load(file)(x), network(x))
+    asked = {**without, "transform_input": True}
+    for told in ({"weights": "IMAGENET1K_V1"}, {"model_args": asked}):
+        retrofit.save(network, file, name="googlenet", **told, overwrite=True)
+        assert torch.equal(retrofit.load(file)(x), network(x))
 
 
 @pytest.mark.parametrize("converted", [False, True])
