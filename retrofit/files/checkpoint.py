@@ -106,7 +106,8 @@ def save(
             `overwrite`; an entry of the state dict is no tensor (`.safetensors`); `load` could not
             read the file, because a BatchNorm or the layer before it was changed since the
             conversion (it lost its running statistics, or was pruned), the BatchNorms have several
-            eps (`.safetensors`), or an argument is of another type; a tensor is on the meta device.
+            eps (`.safetensors`), or an argument is of another type, or names weights that there
+            are not; a tensor is on the meta device.
         OSError: writing failed half-way; an existing file is then as it was.
     """
     _check_call("save(model, path)", path, model)

@@ -1,9 +1,8 @@
-"""Models of libraries, by the names that these have for them."""
+"""Models of timm and ultralytics, by the names that these have for them."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import re
 import sys
@@ -14,15 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.detection import (
-    FasterRCNN_ResNet50_FPN_Weights,
-    KeypointRCNN_ResNet50_FPN_Weights,
-    MaskRCNN_ResNet50_FPN_Weights,
-    RetinaNet_ResNet50_FPN_Weights,
-)
-from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import to_tensor
 
@@ -32,120 +23,18 @@ from retrofit.files.model_args import (
     OPTION,
     ModelArgs,
     call_factory,
-    in_words,
     refuse_weights,
 )
-from retrofit.files.model_source import Source, in_precision, nearest
+from retrofit.files.model_source import (
+    Source,
+    call_of,
+    in_precision,
+    nearest,
+    refuse_other_classes,
+)
 from retrofit.files.suffixes import KINDS
 from retrofit.files.weights import WeightsFile
 from retrofit.pictures.preprocessing import Transform, Transforms
-
-# Detectors that torchvision builds with a backbone of FrozenBatchNorm2d where they are trained, and
-# the weights for which it sets their eps to 0.
-FROZEN = (
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_resnet50_fpn",
-    "fcos_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn",
-    "retinanet_resnet50_fpn",
-)
-NO_EPS = (
-    FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    KeypointRCNN_ResNet50_FPN_Weights.COCO_V1,
-    MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-    RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-)
-
-
-class Torchvision(Source):
-    def __init__(self, name: str, arguments: ModelArgs, weights: str | None = None) -> None:
-        """Name a model; `weights` those that it is built for, as torchvision does, but not loaded.
-
-        Raises RetrofitError for a name that torchvision does not have.
-        """
-        known = torchvision.models.list_models()
-        if name not in known:
-            raise RetrofitError(
-                f"torchvision has no model {name!r}{nearest(name, known)}; other models are given "
-                "as timm:NAME, package.module:factory or path/to/file.py:factory"
-            )
-        refuse_weights(name, arguments)
-        self.name, self.arguments = name, arguments
-        self.entries = torchvision.models.get_model_weights(name)
-        self.names = list(self.entries.__members__)
-        self.weights = None if weights is None else self._entry(weights)
-
-    def build(self) -> nn.Module:
-        builder = torchvision.models.get_model_builder(self.name)
-        known = inspect.signature(builder).parameters
-        options = self._settings()  # where the arguments do not decide
-        if "weights_backbone" in known:
-            options["weights_backbone"] = None
-        if self.name in ("googlenet", "inception_v3"):  # they warn of a slow start otherwise
-            options["init_weights"] = False
-        module = sys.modules[builder.__module__]
-        model: nn.Module = call_factory(self.name, builder, self.arguments, module, **options)
-        if self.weights is not None and self.name in FROZEN:
-            body: Any = model.backbone.body  # type: ignore[union-attr]
-            _freeze(body, 0.0 if self.weights in NO_EPS else None)
-        return model
-
-    def _settings(self) -> dict[str, Any]:
-        """List what torchvision builds the model with, for its weights or for none."""
-        found: dict[str, Any] = {"weights": None}
-        if self.weights is None:
-            return found
-        if self.name in ("googlenet", "inception_v3"):
-            found["transform_input"] = True
-        if self.name == "googlenet":
-            found["aux_logits"] = False
-        if self.name.startswith(("fcn_", "deeplabv3_")):
-            found["aux_loss"] = True
-        if self.name.startswith("vit_"):
-            found["image_size"] = self.weights.meta["min_size"][0]
-        return found
-
-    @property
-    def code(self) -> str:
-        return f"torchvision.models.get_model({_call(self)})"
-
-    def _entry(self, weights: str) -> Any:
-        if weights not in self.names:
-            raise RetrofitError(
-                f"{weights!r} is no file and no weights of {self.name}; those are "
-                f"{', '.join(self.names)}"
-            )
-        return self.entries[weights]
-
-    def pretrained(self, weights: str) -> nn.Module:
-        entry = self._entry(weights)
-        classes = len(entry.meta.get("categories", ()))
-        if classes:
-            _refuse_other_classes(str(entry), classes, self.arguments)
-        try:
-            tensors = entry.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            raise RetrofitError(f"{entry} cannot be downloaded: {error}") from error
-        model = Torchvision(self.name, self.arguments, weights).build()
-        # As torchvision: auxiliary classifiers that the model is built without are left out.
-        own = model.state_dict()
-        load_weights(model, {key: t for key, t in tensors.items() if key in own}, str(entry))
-        return model
-
-    def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
-        entry = weights if weights in self.entries.__members__ else "DEFAULT"
-        made: Transforms = self.entries[entry].transforms
-        return made
-
-
-def _freeze(model: nn.Module, eps: float | None) -> None:
-    """Replace BatchNorms, as new as they are, by FrozenBatchNorm2d, of this eps or its own."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            own = {} if eps is None else {"eps": eps}
-            model.set_submodule(name, FrozenBatchNorm2d(module.num_features, **own))
 
 
 class Timm(Source):
@@ -175,7 +64,7 @@ class Timm(Source):
 
     @property
     def code(self) -> str:
-        return f"timm.create_model({_call(self)})"
+        return f"timm.create_model({call_of(self.name, self.arguments)})"
 
     def pretrained(self, weights: str) -> nn.Module:
         if weights != "DEFAULT":
@@ -208,7 +97,7 @@ class Timm(Source):
         Timm.build(self)
         config = self.timm.models.get_pretrained_cfg(self.name)
         if self.arguments.get("num_classes") != 0:  # without a head
-            _refuse_other_classes(f"timm's {self.name}", config.num_classes, self.arguments)
+            refuse_other_classes(f"timm's {self.name}", config.num_classes, self.arguments)
 
     def transforms(self, model: nn.Module, weights: str | None) -> Transforms:  # noqa: ARG002
         config = self.timm.data.resolve_model_data_config(model)
@@ -344,22 +233,6 @@ class Ultralytics(Source):
             return transform
 
         return classified if isinstance(model, classifier) else detected
-
-
-def _call(source: Torchvision | Timm) -> str:
-    """Write the arguments of the call that builds a model by its name."""
-    return ", ".join(filter(None, (repr(source.name), in_words(source.arguments))))
-
-
-def _refuse_other_classes(weights: str, classes: int, arguments: ModelArgs) -> None:
-    """Raise RetrofitError for a head that these weights are not for, and that would be random."""
-    asked = arguments.get("num_classes", classes)
-    if asked != classes:
-        raise RetrofitError(
-            f"the weights of {weights} are for {classes} classes, and with {OPTION} "
-            f"num_classes={asked} the head would be random: convert the network as it is and give "
-            "it another head then, or give --weights a file of yours"
-        )
 
 
 @contextmanager

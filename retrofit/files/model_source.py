@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from retrofit.errors import RetrofitError
 from retrofit.files.fitting import fitted, load_weights
+from retrofit.files.model_args import OPTION, ModelArgs, in_words
 from retrofit.files.weights import WeightsFile
 from retrofit.pictures.preprocessing import DETECTION_PRESET, PRESET, Transforms
 from retrofit.running.input_channels import input_dtype
@@ -61,3 +63,19 @@ def in_precision(dtype: torch.dtype | None, model: nn.Module) -> nn.Module:
 def nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def call_of(name: str, arguments: ModelArgs) -> str:
+    """Write the arguments of the call that builds a model by its name."""
+    return ", ".join(filter(None, (repr(name), in_words(arguments))))
+
+
+def refuse_other_classes(weights: str, classes: int, arguments: ModelArgs) -> None:
+    """Raise RetrofitError for a head that these weights are not for, and that would be random."""
+    asked = arguments.get("num_classes", classes)
+    if asked != classes:
+        raise RetrofitError(
+            f"the weights of {weights} are for {classes} classes, and with {OPTION} "
+            f"num_classes={asked} the head would be random: convert the network as it is and give "
+            "it another head then, or give --weights a file of yours"
+        )

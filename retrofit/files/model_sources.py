@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from retrofit.errors import RetrofitError
-from retrofit.files.library_models import Reparameterized, Timm, Torchvision, Ultralytics
+from retrofit.files.library_models import Reparameterized, Timm, Ultralytics
 from retrofit.files.model_args import NO_ARGS, ModelArgs
 from retrofit.files.model_source import Source, in_precision
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.own_models import Code, Onnx
 from retrofit.files.shards import INDEX
 from retrofit.files.suffixes import READ
+from retrofit.files.torchvision_models import Torchvision
 from retrofit.files.weights import open_weights
 from retrofit.pictures.preprocessing import Transforms
 

@@ -64,17 +64,23 @@ def _of_modules(model: nn.Module, expected: nn.Module) -> str:
 
 
 def _named(told: Provenance) -> nn.Module | None:
-    """Build the model of the name, without its numbers; None where torchvision has none."""
+    """Build the model of the name, without its numbers; None where torchvision has none.
+
+    Raises RetrofitError for weights that it does not have.
+    """
     if told.model is None or not is_torchvision(told.model):
         return None
     call = told.model, told.model_args or {}, told.weights
     try:
         with torch.device("meta"):
             return torchvision_model(*call)
-    except NotImplementedError:  # RegNet asks for values of tensors
-        return torchvision_model(*call)
-    except RetrofitError:
-        return None
+    except (NotImplementedError, RetrofitError):  # RegNet asks for values of tensors
+        try:
+            return torchvision_model(*call)
+        except RetrofitError:
+            if told.weights is not None:
+                raise
+            return None
 
 
 def _converted(built: nn.Module, told: Provenance) -> nn.Module:
