@@ -228,7 +228,7 @@ def run_demo(request: DemoRequest, terminal: Terminal) -> int:
     except OSError as error:
         raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
     terminal.show(*found._parts())
-    terminal.tell(demo=found)
+    terminal.tell(demo=found, verification=found.converted.verification.summary())
     return 0
 
 

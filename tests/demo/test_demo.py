@@ -45,11 +45,11 @@ def test_the_demo_shows_what_it_claims(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_program_gets_the_numbers(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["demo"]
-    converted, restored = found["converted"], found["restored"]
+    found = json.loads(capsys.readouterr().out)
+    converted, restored = found["demo"]["converted"], found["demo"]["restored"]
     plain, retrofitted, folded, *_ = (one["accuracy"] for one in converted["accuracies"])
     assert plain == retrofitted == folded > 0.8
-    assert converted["verification"]["exact"]
+    assert found["verification"]["exact"]
     assert converted["calibration"]["images"] == 1024
     assert restored["accuracies"].keys() == {"folded", "restored"}
     assert restored["accuracies"]["restored"][-1] > restored["accuracies"]["folded"][-1]

@@ -319,7 +319,7 @@ def test_the_drift_is_measured_on_a_part_of_the_sample_or_beyond_it(run, convert
     assert run(*convertible, *files)[0] == 0
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     assert [row[:2] for row in page.tables["drift"][1:]] == [["8", "8"]]  # of a quarter of 40
-    assert "There were too few pictures for batches of 32, 128" in page.text
+    assert "There were too few images for batches of 32, 128" in page.text
     for i in range(40, 140):
         shutil.copy(tmp_path / "pictures" / f"{i % 40:02}.png", tmp_path / "pictures" / f"{i}.png")
     assert run(*convertible, *files, "--images", 12)[0] == 0
