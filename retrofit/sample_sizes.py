@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Of the channel's standard deviation: standard errors that calibration may end at.
 TOLERANCE = 0.05
-# The same, from which on calibration warns, and recalibration, which some sixteen images satisfy.
+# The same, above which calibration warns; and recalibration, for which sixteen images may do.
 UNCERTAIN = 0.1
 UNCERTAIN_RECALIBRATION = 0.25
 # To re-estimate statistics on.

@@ -41,9 +41,7 @@ def build(spec: str, model_args: ModelArgs = NO_ARGS, built_for: str | None = No
         RetrofitError: no such model, weights, module, file or factory, arguments that it does not
             take, or no nn.Module came of it.
     """
-    if built_for is not None and is_torchvision(spec):
-        return torchvision_model(spec, model_args, built_for)
-    return _source(spec, model_args).build()
+    return _source(spec, model_args, built_for).build()
 
 
 def weights_name(spec: str, weights: str | None) -> str | None:
@@ -133,7 +131,7 @@ def is_torchvision(spec: str) -> bool:
     return ":" not in spec and not is_onnx(spec)
 
 
-def _source(spec: str, model_args: ModelArgs = NO_ARGS) -> Source:
+def _source(spec: str, model_args: ModelArgs = NO_ARGS, built_for: str | None = None) -> Source:
     if is_onnx(spec):
         return Onnx(spec, model_args)
     prefix, _, name = spec.partition(":")
@@ -144,6 +142,6 @@ def _source(spec: str, model_args: ModelArgs = NO_ARGS) -> Source:
             else f"{spec} is a file, not the name of a network: weights are given with --weights"
         )
     if not name:
-        return Torchvision(spec, model_args)
+        return Torchvision(spec, model_args, built_for)
     kind = LIBRARIES.get(prefix, Code)
     return kind(name if prefix in LIBRARIES else spec, model_args)

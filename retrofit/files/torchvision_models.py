@@ -42,8 +42,8 @@ NO_EPS = (
 
 
 class Torchvision(Source):
-    def __init__(self, name: str, arguments: ModelArgs, weights: str | None = None) -> None:
-        """Name a model; `weights` those that it is built for, as torchvision does, but not loaded.
+    def __init__(self, name: str, arguments: ModelArgs, built_for: str | None = None) -> None:
+        """Name a model, and weights whose settings it gets, without loading them.
 
         Raises RetrofitError for a name that torchvision does not have.
         """
@@ -57,7 +57,7 @@ class Torchvision(Source):
         self.name, self.arguments = name, arguments
         self.entries = torchvision.models.get_model_weights(name)
         self.names = list(self.entries.__members__)
-        self.weights = None if weights is None else self._entry(weights)
+        self.built_for = None if built_for is None else self._entry(built_for)
 
     def build(self) -> nn.Module:
         builder = torchvision.models.get_model_builder(self.name)
@@ -69,15 +69,15 @@ class Torchvision(Source):
             options["init_weights"] = False
         module = sys.modules[builder.__module__]
         model: nn.Module = call_factory(self.name, builder, self.arguments, module, **options)
-        if self.weights is not None and self.name in FROZEN:
+        if self.built_for is not None and self.name in FROZEN:
             body: Any = model.backbone.body  # type: ignore[union-attr]
-            _freeze(body, 0.0 if self.weights in NO_EPS else None)
+            _freeze(body, 0.0 if self.built_for in NO_EPS else None)
         return model
 
     def _settings(self) -> dict[str, Any]:
         """List what torchvision builds the model with, for its weights or for none."""
         found: dict[str, Any] = {"weights": None}
-        if self.weights is None:
+        if self.built_for is None:
             return found
         if self.name in ("googlenet", "inception_v3"):
             found["transform_input"] = True
@@ -86,7 +86,7 @@ class Torchvision(Source):
         if self.name.startswith(("fcn_", "deeplabv3_")):
             found["aux_loss"] = True
         if self.name.startswith("vit_"):
-            found["image_size"] = self.weights.meta["min_size"][0]
+            found["image_size"] = self.built_for.meta["min_size"][0]
         return found
 
     @property
