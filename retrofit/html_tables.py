@@ -24,6 +24,7 @@ STYLE = """\
 .retrofit-view table {
   border-collapse: collapse; margin: 0 0 1em; table-layout: auto; min-width: min(100%, 32em);
 }
+.retrofit-view.retrofit-view table { font-size: inherit; }
 .retrofit-view caption {
   caption-side: top; padding: .4em 0; text-align: left; color: inherit;
 }
@@ -94,6 +95,13 @@ def html_table(
     )
 
 
+def unfolding_list(summary: str, names: Sequence[str]) -> str:
+    """Write names, numbered from 1, that are to be seen only by those who unfold the summary."""
+    items = "".join(f"<li>{_breakable(_escaped(name, LONGEST))}</li>\n" for name in names)
+    head = f"<summary>{_escaped(summary, 4 * LONGEST)}</summary>\n"
+    return f"<details>\n{head}<ol>\n{items}</ol>\n</details>\n"
+
+
 def of_largest(value: float, values: Sequence[float]) -> float:
     """Return the share that a value has of the largest, for a bar."""
     largest = max(values, default=0.0)
@@ -121,8 +129,8 @@ def _cell(value: str | Bar, number: bool, scope: str = "") -> str:
     tag = f'th scope="{scope}"' if scope else "td"
     kind = ' class="number"' if number else ""
     text = _escaped(value.text if isinstance(value, Bar) else value, LONGEST)
-    if not number:  # a path may be broken after its dots
-        text = text.replace(".", ".<wbr>")
+    if not number:
+        text = _breakable(text)
     bar = _drawn(value.share) if isinstance(value, Bar) else ""
     return f"<{tag}{kind}>{text}{bar}</{tag[:2]}>"
 
@@ -130,6 +138,10 @@ def _cell(value: str | Bar, number: bool, scope: str = "") -> str:
 def _drawn(share: float) -> str:
     filled = 100 * min(max(share, 0.0), 1.0) if share == share else 0.0  # noqa: PLR0124 - NaN
     return f'<span class="bar" aria-hidden="true"><span style="width: {filled:.1f}%"></span></span>'
+
+
+def _breakable(path: str) -> str:
+    return path.replace(".", ".<wbr>")
 
 
 def _escaped(text: str, most: int) -> str:

@@ -34,7 +34,7 @@ HOSTILE = (
     '</table><script>alert(\'1\')</script>"><img src=x onerror="alert(1)">&amp;\x1b[31m\u202e\n'
 )
 TAGS = {"div", "style", "p", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "wbr"}
-TAGS |= {"details", "summary"}
+TAGS |= {"details", "summary", "ol", "li"}
 ATTRIBUTES = {"class", "scope", "style", "aria-hidden"}
 X = nets.images(48, 3, 16, 16)
 
@@ -48,7 +48,7 @@ class View(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.tables, self.captions, self.bars, self.text = [], [], [], [], ""
-        self.folded, self.style = 0, ""
+        self.folded, self.style, self.items = 0, "", []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -66,6 +66,9 @@ class View(HTMLParser):
             self.folded += "details" in self.open
         if tag == "caption":
             self.captions.append("")
+        if tag == "li":
+            assert "details" in self.open
+            self.items.append("")
         if tag == "tr":
             self.tables[-1].append([])
         if tag == "th":
@@ -89,6 +92,8 @@ class View(HTMLParser):
         self.text += data
         if "caption" in self.open:
             self.captions[-1] += data
+        elif "li" in self.open:
+            self.items[-1] += data
         elif {"th", "td"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
@@ -314,10 +319,10 @@ def test_handles_show_what_they_have_seen_and_where(results):
     shown = view(recalibration)
     facts = dict(shown.tables[0])
     assert facts == {"images": "96", "batches": "12", "passes over the data": "1"}
-    assert [path for (path,) in shown.rows(1, 2)] == list(recalibration.layers)
+    assert shown.items == list(recalibration.layers)
     shown = view(adapting)
     assert dict(shown.tables[0]) == {"images": "5", "prior": "64 images", "window": "none"}
-    assert [path for (path,) in shown.rows(1)] == list(adapting.layers)
+    assert shown.items == list(adapting.layers)
 
 
 def test_a_network_without_convolutions_has_a_view_too():

@@ -25,7 +25,7 @@ from retrofit.adaptation.running_statistics import (
     unwrapped,
 )
 from retrofit.errors import RetrofitError
-from retrofit.html_tables import html_table, view
+from retrofit.html_tables import html_table, unfolding_list, view
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.moments import Moments, merged, pooled
 from retrofit.numerics.reductions import finite
@@ -91,7 +91,7 @@ class Adapting:
 
     @property
     def images(self) -> int:
-        """How many images have passed since the beginning, or since `reset()`."""
+        """How many images passed since the beginning, or since `reset()`, until `remove()`."""
         return max(stream.passed for stream in self._streams.values())
 
     def reset(self) -> None:
@@ -103,7 +103,8 @@ class Adapting:
 
     def remove(self) -> None:
         """Leave the model as it was: statistics, modes and hooks. Once is enough."""
-        self.reset()
+        for path, norm in self._norms.items():
+            restore(norm, self._streams[path].old)
         self._until_removed.close()
         for norm in self._norms.values():
             _FOLLOWING.discard(norm)
@@ -125,15 +126,14 @@ class Adapting:
             ("prior", f"{self._prior:g} images"),
             ("window", "none" if math.isinf(self._window) else f"{self._window:g} images"),
         )
-        paths = [(path,) for path in self.layers]
         return view(
             html_table(f"Adapting: {self._summary()}", (), facts),
-            html_table("In the order of the model's modules", ("BatchNorm",), paths),
+            unfolding_list("BatchNorms, in the order of the model's modules", self.layers),
         )
 
     def _summary(self) -> str:
-        after = f"after {self.images} images" if self._norms else "removed"
-        return f"{len(self.layers)} BatchNorms, {after}"
+        removed = "" if self._norms else "removed "
+        return f"{len(self.layers)} BatchNorms, {removed}after {self.images} images"
 
     def _follow(self, path: str, norm: _BatchNorm, x: Tensor) -> None:
         """Settle a BatchNorm on what has passed, this batch included, before it computes."""

@@ -27,7 +27,7 @@ from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes, digests
 from retrofit.calibration.sample_errors import standard_error
 from retrofit.errors import RetrofitError, warn
-from retrofit.html_tables import html_table, view
+from retrofit.html_tables import html_table, unfolding_list, view
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
@@ -92,10 +92,9 @@ class Recalibration:
         ]
         if self.held:
             facts.append(("memory of waiting batches", f"{self.held / 2**20:,.1f} MiB"))
-        paths = [(path,) for path in self.layers]
         return view(
             html_table(f"Recalibration: {self._summary()}; {self._state()}", (), facts),
-            html_table("In the order of their first calls", ("BatchNorm",), paths),
+            unfolding_list("BatchNorms, in the order of their first calls", self.layers),
         )
 
     def _summary(self) -> str:

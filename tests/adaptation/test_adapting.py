@@ -161,6 +161,18 @@ def test_a_copy_made_meanwhile_follows_nothing():
         assert torch.equal(twin.first.running_mean, model.first.running_mean)
 
 
+def test_what_has_passed_is_known_after_the_end():
+    model = nets.build(Net)
+    with torch.no_grad(), retrofit.adapting(model) as stream:
+        model(X)
+        model(X[:5])
+    model(X)
+    assert stream.images == len(X) + 5
+    assert repr(stream).endswith("removed after 29 images)")
+    stream.remove()
+    assert stream.images == len(X) + 5
+
+
 def test_what_data_parallel_holds_is_followed():
     model = nets.build(Net)
     with torch.no_grad(), retrofit.adapting(nn.DataParallel(model)) as stream:
