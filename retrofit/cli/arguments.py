@@ -80,7 +80,7 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     for word in words:
         command = command or (word if word in COMMANDS else None)
         name, options = word.partition("=")[0], _options(parser, command)
-        if name[:2] == "--" and not any(option.startswith(name) for option in options):
+        if name[:2] == "--" and name not in ("--", *options):
             raise _Mistake(f"unrecognized arguments: {word}{_nearest(name, options)}")
     return parser.parse_args(words)
 
@@ -96,8 +96,10 @@ def _options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
 def _nearest(name: str, options: Sequence[str]) -> str:
     """Ask whether an option was meant by one that there is not."""
     known = [option.removeprefix("--") for option in options]
-    near = difflib.get_close_matches(name.removeprefix("--").lower(), known, n=1, cutoff=NEAR)
-    return f": did you mean --{near[0]}?" if near else ""
+    typed = name.removeprefix("--").lower()
+    near = [option for option in known if option.startswith(typed)]
+    near = near or difflib.get_close_matches(typed, known, n=1, cutoff=NEAR)
+    return f": did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
 
 
 def _made(kind: type[R], found: argparse.Namespace) -> R:
@@ -117,6 +119,11 @@ class _Mistake(Exception):  # noqa: N818 - of the user
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        # Options are typed whole: --model would else be taken as --model-args, and a script's
+        # --tol would be ambiguous as soon as another option begins with it.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> Any:
         """Raise what `parse` tells as every other bad request."""
         raise _Mistake(message)
