@@ -222,7 +222,7 @@ def _run_in_channels_last(images: Images, *models: nn.Module) -> bool:
 def _refuse_unfit(original: nn.Module, images: Images, outputs: dict[str, Tensor]) -> None:
     """Raise RetrofitError for a model that returns no tensors, or others each time."""
     if not any(tensor.numel() for tensor in outputs.values()):
-        raise no_outputs(original)
+        raise no_outputs(original, outputs)
     with torch.no_grad(), evaluating(original):
         refuse_random(original, images.copied().batch, images.forward_fn, outputs)
 

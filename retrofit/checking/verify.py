@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +171,7 @@ def verify(
             top1.add(expected, actual, count)
             bar.update(count)
     if not at_outputs or not any_values:
-        raise no_outputs(original) if any_data else RetrofitError(nothing_in(data))
+        raise no_outputs(original, at_outputs) if any_data else RetrofitError(nothing_in(data))
     return Verification(
         images=images,
         outputs=tuple(c.difference(name) for name, c in at_outputs.items()),
@@ -180,11 +180,15 @@ def verify(
     )
 
 
-def no_outputs(original: nn.Module) -> RetrofitError:
-    """Say that the model returns nothing that could be compared."""
-    return RetrofitError(
-        f"there is no tensor in what this {type(original).__name__} returns to compare"
-    )
+def no_outputs(original: nn.Module, outputs: Collection[str]) -> RetrofitError:
+    """Say that the model returns nothing that could be compared: no tensors, or empty ones."""
+    name = type(original).__name__
+    if outputs:
+        return RetrofitError(
+            f"all tensors that this {name} returns are empty, so that nothing can be compared: "
+            "give images in which it finds something, or a forward_fn that returns what is before"
+        )
+    return RetrofitError(f"there is no tensor in what this {name} returns to compare")
 
 
 def _compare(

@@ -401,7 +401,7 @@ class Ending(nn.Sequential):
         (lambda y: y * math.nan, "the outputs of this Ending hold NaN or Inf: check its weights"),
         (lambda y: y[:, :1] / (y[:, :1] - y[:1, :1]), "hold NaN or Inf"),
         (lambda y: y.tolist(), "no tensor in what this Ending returns"),
-        (lambda y: y[:0], "no tensor in what this Ending returns"),
+        (lambda y: y[:0], "all tensors that this Ending returns are empty"),
     ],
 )
 def test_drift_of_what_has_no_size_is_refused(end, words):
