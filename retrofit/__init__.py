@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from retrofit.finetuning import freeze_statistics, param_groups, unfreeze_statistics
     from retrofit.numerics.comparison import Difference
     from retrofit.numerics.moments import ChannelMoments
+    from retrofit.pictures.preparation import Preparation
     from retrofit.planning.plan import plan
     from retrofit.plans import Plan, Site
     from retrofit.restoring.restoration import Restoration, Seat, restoration_of
@@ -53,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "Plan",
+    "Preparation",
     "Recalibration",
     "Restoration",
     "RetrofitError",
@@ -102,6 +104,7 @@ _NAMES = {
     "finetuning": ("freeze_statistics", "param_groups", "unfreeze_statistics"),
     "numerics.comparison": ("Difference",),
     "numerics.moments": ("ChannelMoments",),
+    "pictures.preparation": ("Preparation",),
     "planning.plan": ("plan",),
     "plans": ("Plan", "Site"),
     "restoring.restoration": ("Restoration", "Seat", "restoration_of"),

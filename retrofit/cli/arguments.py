@@ -20,6 +20,7 @@ from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, default
 from retrofit.cli.terminal import Terminal
 from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
+from retrofit.pictures.preparation import MOST_PIXELS
 from retrofit.plans import LAYOUTS, PLACEMENTS
 from retrofit.sample_sizes import RECALIBRATION_IMAGES, TOLERANCE
 from retrofit.version import __version__
@@ -37,7 +38,6 @@ DATA = (
 )
 FILE = f"{KINDS} file, the .index.json of several, or a folder with these as on Hugging Face's hub"
 OUTPUT = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
-MOST_PIXELS = 16_384  # of a side: such a picture is 3 GB of floats
 TOLERANCE_HELP = (
     "stop when the standard errors of 99 %% of the channels are below T of their sigma; default: "
     f"{TOLERANCE:g}, and with --images 0, which uses all"
@@ -308,7 +308,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_model_args(parser: argparse.ArgumentParser) -> None:
     text = (
         "what the function that builds the model is called with (num_classes=10 "
-        "aux_logits=False); may be repeated; default: what a file that convert wrote says"
+        "aux_logits=False); may be repeated; default: none, or for torchvision's what FILE says"
     )
     parser.add_argument(
         OPTION, type=_argument, action=_Collected, nargs="+", metavar="KEY=VALUE", help=text,
@@ -392,10 +392,23 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
         "of each channel, or one for all, of pixels in 0 to 1; default: as the model was trained, "
         "if it takes 3 channels"
     )
-    add("--mean", type=_finite, nargs="+", metavar="M", help=text)
-    add("--std", type=_finite, nargs="+", metavar="S", help=text)
+    add("--mean", type=_finite, nargs="+", action=_Tuple, metavar="M", help=text)
+    add("--std", type=_finite, nargs="+", action=_Tuple, metavar="S", help=text)
     text = "leave out unreadable pictures, and what a damaged shard lacks, and list them"
     add("--skip-bad-images", action="store_true", help=text)
+
+
+class _Tuple(argparse.Action):
+    """Keeps several values as what they are, unchangeable."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
 
 
 def _whole(text: str, least: int = 0, most: int = 2**63 - 1) -> int:

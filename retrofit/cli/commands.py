@@ -37,12 +37,13 @@ from retrofit.cli.sample import naming
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
 from retrofit.files.checkpoint import check_output, load_opened
-from retrofit.files.model_args import ModelArgs
+from retrofit.files.model_args import ModelArgs, as_option
 from retrofit.files.model_sources import build, is_torchvision, trained
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.provenance import Provenance
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.json_values import to_plain
+from retrofit.pictures.preparation import Preparation
 from retrofit.report import check_report, measured_drift, write_report
 from retrofit.running.input_channels import input_dtype
 from retrofit.surgery.folding import folded
@@ -77,7 +78,9 @@ def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
     else:
         converted, called = _load(_without_key(request.file), request)
     original = _original(called, request, converted)
-    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample = sample_for(
+        original, called.name, request.pictures, request.weights, told=called.preparation
+    )
     sample.announce(terminal)
     batches = sample.batches()
     found = retrofit.verify(original, converted, batches, progress=terminal.progress)
@@ -125,7 +128,9 @@ def run_adapt(request: AdaptRequest, terminal: Terminal) -> int:
     model, called = _load(file, request, request.weights_key)
     if not _batchnorms(model):
         raise RetrofitError(f"{request.file} has no BatchNorm to adapt: convert it first")
-    sample = sample_for(model, called.name, request.pictures)
+    sample = sample_for(
+        model, called.name, request.pictures, called.built_for, told=called.preparation
+    )
     sample.announce(terminal)
     batches = sample.batches()
     start = time.perf_counter()
@@ -146,8 +151,10 @@ def run_adapt(request: AdaptRequest, terminal: Terminal) -> int:
     done = f"adapted on {found.images} {sample.kind} of {sample.source}{weighed}"
     data = "; ".join(filter(None, (file.provenance.data, done)))
     terminal.say(f"writing {request.output}")
+    called = dataclasses.replace(called, preparation=sample.preparation or called.preparation)
     retrofit.save(model, request.output, **called.told, data=data, overwrite=request.overwrite)
     sample.list_bad(terminal, batches.bad)
+    sample.warn_of_guess(terminal)
     terminal.show(
         Facts(
             (
@@ -178,9 +185,7 @@ def run_inspect(request: InspectRequest, terminal: Terminal) -> int:
     described = _described(provenance)
     if described:
         facts = described.items()
-        terminal.show(
-            Facts(tuple((one_line(k), "-" if v is None else one_line(str(v))) for k, v in facts))
-        )
+        terminal.show(Facts(tuple((one_line(name), one_line(str(fact))) for name, fact in facts)))
     sites = provenance.plan.inserted if provenance.plan else ()
     rows = norm_rows(tensors, provenance.eps or 1e-5, [site.batchnorm for site in sites])
     numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -258,11 +263,17 @@ class Called:
     name: str
     model_args: ModelArgs
     built_for: str | None = None
+    preparation: Preparation | None = None
 
     @property
     def told(self) -> dict[str, Any]:
         """What `save` is told."""
-        return {"name": self.name, "model_args": self.model_args, "weights": self.built_for}
+        return {
+            "name": self.name,
+            "model_args": self.model_args,
+            "weights": self.built_for,
+            "preparation": self.preparation,
+        }
 
 
 def _load(
@@ -275,15 +286,22 @@ def _load(
     name = request.model or told.model
     if name is None:
         raise _nameless(file.path)
-    by_name = is_torchvision(name)
-    built_for = told.weights if name == told.model else None
-    if by_name and name == told.model and not request.model_args:
-        return load_opened(file, None, key), Called(name, told.model_args or {}, built_for)
-    called = Called(name, request.model_args, built_for)
-    # Code is imported for what the user typed, never for what a file says.
-    typed = request.model or (by_name and request.model_args)
-    model = build(name, called.model_args, built_for) if typed else None
-    return load_opened(file, model, key), called
+    called = Called(name, request.model_args, preparation=told.preparation)
+    if name == told.model:
+        called = dataclasses.replace(called, built_for=told.weights)
+        if is_torchvision(name) and not request.model_args:
+            called = dataclasses.replace(called, model_args=told.model_args or {})
+            return load_opened(file, None, key), called
+    # Code is imported, and called with arguments, as the user typed it, never as a file says.
+    typed = is_torchvision(name) or request.model
+    if not typed or (told.model_args and not request.model_args):
+        option = f"--model {name}" if name == told.model else ""
+        arguments = as_option(told.model_args) if told.model_args else ""
+        raise RetrofitError(
+            f"{file.path} is of {told.call}, and that is not built unless it is typed: "
+            f"{' '.join(filter(None, (option, arguments)))}"
+        )
+    return load_opened(file, build(name, called.model_args, called.built_for), key), called
 
 
 def _original(
@@ -308,7 +326,9 @@ def _measured_anew(
     original = converted
     if request.weights:
         original = _original(called, request, converted)
-    sample = sample_for(original, called.name, request.pictures, request.weights)
+    sample = sample_for(
+        original, called.name, request.pictures, request.weights, told=called.preparation
+    )
     sample.announce(terminal)
     batches = sample.batches()
     # Without the original: under running statistics the file's own network computes the same.
@@ -330,16 +350,17 @@ def _described(provenance: Provenance) -> dict[str, Any]:
     facts = {
         k: v
         for k, v in provenance.to_json().items()
-        if k not in ("model_args", "plan", "drift", "measured") and (k != "weights" or v)
+        if k not in ("model_args", "plan", "drift", "measured")
     }
     facts["model"] = provenance.call
+    facts["preparation"] = provenance.preparation
     for key in ("calibration", "verification"):
         found = getattr(provenance, key)
         values = found.summary() if isinstance(found, Verification) else to_plain(found) or {}
         told = {k: v for k, v in values.items() if not isinstance(v, list)}
         texts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items())
         facts[key] = None if found is None else ", ".join(texts)
-    return facts
+    return {key: fact for key, fact in facts.items() if fact is not None}
 
 
 def _failure(found: Verification, tolerance: float) -> str:

@@ -28,6 +28,7 @@ from retrofit.cli.requests import (
 from retrofit.cli.sample import Sample, naming
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.cli.text import error_in_words
+from retrofit.conversion import has_linear
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import trained, weights_name
@@ -100,7 +101,7 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
                     return 1
                 terminal.show(*plan._parts())
                 terminal.tell(plan=plan)
-                return terminal.fail("there is nothing to convert, and nothing was written", 1)
+                return terminal.fail(_nothing_to_convert(sample.model, plan, request.plan), 1)
         with if_stopped(unwritten, request.state):
             calibrated = _calibrated(request, sample, plan, processes, terminal)
             if processes.rank > 0:
@@ -113,6 +114,12 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
         if request.report:
             _write_report(request.report, request, sample, calibrated, checked, told, terminal)
         return 0
+
+
+def _nothing_to_convert(model: nn.Module, plan: Plan, options: PlanOptions) -> str:
+    asked = options.linear or plan.sites
+    hint = "" if asked or not has_linear(model) else " (Linear layers get BatchNorms with --linear)"
+    return f"there is nothing to convert, and nothing was written{hint}"
 
 
 def planned(model: nn.Module, example: Any, options: PlanOptions) -> Plan:
@@ -257,6 +264,7 @@ def _saved(
         "model_args": request.model_args,
         "weights": weights_name(request.model, request.weights),
         "data": f"{calibrated.report.images} {sample.kind} of {sample.source}",
+        "preparation": sample.preparation,
         "calibration": calibrated.report,
         "verification": checked.verification,
     }
@@ -321,6 +329,7 @@ def _tell(
     rows = norm_rows(checked.converted.state_dict(), 1e-5, order)
     terminal.show(*_summary(rows, left))
     sample.list_bad(terminal, [*calibrated.bad, *checked.bad])
+    sample.warn_of_guess(terminal)
     terminal.show(_facts(request, sample, calibrated.report, checked))
     calibration = calibrated.report
     terminal.tell(

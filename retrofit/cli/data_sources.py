@@ -11,6 +11,7 @@ from retrofit.cli.picture_sample import picture_sample
 from retrofit.cli.requests import PictureOptions
 from retrofit.cli.sample import Sample
 from retrofit.errors import RetrofitError
+from retrofit.pictures.preparation import Preparation
 from retrofit.pictures.sources import Pictures, open_pictures
 from retrofit.running.devices import usable
 
@@ -53,9 +54,13 @@ def sample_for(
     options: PictureOptions,
     weights: str | None = None,
     data: Data | None = None,
+    told: Preparation | None = None,
 ) -> Sample:
-    """Open the data, and prepare pictures as the model `spec` with these weights was trained."""
+    """Open the data, and prepare pictures as the model `spec` with these weights was trained.
+
+    `told` is what a file says of how they were prepared otherwise.
+    """
     data = data or open_data(options)
     if isinstance(data, OwnData):
         return own_sample(model, options, data)
-    return picture_sample(model, spec, options, weights, data)
+    return picture_sample(model, spec, options, weights, data, told)

@@ -13,9 +13,10 @@ from torchvision.transforms import Compose
 from retrofit.cli.requests import PictureOptions, default_workers
 from retrofit.cli.sample import OrderedSample
 from retrofit.cli.terminal import Terminal
-from retrofit.files.model_sources import transforms
+from retrofit.files.model_sources import transforms, untold
 from retrofit.pictures.batches import PictureBatches, shuffled
-from retrofit.pictures.preprocessing import Transform, black, preprocessing
+from retrofit.pictures.preparation import Preparation
+from retrofit.pictures.preprocessing import Transform, black, normalisation, preprocessing
 from retrofit.pictures.sources import Pictures
 from retrofit.running.input_channels import input_channels, input_dtype
 from retrofit.running.signatures import takes_lists
@@ -29,7 +30,10 @@ class PictureSample(OrderedSample):
         model, options, order: as for `OrderedSample`.
         pictures: where they come from.
         transform: from a picture to the model's input.
+        prepared: how it is prepared, in words.
         channels: that the model takes.
+        preparation: what of the transform is not as the model was trained.
+        guess: a sentence on what of the transform nothing tells; "" if that is nothing.
     """
 
     word = "images"
@@ -41,20 +45,21 @@ class PictureSample(OrderedSample):
         order: Sequence[int],
         pictures: Pictures,
         transform: Transform,
+        prepared: str,
         channels: int,
+        preparation: Preparation,
+        guess: str,
     ) -> None:
         super().__init__(model, options, order)
         self.pictures, self.transform, self.channels = pictures, transform, channels
+        self.prepared, self.guess = prepared, guess
+        self.preparation = preparation if preparation.given else None
         self.kind = self._kind()
 
     @property
     def source(self) -> str:
-        """Where the pictures are, how they were drawn, and a mean and std that were given."""
-        text = f"{self.options.data}, seed {self.options.seed or 0}"
-        for name, numbers in (("mean", self.options.mean), ("std", self.options.std)):
-            if numbers is not None:
-                text += f", {name} {' '.join(map(str, numbers))}"
-        return text
+        """Where the pictures are, how they were drawn, and how they were prepared."""
+        return f"{self.options.data}, seed {self.options.seed or 0},{self.size}"
 
     def _kind(self) -> str:
         """Say what the model sees, and how many channels and bits if not 3 and 32."""
@@ -65,7 +70,11 @@ class PictureSample(OrderedSample):
 
     @property
     def size(self) -> str:
-        return f" of {size_in_words(self.transform, self.channels)}"
+        return f" of {self.prepared}"
+
+    def warn_of_guess(self, terminal: Terminal) -> None:
+        if self.guess:
+            terminal.warn(self.guess)
 
     def part(
         self, indices: Sequence[int], *, batch_size: int, workers: int | None
@@ -101,30 +110,61 @@ def picture_sample(
     options: PictureOptions,
     weights: str | None,
     pictures: Pictures,
+    told: Preparation | None,
 ) -> PictureSample:
-    """Prepare pictures as the model `spec` with these weights was trained."""
+    """Prepare pictures as the model `spec` with these weights was trained.
+
+    But as the options say, and where these say nothing as was `told`, by a file.
+    """
+    preparation = options.preparation.over(told)
     make = functools.partial(
-        preprocessing, transforms(spec, model, weights), resize=options.resize, crop=options.crop
+        preprocessing,
+        transforms(spec, model, weights),
+        resize=preparation.resize,
+        crop=preparation.crop,
     )
     size = make()(black(3)).shape[-2:]
-    channels = input_channels(model, size) or _channels(pictures, options)
+    channels = input_channels(model, size) or _channels(pictures, preparation)
     pictures.check_channels(channels)
-    transform = make(mean=options.mean, std=options.std, channels=channels)
+    transform = make(mean=preparation.mean, std=preparation.std, channels=channels)
+    prepared = prepared_in_words(transform, channels)
+    guess = _guess(spec, [step for step in untold(spec, model) if step not in preparation.given])
     if (dtype := input_dtype(model)) != torch.float32:
         transform = Compose([transform, operator.methodcaller("to", dtype)])
     order = shuffled(len(pictures), options.seed or 0)
-    return PictureSample(model, options, order, pictures, transform, channels)
+    return PictureSample(
+        model, options, order, pictures, transform, prepared, channels, preparation, guess
+    )
 
 
-def size_in_words(transform: Transform, channels: int) -> str:
-    """Say how large the pictures are that the model gets."""
+def prepared_in_words(transform: Transform, channels: int) -> str:
+    """Say how large the pictures are that the model gets, and how they are normalised."""
     square, wide = (tuple(transform(black(channels, 64, width)).shape[-2:]) for width in (64, 96))
-    return f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
+    size = f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
+    mean, std = map(_numbers, normalisation(transform, channels))
+    return f"{size}, mean {mean}, std {std}"
 
 
-def _channels(pictures: Pictures, options: PictureOptions) -> int:
+def _numbers(values: Sequence[float]) -> str:
+    texts = [f"{value:.4g}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
+def _guess(spec: str, steps: Sequence[str]) -> str:
+    """Say which steps nothing tells, and what is done then; "" if there are none."""
+    if not steps:
+        return ""
+    options = [f"--{step}" for step in steps]
+    named = " and ".join(filter(None, (", ".join(options[:-1]), options[-1])))
+    return (
+        f"nothing tells how {spec} was trained: without {named} the images were prepared as for "
+        "torchvision's classifiers of ImageNet, and the statistics are of such images"
+    )
+
+
+def _channels(pictures: Pictures, preparation: Preparation) -> int:
     """Choose the number of channels for a model that does not tell: as it was asked for, or 3."""
-    asked = max(len(numbers) for numbers in (options.mean or (), options.std or ()))
+    asked = max(len(numbers) for numbers in (preparation.mean or (), preparation.std or ()))
     if asked > 1:
         return asked
     return 3 if pictures.channels in (None, 1) else pictures.channels

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrofit.pictures.preparation import Preparation
 from retrofit.plans import LayoutName, Placement
 from retrofit.sample_sizes import default_tolerance
 
@@ -39,17 +40,14 @@ class PictureOptions:
         images: use at most so many; None for the command's own choice.
         seed: of the shuffle; None and 0 are the same.
         batch_size, workers: samples in a batch, and processes that read them; None for the default.
-        resize, crop, mean, std: what differs from how the model was trained.
+        preparation: how pictures are prepared otherwise than the model, or a file, says.
         skip_bad_images: leave out what cannot be read.
         device: where the model runs, as torch names it.
     """
 
     data: Path | None
     seed: int | None
-    resize: int | None
-    crop: int | None
-    mean: list[float] | None
-    std: list[float] | None
+    preparation: Preparation
     skip_bad_images: bool
     batch_size: int | None = None
     images: int | None = None

@@ -40,9 +40,11 @@ def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
         name=request.model,
         model_args=request.model_args,
         data=data,
+        preparation=sample.preparation,
         overwrite=request.overwrite,
     )
     sample.list_bad(terminal, batches.bad)
+    sample.warn_of_guess(terminal)
     loading = _loading(request)
     terminal.show(*sample.worded(found._parts()), f"written: {request.output}\nto load: {loading}")
     terminal.tell(restoration=found, written=str(request.output), loading=loading)

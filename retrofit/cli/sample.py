@@ -13,6 +13,7 @@ from torch import nn
 from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, PictureOptions
 from retrofit.cli.terminal import Terminal
 from retrofit.errors import NonFiniteError, RetrofitError
+from retrofit.pictures.preparation import Preparation
 from retrofit.running.call_arguments import home
 from retrofit.tables import Part
 
@@ -40,10 +41,12 @@ class Sample(ABC):
         word: for what the data consists of, in the plural.
         kind: the same, with what there is to say of it.
         source: where it comes from.
+        preparation: how pictures are prepared, where that is not as the model was trained.
     """
 
     word = "samples"
     kind = "samples"
+    preparation: Preparation | None = None
 
     def __init__(self, model: nn.Module, options: PictureOptions) -> None:
         self.model, self.options = model, options
@@ -95,6 +98,9 @@ class Sample(ABC):
 
     def list_bad(self, terminal: Terminal, names: Sequence[str]) -> None:  # noqa: B027 - most is read
         """Tell what was left out."""
+
+    def warn_of_guess(self, terminal: Terminal) -> None:  # noqa: B027 - most is the user's own
+        """Warn of a preparation that nothing told, in statistics that were measured."""
 
     def worded(self, parts: Iterable[Part]) -> Iterable[Part]:
         """Write the word for this data where the library speaks of images."""

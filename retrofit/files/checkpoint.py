@@ -30,11 +30,12 @@ from retrofit.files.model_sources import is_torchvision, torchvision_model
 from retrofit.files.named_network import difference
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.plan_by_keys import keys_tell, places, plan_by_keys
-from retrofit.files.provenance import provenance_of
+from retrofit.files.provenance import Provenance, provenance_of
 from retrofit.files.suffixes import PICKLED, SUFFIXES
 from retrofit.files.weights import WeightsFile, open_weights
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.option_checks import check_flags, check_text
+from retrofit.pictures.preparation import Preparation
 from retrofit.running.shared_copy import refuse_inference_mode, shared_copy
 from retrofit.surgery.record import attach, plan_of
 
@@ -71,6 +72,7 @@ def save(
     model_args: ModelArgs | None = None,
     weights: str | None = None,
     data: str | None = None,
+    preparation: Preparation | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
     drift: Drift | None = None,
@@ -96,6 +98,8 @@ def save(
             torchvision builds some models in another way (`transform_input` of Inception, frozen
             BatchNorms of detectors), and so will `load`.
         data: what it was calibrated on, in words.
+        preparation: how pictures were prepared, where that is not as the model was trained: the
+            commands `adapt`, `verify` and `report` then prepare theirs alike.
         calibration: what `calibrate` found; `retrofit report` shows it.
         verification: what `verify` found, likewise.
         drift: what `drift` found, likewise.
@@ -131,6 +135,7 @@ def save(
         model_args=model_args,
         weights=weights,
         data=data,
+        preparation=preparation,
         calibration=calibration,
         verification=verification,
         drift=drift,
@@ -265,8 +270,8 @@ def _rebuild(file: WeightsFile) -> nn.Module:
     name, model_args = file.provenance.model, file.provenance.model_args or {}
     if name is None or not is_torchvision(name):
         raise RetrofitError(
-            f"{file.path} does not name a torchvision model ({name}): pass the model that it was "
-            "made from, on the command line with --model"
+            f"{file.path} {_naming(file.provenance)}: pass the network that it was made from, "
+            f"load({file.path.name!r}, network)"
         )
     # A file may say anything: it does not get a network of sizes beyond what it could fill.
     numbers = sum(tensor.numel() for state in file.states.values() for tensor in state.values())
@@ -278,6 +283,13 @@ def _rebuild(file: WeightsFile) -> nn.Module:
             f"of {numbers:,} numbers"
         )
     return torchvision_model(name, model_args, file.provenance.weights)
+
+
+def _naming(provenance: Provenance) -> str:
+    """Say what a file says of its model, where that is no model of torchvision."""
+    if provenance.model is None:
+        return "does not say what network it is of"
+    return f"is of {provenance.call}, which is not torchvision's"
 
 
 def _unshared(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,6 +9,7 @@ import ast
 import inspect
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from retrofit.errors import RetrofitError
 
 OPTION = "--model-args"
 ModelArgs = Mapping[str, Any]
+CONSTANTS = ("true", "false", "none")  # of Python, in small letters
 NO_ARGS: ModelArgs = MappingProxyType({})
 # What `DEFAULT`, a file and no weights decide, in torchvision and timm.
 OF_WEIGHTS = (
@@ -42,7 +44,7 @@ def parse_argument(text: str) -> tuple[str, Any]:
         )
     if not written:
         raise ValueError(f"{text} has no value")
-    if written.lower() in ("true", "false", "none") and written.title() != written:
+    if written.lower() in CONSTANTS and written.title() != written:
         raise ValueError(f"{text} would be a text: Python writes {key}={written.title()}")
     value = _literal(written)
     if not is_plain(value):
@@ -74,6 +76,17 @@ def _is_scalar(value: Any) -> bool:
 def in_words(arguments: ModelArgs) -> str:
     """Write the arguments as they stand in a call: num_classes=10, aux_logits=False."""
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+
+
+def as_option(arguments: ModelArgs) -> str:
+    """Write the arguments as they are typed in a shell: --model-args num_classes=10."""
+    typed = (f"{key}={_typed(value)}" for key, value in arguments.items())
+    return " ".join([OPTION, *map(shlex.quote, typed)])
+
+
+def _typed(value: Any) -> str:
+    is_text = isinstance(value, str) and value and _literal(value) == value
+    return value if is_text and value.lower() not in CONSTANTS else repr(value)
 
 
 def check_model_args(arguments: object) -> dict[str, Any]:

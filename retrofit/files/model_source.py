@@ -29,6 +29,11 @@ class Source(ABC):
     random = True
     names: Sequence[str] = ()
 
+    @property
+    def untold(self) -> Sequence[str]:
+        """The steps of `Preparation` of which nothing tells how the model was trained."""
+        return ()
+
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the model, with fresh weights where it has no others."""

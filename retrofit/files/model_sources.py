@@ -18,6 +18,7 @@ from retrofit.files.suffixes import READ
 from retrofit.files.torchvision_models import Torchvision
 from retrofit.files.weights import open_weights
 from retrofit.pictures.preprocessing import Transforms
+from retrofit.running.signatures import takes_lists
 
 LIBRARIES = {"timm": Timm, "timm-reparameterized": Reparameterized, "ultralytics": Ultralytics}
 
@@ -112,6 +113,14 @@ def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Trans
     takes lists of pictures.
     """
     return _source(spec).transforms(model, weights)
+
+
+def untold(spec: str, model: nn.Module) -> list[str]:
+    """List the steps of `Preparation` of which nothing tells how that model was trained.
+
+    None for detectors, which take pictures of any size and normalise them by themselves.
+    """
+    return [] if takes_lists(model) else list(_source(spec).untold)
 
 
 def code_of(spec: str, model_args: ModelArgs = NO_ARGS) -> str:

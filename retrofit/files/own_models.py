@@ -26,6 +26,10 @@ class Code(Source):
     def __init__(self, spec: str, arguments: ModelArgs) -> None:
         self.spec, self.arguments = spec, arguments
 
+    @property
+    def untold(self) -> Sequence[str]:
+        return "crop", "mean", "std"
+
     def build(self) -> nn.Module:
         factory = named(self.spec, "factory", called=True)
         if isinstance(factory, nn.Module):
@@ -66,6 +70,10 @@ class Onnx(Source):
 
     def build(self) -> nn.Module:
         return module_from_onnx(self.path)
+
+    @property
+    def untold(self) -> Sequence[str]:
+        return ("mean", "std") if picture_size(self.path) else ("crop", "mean", "std")
 
     @property
     def code(self) -> str:

@@ -19,6 +19,7 @@ from retrofit.errors import RetrofitError
 from retrofit.files.batchnorm_settings import current_record
 from retrofit.files.model_args import ModelArgs, check_model_args, in_words
 from retrofit.json_values import from_plain, to_plain
+from retrofit.pictures.preparation import Preparation
 from retrofit.plans import Plan
 from retrofit.surgery.record import Record
 from retrofit.version import __version__
@@ -42,6 +43,7 @@ class Provenance:
         eps, momentum: of the inserted BatchNorms.
         images: how many are behind their statistics.
         data: what the statistics are of, in words.
+        preparation: how pictures were prepared, where that is not as the model was trained.
         measured: what `retrofit report` has measured anew, in words.
         calibration, verification, drift: what these functions found.
         plan: where the BatchNorms are.
@@ -59,6 +61,7 @@ class Provenance:
     momentum: float | None = None
     images: int | None = None
     data: str | None = None
+    preparation: Preparation | None = None
     measured: str | None = None
     calibration: Calibration | None = None
     verification: Verification | None = None
@@ -111,6 +114,7 @@ def provenance_of(
     model_args: ModelArgs | None = None,
     weights: str | None = None,
     data: str | None = None,
+    preparation: Preparation | None = None,
     calibration: Calibration | None = None,
     verification: Verification | None = None,
     drift: Drift | None = None,
@@ -130,6 +134,7 @@ def provenance_of(
         weights=weights,
         model_class=type(model).__name__,
         data=data,
+        preparation=preparation,
         calibration=calibration,
         verification=verification,
         drift=drift,

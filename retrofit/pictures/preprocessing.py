@@ -77,7 +77,25 @@ def preprocessing(
 
 def black(channels: int, height: int = 64, width: int = 64) -> Picture:
     """Make a picture for transforms to be tried on."""
-    return eight_bits(np.zeros((height, width, channels), np.uint8), channels)
+    return _filled(0, channels, height, width)
+
+
+def normalisation(
+    transform: Transform, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Measure which mean and std, of pixels in 0 to 1, a transform normalises each channel with."""
+    dark, light = (_middle(transform(_filled(value, channels))) for value in (0, 255))
+    std = tuple(1 / (most - least) for least, most in zip(dark, light, strict=True))
+    return tuple(0.0 - least * of for least, of in zip(dark, std, strict=True)), std
+
+
+def _middle(image: Tensor) -> list[float]:
+    values: list[float] = image[:, image.shape[-2] // 2, image.shape[-1] // 2].double().tolist()
+    return values
+
+
+def _filled(value: int, channels: int, height: int = 64, width: int = 64) -> Picture:
+    return eight_bits(np.full((height, width, channels), value, np.uint8), channels)
 
 
 def _words(numbers: Sequence[float]) -> str:

@@ -12,7 +12,10 @@ import retrofit
 from retrofit import demo
 
 DEMO = "retrofit.demo:trained_vgg"
-SIZE = ("--resize", "32", "--crop", "32", "--workers", "0", "--batch-size", "64")
+SIZE = (
+    "--resize", "32", "--crop", "32", "--workers", "0", "--batch-size", "64",
+    "--mean", *map(str, demo.MEAN), "--std", *map(str, demo.STD),
+)  # fmt: skip
 
 
 def foggy(source, target, count):
@@ -91,8 +94,8 @@ def test_the_file_says_what_it_was_adapted_on(run, here, tmp_path):
     with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
         provenance = json.loads(file.metadata()["retrofit"])
     assert provenance["data"] == (
-        f"CIFAR-10; adapted on 90 images of {here / 'few'}, seed 0, "
-        "the old statistics counting as 16"
+        f"CIFAR-10; adapted on 90 images of {here / 'few'}, seed 0, of 32 x 32 pixels, "
+        "mean 0.4914 0.4822 0.4465, std 0.247 0.2435 0.2616, the old statistics counting as 16"
     )
     assert provenance["verification"] is None  # it is no longer the original
 

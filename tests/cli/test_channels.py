@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import command
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SIZE = ("--crop", "12", "--workers", "0")
 MEAN, STD = 0.4, 0.3
@@ -177,7 +177,7 @@ def test_all_commands_take_such_pictures_and_the_file_says_how_they_were_prepare
     assert run("convert", *pictures[1:], "--output", "o.safetensors")[0] == 0
     with safe_open(tmp_path / "o.safetensors", framework="pt") as file:
         data = json.loads(file.metadata()["retrofit"])["data"]
-    assert data == "24 images (2 channels) of a.npy, seed 0, mean 0.4, std 0.3"
+    assert data == "24 images (2 channels) of a.npy, seed 0, of 12 x 12 pixels, mean 0.4, std 0.3"
     assert run("verify", "o.safetensors", *pictures)[0] == 0
     code, out, err = run("adapt", "o.safetensors", *pictures, "--output", "b.safetensors")
     assert (code, err) == (0, [])
@@ -185,5 +185,10 @@ def test_all_commands_take_such_pictures_and_the_file_says_how_they_were_prepare
     assert_calibrated_on(tmp_path / "b.safetensors", noise(2), 2)
     assert run("report", "o.safetensors", *pictures, "--output", "r.html")[0] == 0
     code, _, err = run("adapt", "o.safetensors", *pictures[:-4], "--output", "c.safetensors")
+    assert (code, err) == (0, [])  # the file says how
+    assert_calibrated_on(tmp_path / "c.safetensors", noise(2), 2)
+    bare = load_file(tmp_path / "b.safetensors")
+    save_file(bare, tmp_path / "bare.safetensors")  # that file does not
+    code, _, err = run("adapt", "bare.safetensors", *pictures[:-4], "--output", "d.safetensors")
     assert code == 2
     assert "for pictures of 2 channels there is no usual mean and std" in err[0]

@@ -23,6 +23,7 @@ from retrofit.cli import main
 from retrofit.files import model_sources
 
 SMALL = ("--resize", "56", "--crop", "48", "--workers", "0")
+OWN = (*SMALL, "--mean", "0.5", "--std", "0.5")  # of a network that nothing is known about
 
 
 def pictures(folder, count, *, seed=0):
@@ -121,7 +122,7 @@ def test_a_factory_in_a_file_and_pictures_in_an_array(run, tmp_path):
     np.savez(tmp_path / "b.npz", images=array, labels=np.arange(30))
     for spec, data in (("mine.py:net", "a.npy"), ("mine:net", "b.npz")):
         code, out, err = run(
-            "convert", spec, "--data", data, "--output", "out.safetensors", "--overwrite", *SMALL
+            "convert", spec, "--data", data, "--output", "out.safetensors", "--overwrite", *OWN
         )
         assert (code, err) == (0, []), err
         assert "written             out.safetensors" in out
@@ -144,7 +145,7 @@ def test_a_timm_model_is_named_and_never_built_from_what_a_file_says(run, folder
     assert (code, err) == (0, [])
     code, out, err = run("verify", "bn.safetensors", *weights, *SMALL)
     assert code == 2
-    assert "(timm:test_nfnet): pass the model that it was made from, on the command" in err[0]
+    assert "is not built unless it is typed: --model timm:test_nfnet" in err[0]
     model = ("--model", "timm:test_nfnet")
     code, out, err = run("verify", "bn.safetensors", *model, *weights, *SMALL)
     assert (code, err) == (0, [])
@@ -258,7 +259,7 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"model": "timm:hf-hub:timm/vgg11"}, "timm has no model 'hf-hub:timm/vgg11'"),
         ({"model": "timm:local-dir:D"}, "timm has no model 'local-dir:D'"),
         ({"model": "timm-reparameterized:test_nfnet"}, "nothing to reparameterise: name it timm:"),
-        ({"model": "timm:test_nfnet"}, "do not fit NormFreeNet: keys"),
+        ({"model": "timm:test_nfnet"}, "do not fit NormFreeNet, by their keys"),
         ({"model": "timm:test_nfnet", "--weights": None}, "without weights is random"),
         ({"model": "timm:test_nfnet", "--weights": "IN1K"}, "timm's weights are DEFAULT, or named"),
         (
@@ -270,7 +271,7 @@ GOOD = {"model": "squeezenet1_1", "--weights": "W", "--data": "D", "--output": "
         ({"model": "nothing.py:net"}, "there is no file nothing.py"),
         ({"model": "torchvision.models:vgg"}, "has no factory 'vgg'; nearest: vgg"),
         ({"model": "builtins:dict"}, "builtins:dict returned a dict, not an nn.Module"),
-        ({"model": "alexnet"}, "do not fit AlexNet: keys"),
+        ({"model": "alexnet"}, "do not fit AlexNet, by their keys"),
         ({"--weights": None}, "squeezenet1_1 without weights is random"),
         ({"--weights": "IMAGENET1K_V7"}, "no file and no weights of squeezenet1_1; those are"),
         ({"--weights": "missing.pth"}, "there is no file missing.pth"),
@@ -373,7 +374,7 @@ def test_a_model_that_cannot_be_traced_is_planned_from_pictures(run, folder, tmp
     code, out, err = run("plan", "branch.py:Net", "--data", folder)
     assert (code, err) == (0, [])
     assert out.endswith("Net: 2 of 3 convolutions get a BatchNorm\n")
-    data = ("--data", folder, "--output", "a.safetensors", *SMALL)
+    data = ("--data", folder, "--output", "a.safetensors", *OWN)
     code, out, err = run("convert", "branch.py:Net", *data)
     assert (code, err) == (0, [])
     assert "a.bn" in out
@@ -382,6 +383,7 @@ def test_a_model_that_cannot_be_traced_is_planned_from_pictures(run, folder, tmp
     assert code == 2
     assert len(err) == 1
     assert 'branch.py:14, in forward: "if x.mean() > 1e9:"' in err[0]
+    assert err[0].endswith("leave out layout='graph' (--layout)")
 
 
 DETECTOR = """
@@ -416,7 +418,7 @@ def test_a_detector_takes_pictures_in_their_own_sizes(run, tmp_path):
 def test_a_layer_that_no_picture_reaches_is_named_or_left_out(run, folder, tmp_path):
     forward = ("x = self.a(x).relu()", "return self.b(x).relu() if len(x) < 3 else x")
     write_model(tmp_path / "rare.py", CONVS, forward)
-    arguments = ("convert", "rare.py:Net", "--data", folder, "--output", "a.safetensors", *SMALL)
+    arguments = ("convert", "rare.py:Net", "--data", folder, "--output", "a.safetensors", *OWN)
     code, _, err = run(*arguments)
     assert code == 2
     assert len(err) == 1
@@ -442,6 +444,20 @@ def test_a_model_with_nothing_to_convert_says_so(run, folder, tmp_path):
     assert not (tmp_path / "a.pth").exists()
 
 
+def test_linear_layers_alone_are_told_of_their_option(run, folder, tmp_path):
+    forward = ("return self.b(self.a(x.mean((2, 3))).relu())",)
+    write_model(
+        tmp_path / "mlp.py", ("self.a = nn.Linear(3, 4)", "self.b = nn.Linear(4, 2)"), forward
+    )
+    arguments = ("convert", "mlp.py:Net", "--data", folder, "--output", "a.safetensors", *OWN)
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert err[0].endswith("nothing was written (Linear layers get BatchNorms with --linear)")
+    assert run(*arguments, "--linear")[0] == 0
+    with pytest.warns(UserWarning, match="no convolutions, and Linear layers get some with linear"):
+        retrofit.add_batchnorm(torch.nn.Linear(3, 4), [torch.randn(4, 3)], progress=False)
+
+
 def test_layout_placement_and_linear_layers_as_asked(run, folder, tmp_path):
     layers = (
         "self.a = nn.Conv2d(3, 4, 3)", "self.act = nn.ReLU()",
@@ -455,11 +471,11 @@ def test_layout_placement_and_linear_layers_as_asked(run, folder, tmp_path):
     write_model(tmp_path / "mine.py", layers, forward)
 
     def norms(*options):
-        output = ("--data", folder, "--output", "out.safetensors", "--overwrite", *SMALL)
+        output = ("--data", folder, "--output", "out.safetensors", "--overwrite", *OWN)
         code, _, err = run("convert", "mine.py:Net", *output, *options)
         assert (code, err) == (0, [])
         weights = ("--model", "mine.py:Net", "--data", folder)
-        assert run("verify", "out.safetensors", *weights, *SMALL)[0] == 0
+        assert run("verify", "out.safetensors", *weights, *OWN)[0] == 0
         state = load_file(tmp_path / "out.safetensors")
         return [len(tensor) for key, tensor in state.items() if key.endswith("running_mean")]
 
@@ -519,7 +535,7 @@ def test_a_model_with_a_named_input_alone(run, folder, tmp_path):
         "def make():\n"
         "    return Named(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())\n"
     )
-    arguments = ("--data", folder, "--output", "named.safetensors", *SMALL)
+    arguments = ("--data", folder, "--output", "named.safetensors", *OWN)
     code, out, err = run("convert", "named.py:make", *arguments)
     assert (code, err) == (0, [])
     assert "equal bit for bit" in out

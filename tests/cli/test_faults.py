@@ -73,7 +73,7 @@ def make():
     torch.manual_seed(0)
     return Net(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()).eval()
 """
-PICTURES = "--data pictures --crop 16 --batch-size 2"
+PICTURES = "--data pictures --crop 16 --mean 0.5 --std 0.5 --batch-size 2"
 CONVERT = f"convert net.py:make --weights w.pth --output out.pth --overwrite {PICTURES}"
 PHASES = {"loading": 0, "calibrating": 3, "verifying": 13}
 

@@ -1,6 +1,7 @@
 """`--model-args num_classes=10`: networks that are built with arguments of their factories."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -127,10 +128,10 @@ def test_a_timm_model_takes_the_arguments_of_its_class(folder, run):
     assert (code, err) == (0, [])
     code, _, err = run("verify", "bn.safetensors", "--model", "timm:test_nfnet", *seven, *words)
     assert (code, err) == (0, [])
-    # What a file says is for torchvision's models alone.
+    # What a file says is for torchvision's models alone; others are not built without it either.
     code, _, err = run("verify", "bn.safetensors", "--model", "timm:test_nfnet", *words)
-    assert code == 2
-    assert "build it with num_classes=7 (--model-args num_classes=7)" in err[0]
+    assert (code, len(err)) == (2, 1)
+    assert err[0].endswith("typed: --model timm:test_nfnet --model-args num_classes=7")
 
 
 REFUSED = {
@@ -222,7 +223,41 @@ def test_the_arguments_in_a_file_import_no_code_that_it_names(run, folder):
     (folder / "net.py").write_text("raise SystemExit('imported')")
     code, _, err = run("fold", "a.safetensors", "--output", "o.pth", "--model-args", "width=4")
     assert code == 2
-    assert "does not name a torchvision model (net.py:make)" in err[0]
+    assert err[0].endswith("typed: --model net.py:make --model-args width=4")
+
+
+ARGUMENTS = [
+    {"act": "silu"}, {"act": "True"}, {"act": "true"}, {"act": ""}, {"act": "a b'c"},
+    {"width": 4, "sizes": [1, 2], "eps": -0.5},
+    {"act": None, "bias": False, "names": ["x y", "z"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("spec", ["any.py:make", "same.py:make"])
+def test_arguments_in_a_file_are_never_left_out(run, folder, arguments, spec):
+    """A network without them may well fit the weights, and be another one."""
+    code = (
+        "import torch\ndef make(**arguments):\n    print(arguments)\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())\n"
+    )
+    for name in ("any.py", "same.py"):
+        (folder / name).write_text(code)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+    retrofit.save(retrofit.insert(model), "a.safetensors", name="any.py:make", model_args=arguments)
+    words = ("fold", "a.safetensors", "--output", "o.pth", "--model", spec)
+    code, out, err = run(*words)
+    assert (code, out, len(err)) == (2, "", 1)
+    typed = shlex.split(err[0].partition("typed: ")[2])
+    options = typed if spec == "any.py:make" else typed[typed.index("--model-args") :]
+    code, out, _ = run(*words[:4], *([] if options[0] == "--model" else words[4:]), *options)
+    assert code == 0
+    assert out.startswith(f"{dict(sorted(build_args(arguments).items()))}")
+
+
+def build_args(arguments):
+    """The arguments, as a file and the command line give them."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
 
 
 def test_detection_models_are_built_with_another_number_of_classes():

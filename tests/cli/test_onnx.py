@@ -20,7 +20,7 @@ from retrofit.files.model_sources import build
 from retrofit.files.onnx_modules import module_from_onnx
 from retrofit.files.onnx_weights import onnx_layers, run_onnx
 
-DATA = ("--data", "pictures", "--workers", "0")
+DATA = ("--data", "pictures", "--workers", "0", "--mean", "0.5", "--std", "0.5")
 ROLES = ("weight", "bias", "running_mean", "running_var")
 
 

@@ -15,7 +15,7 @@ from retrofit.cli import main
 from retrofit.demo import trained_vgg
 
 NET = "retrofit.demo:trained_vgg"
-DATA = "--data pictures --crop 32 --workers 0"
+DATA = "--data pictures --crop 32 --mean 0.5 --std 0.5 --workers 0"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torchvision.transforms import CenterCrop, Compose, ToTensor
 
 import retrofit
 from retrofit.cli import main
-from retrofit.cli.picture_sample import size_in_words
+from retrofit.cli.picture_sample import prepared_in_words
 from retrofit.demo import trained_vgg
 
 NET = "retrofit.demo:trained_vgg"
@@ -16,7 +16,7 @@ DATA = "--data pictures --crop 32 --workers 0 --batch-size 8"
 SAYS = {
     f"plan {NET} --data pictures": [],
     f"convert {NET} {DATA} --output out.safetensors --report out.html": [
-        "up to 40 images of 32 x 32 pixels, on cpu",
+        "up to 40 images of 32 x 32 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, on cpu",
         "calibrate: 40 images",
         "verify: 16 images",
         "writing out.safetensors",
@@ -24,11 +24,11 @@ SAYS = {
         "writing out.html",
     ],
     f"verify bn.safetensors --model {NET} {DATA} --images 9": [
-        "9 images of 32 x 32 pixels, on cpu",
+        "9 images of 32 x 32 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, on cpu",
         "verify: 9 images",
     ],
     f"adapt bn.safetensors --model {NET} {DATA} --output out.pth --images 9": [
-        "9 images of 32 x 32 pixels, on cpu",
+        "9 images of 32 x 32 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, on cpu",
         "first pass: 9 images",
         "recalibrate: 8 layers",
         "writing out.pth",
@@ -37,7 +37,7 @@ SAYS = {
         "writing out.pth",
     ],
     f"report bn.safetensors --model {NET} {DATA} --output out.html": [
-        "40 images of 32 x 32 pixels, on cpu",
+        "40 images of 32 x 32 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, on cpu",
         "drift: 40 images",
         "writing out.html",
     ],
@@ -80,6 +80,6 @@ def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
 
 
 def test_of_pictures_that_keep_their_size_none_is_told():
-    assert size_in_words(ToTensor(), 3) == "sizes of their own"
+    assert prepared_in_words(ToTensor(), 3) == "sizes of their own, mean 0, std 1"
     crop = Compose([ToTensor(), CenterCrop((32, 48))])
-    assert size_in_words(crop, 3) == "32 x 48 pixels"
+    assert prepared_in_words(crop, 3) == "32 x 48 pixels, mean 0, std 1"

@@ -29,6 +29,10 @@ from retrofit.files.weights import read_weights
 from retrofit.pictures.sources import open_pictures
 
 EVIL = "open('sentinel', 'w').close()\ndef make(*_): open('sentinel', 'w').close()\n"
+CONVERT = (
+    "convert net.py:make --data pictures --output out.pth --crop 16 --mean 0.5 --std 0.5 "
+    "--workers 0"
+)
 COMMANDS = {
     "inspect": "inspect {}",
     "fold": "fold {} --output out.pth",
@@ -113,7 +117,7 @@ def test_a_pickle_in_any_other_file_is_not_run(run, tmp_path, option):
         torch.save(Evil(), tmp_path / name)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "0.pkl", "0.pkl")
-    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    words = CONVERT
     one_line(*run(*words.split(), *option.split()))
     assert not (tmp_path / "sentinel").exists()
     assert not (tmp_path / "out.pth").exists()
@@ -151,7 +155,7 @@ def test_a_damaged_header_is_one_line(run, tmp_path, content):
 
 WRONG = [None, 0, -1, 1e400, "text", [], {}, [[]], {"a": 1}, True]
 FIELDS = ["model", "plan", "eps", "momentum", "images", "aliases", "drift", "calibration",
-          "verification", "data", "class", "date", "torch"]  # fmt: skip
+          "preparation", "verification", "data", "class", "date", "torch"]  # fmt: skip
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -173,6 +177,27 @@ def test_provenance_of_any_type_is_one_line_on_the_command_line(run, tmp_path, f
             code, out, err = run(*words.format("a.safetensors").split())
             if code:
                 one_line(code, out, err)
+
+
+PREPARATIONS = [
+    {"crop": 1 << 40}, {"resize": 20_000}, {"crop": 0}, {"mean": [1e300]}, {"std": [0]},
+    {"std": [-1, 1, 1]}, {"mean": [0.5] * 7}, {"mean": []}, {"std": ["1"]}, {"crop": "16"},
+    {"crop": True}, {"other": 1}, {"std": [1e-300]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preparation", PREPARATIONS, ids=str)
+def test_a_preparation_in_a_file_is_checked(run, tmp_path, preparation):
+    pictures(tmp_path / "pictures", 3)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), "
+        "nn.ReLU())\n"
+    )
+    written(tmp_path / "a.safetensors", preparation=preparation)
+    words = "adapt a.safetensors --model net.py:make --data pictures --output out.pth --workers 0"
+    one_line(*run(*words.split()))
+    assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "1", "null", '"x"', "[" * 100_000, '{"a":' * 100_000])
@@ -251,7 +276,7 @@ def test_what_inflates_to_gigabytes_is_one_line(tmp_path, option, member):
             opened.write(header.getvalue())
             for _ in range(128):
                 opened.write(bytes(1 << 24))
-    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    words = CONVERT
     one_line(*command(folder, *words.split(), *option.split(), first=a_gigabyte))
     assert not (folder / "out.pth").exists()
 
@@ -267,7 +292,7 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
     (folder / "pictures" / "0.jpg").write_bytes(eps)
     (folder / "net.py").write_text("from torch import nn\ndef make(): return nn.Conv2d(3, 4, 3)\n")
-    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    words = CONVERT
     one_line(*command(folder, *words.split(), first=functools.partial(in_path, ghostscript.parent)))
     assert not (tmp_path / "run").exists()
 
@@ -322,7 +347,7 @@ def test_a_picture_that_claims_to_be_huge(run, tmp_path, size, skip):
     (tmp_path / "net.py").write_text(
         "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n"
     )
-    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    words = CONVERT
     code, _, err = run(*words.split(), *skip)
     if skip:
         assert code == 0
@@ -342,7 +367,7 @@ def test_what_is_no_file_in_a_folder_of_pictures(run, tmp_path):
     (tmp_path / "net.py").write_text(
         "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n"
     )
-    words = "convert net.py:make --data pictures --output out.pth --crop 16 --workers 0"
+    words = CONVERT
     code, out, err = run(*words.split(), "--skip-bad-images")
     assert code == 0
     assert "calibrated on       3 images" in out

@@ -269,7 +269,7 @@ def convertible(tmp_path):
     for i in range(40):
         picture = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
         picture.resize((30, 26)).save(tmp_path / "pictures" / f"{i:02}.png")
-    return ("convert", "made.py:net", "--data", "pictures", *SMALL)
+    return ("convert", "made.py:net", "--data", "pictures", *SMALL, "--mean", 0.5, "--std", 0.5)
 
 
 def test_convert_writes_the_page_that_report_makes_of_its_file_and_the_drift(
@@ -285,7 +285,9 @@ def test_convert_writes_the_page_that_report_makes_of_its_file_and_the_drift(
     assert page.tables["drift"][1:]
     assert "The drift under batch statistics is not in the file." in later.text
     facts = dict(later.tables["provenance"])
-    assert facts["calibrated on"] == "40 images of pictures, seed 0"
+    assert facts["calibrated on"] == (
+        "40 images of pictures, seed 0, of 16 x 16 pixels, mean 0.5, std 0.5"
+    )
     assert facts["torch"] == torch.__version__
 
 
@@ -486,7 +488,7 @@ def test_tensors_that_do_not_fit_are_named(run, file, kind, message):
         ),
         (
             ("bn.safetensors", "--output", "r.html", "--data", "."),
-            "on the command line with --model",
+            "unless it is typed: --model nets",
         ),
     ],
 )
