@@ -54,7 +54,7 @@ def prepare(model: M, plan: Plan | None = None) -> M:
         raise RetrofitError(f"this {type(model).__name__} is already prepared")
     plan = _checked_plan("prepare", plan) or planned(model)
     record = _extended(model, plan)
-    _warn_of(plan)
+    _warn_of(plan, model)
     copied = shared_copy(model)
 
     def observer(site: Site, layer: nn.Module | None) -> nn.Module:
@@ -129,7 +129,7 @@ def convert(
             raise _unused(unused)
         plan = _leave_out(model, plan, unused)
         if not plan.inserted:
-            _warn_of(plan)
+            _warn_of(plan, model)
     if observed:
         found = [(site, targets.get(site.path)) for site in plan.inserted]
         replace(model, dict(_batchnorm_for(model, *one, eps, momentum) for one in found))
@@ -200,7 +200,7 @@ def insert(
     check_models("insert", model)
     _check_options(eps, momentum)
     plan = _checked_plan("insert", plan) or planned(model)
-    _warn_of(plan)
+    _warn_of(plan, model)
     return inserted(model, plan, eps=eps, momentum=momentum)
 
 
@@ -371,11 +371,17 @@ def _extended(model: nn.Module, plan: Plan) -> Record:
     return earlier or Record(plan)
 
 
-def _warn_of(plan: Plan) -> None:
+def has_linear(model: nn.Module) -> bool:
+    """Tell whether a model has Linear layers, which `linear=True` is for."""
+    return any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def _warn_of(plan: Plan, model: nn.Module) -> None:
     """Warn of a plan that does nothing, or whose BatchNorms cannot learn."""
     frozen = [site.path for site in plan.inserted if site.frozen]
     if not plan.sites:
-        warn(f"no BatchNorm is added to {plan.model}: it has no convolutions")
+        hint = ", and Linear layers get some with linear=True" if has_linear(model) else ""
+        warn(f"no BatchNorm is added to {plan.model}: it has no convolutions{hint}")
     elif not plan.inserted:
         warn(
             f"no BatchNorm is added to {plan.model}: {len(plan.sites)} layers are skipped: "

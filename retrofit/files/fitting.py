@@ -8,7 +8,7 @@ decided by the model's own names, which may begin like that, too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from retrofit.numerics.comparison import Comparison
 from retrofit.numerics.tensor_checks import is_dense
 from retrofit.tables import few
 
-COUNTS = ".num_batches_tracked"
+COUNTS, VARIANCE = ".num_batches_tracked", ".running_var"
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
     }
     wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if problems := [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in wrong.items()]:
-        head = other_head(both.values()) if list(wrong) == ["of another shape"] else ""
         odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
         raise RetrofitError(
-            f"the weights in {source} do not fit {type(model).__name__}: keys "
-            f"{'; '.join(problems)}{odd}{head}"
+            f"the weights in {source} do not fit {type(model).__name__}, by their keys: "
+            f"{'; '.join(problems)}{odd}{_advice(wrong, both, own)}"
         )
     _refuse_untied(own, tensors, source)
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
@@ -160,6 +159,28 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
     whole = model.state_dict()  # with the versions that some modules ask for (MNASNet)
     whole.update(tensors)
     model.load_state_dict(whole)
+
+
+def _advice(
+    wrong: Mapping[str, Sequence[str]],
+    both: Mapping[str, tuple[Any, Any]],
+    own: Mapping[str, Any],
+) -> str:
+    """Guess whose weights they are, and say what to do with those; "" without a guess."""
+    if list(wrong) == ["of another shape"]:
+        if head := other_head(both.values()):
+            return head
+        return f"; does its factory need the arguments that it was trained with ({OPTION})?"
+    norms = {key.removesuffix(VARIANCE) for key in own if key.endswith(VARIANCE)}
+    lacks_norms = all(key.rpartition(".")[0] in norms for key in wrong.get("missing", [""]))
+    biases = all(key.endswith(".bias") for key in wrong.get("unexpected", []))
+    if lacks_norms and biases and wrong.keys() <= {"missing", "unexpected"}:
+        return (
+            "; it seems that its BatchNorms were folded away: restore (retrofit restore, "
+            "retrofit.restore) gives them back"
+        )
+    fitting = len(both) - sum(len(keys) for kind, keys in wrong.items() if kind.startswith("of"))
+    return "; are they of another architecture?" if 2 * fitting < len(own) else ""
 
 
 def other_head(pairs: Iterable[tuple[Any, Any]]) -> str:

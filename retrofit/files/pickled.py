@@ -131,11 +131,14 @@ def _refused(path: Path) -> str:
     names = [name for name in _globals(path) if name not in KNOWN and not _is_torchs(name)]
     if modules := [name for name in names if name.startswith("torch.nn.modules.")]:
         name = next((n for n in names if not n.startswith("torch.")), modules[0])
+        if name.startswith("ultralytics."):
+            network = f"ultralytics.YOLO('{path}').model"
+        else:
+            network = f"torch.load('{path}', weights_only=False)"
         return (
             f"it holds a whole pickled model ({_shown(name)}), which only its code can read; run "
-            f"where you trust the file: model = torch.load('{path}', weights_only=False); "
-            "torch.save(model.state_dict(), 'weights.pth') (where that is a dict, take the model "
-            "out of it)"
+            f"where you trust the file: model = {network}; torch.save(model.state_dict(), "
+            "'weights.pth') (a model in a dict is to be taken out of it first: model['model'])"
         )
     if names:
         return (

@@ -30,7 +30,7 @@ from retrofit.surgery.native import Places
 from retrofit.tracing.attribute_reads import united
 from retrofit.tracing.calls import Trace
 from retrofit.tracing.read_model import read, read_graph, read_in_training
-from retrofit.tracing.symbolic import calls_of
+from retrofit.tracing.symbolic import UntraceableError, calls_of
 
 
 @uncollected()
@@ -113,7 +113,12 @@ def plan(
     if layout == "graph":
         if renumber:
             raise RetrofitError("renumber= is for the native layout; the graph layout moves no key")
-        return _graph_plan(model, options, example, forward_fn)
+        try:
+            return _graph_plan(model, options, example, forward_fn)
+        except UntraceableError as error:
+            raise RetrofitError(
+                f"{error}; the native layout does without: leave out layout='graph' (--layout)"
+            ) from error
     requested = None if renumber is None else _patterns(renumber)
     return _native_plan(model, options, requested, example, forward_fn)
 
