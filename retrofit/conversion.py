@@ -21,7 +21,7 @@ from retrofit.numerics.tensor_checks import are_statistics
 from retrofit.option_checks import check_flags, check_models, check_number
 from retrofit.planning.plan import plan as planned
 from retrofit.planning.plan import without
-from retrofit.plans import ASKED, LayoutName, Patterns, Placement, Plan, Site
+from retrofit.plans import ASKED, UNCALLED, LayoutName, Patterns, Placement, Plan, Site
 from retrofit.running.batch_checks import check_data
 from retrofit.running.call_arguments import ForwardFn
 from retrofit.running.first_batch import looked_into
@@ -29,7 +29,7 @@ from retrofit.running.shared_copy import refuse_inference_mode, shared_copy, unc
 from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
 from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
 from retrofit.surgery.record import Record, attach, record_of, required_record
-from retrofit.tables import few
+from retrofit.tables import counted, few
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -317,7 +317,19 @@ def add_batchnorm(
     result = _transplanted(target, converted)
     if layout == "graph":
         _refuse_other_graph(model, result, first, forward_fn)
+    _warn_of_uncalled(plan)
     return result
+
+
+def _warn_of_uncalled(plan: Plan) -> None:
+    """Warn of layers that the first batch did not reach: nobody has seen this plan."""
+    left = [site.path for site in plan.sites if site.reason.startswith(UNCALLED)]
+    if plan.inserted and left:
+        warn(
+            f"{counted(len(left), 'layer')} of {plan.model} got no BatchNorm, not being called on "
+            f"the first batch in eval mode ({few(left)}): if training calls them, begin with a "
+            "batch that does"
+        )
 
 
 def _checked_plan(function: str, plan: object) -> Plan | None:

@@ -19,6 +19,8 @@ Placement = Literal["pre_activation", "post_activation"]
 LAYOUTS = ("native", "graph")
 PLACEMENTS = ("pre_activation", "post_activation")
 Patterns = str | Sequence[str] | None
+# Begin the reason of a site that no run reaches: of a model that was run, and that was traced.
+UNCALLED = ("not called on the example", "not called in eval mode")
 ASKED = "asked for, but "  # begins the reason of a site that was asked for and is impossible
 
 

@@ -104,6 +104,7 @@ def calibrate(
         enough = tolerance
         if tolerance is None and in_random_order(data):
             enough = default_tolerance(max_images)
+        feed = replace(feed, may_end_early=bool(enough))
         rounds, feed = _wrapped(prepared, plan, processes, state, feed, enough or None)
         learned = rounds.begin(Learned(ChannelStatistics.empty(sum(samples.channels.values()))))
         if not learned.ended:

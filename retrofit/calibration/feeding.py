@@ -40,6 +40,7 @@ class Feed:
     Attributes:
         data, device, max_images, forward_fn, progress: as for `calibrate`.
         stage: what the bar says is being done.
+        may_end_early: before the data does.
     """
 
     data: Iterable[Any]
@@ -48,6 +49,7 @@ class Feed:
     forward_fn: ForwardFn | None = None
     progress: bool = True
     stage: str = "calibrate"
+    may_end_early: bool = False
 
     def run(
         self,
@@ -110,7 +112,10 @@ class Feed:
     def bar(self, model: nn.Module, stage: str, *, shown: bool, done: int = 0) -> ProgressBar:
         """Make a bar over the images."""
         data, most, forward_fn = self.data, self.max_images, self.forward_fn
-        return images_bar(stage, model, data, most, forward_fn, shown=shown, done=done)
+        return images_bar(
+            stage, model, data, most, forward_fn,
+            shown=shown, done=done, at_most=self.may_end_early,
+        )  # fmt: skip
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[torch.device | None]:

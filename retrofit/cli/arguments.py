@@ -81,16 +81,30 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
         command = command or (word if word in COMMANDS else None)
         name, options = word.partition("=")[0], _options(parser, command)
         if name[:2] == "--" and name not in ("--", *options):
-            raise _Mistake(f"unrecognized arguments: {word}{_nearest(name, options)}")
+            hint = _without_dashes(parser, command, name) or _nearest(name, options)
+            raise _Mistake(f"unrecognized arguments: {word}{hint}")
     return parser.parse_args(words)
+
+
+def _parser_of(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:
+    if command is None:
+        return parser
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = commands.choices[command]
+    return found
 
 
 def _options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
     """List the options of a command, or those that may stand before it."""
-    if command is not None:
-        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        parser = commands.choices[command]
-    return list(parser._option_string_actions)
+    return list(_parser_of(parser, command)._option_string_actions)
+
+
+def _without_dashes(parser: argparse.ArgumentParser, command: str | None, name: str) -> str:
+    """Say how an argument is given that is none of the options; "" for what is no argument."""
+    arguments = (a for a in _parser_of(parser, command)._actions if not a.option_strings)
+    if command and any(f"--{argument.dest}" == name for argument in arguments):
+        return f": it has no name, and stands by itself: retrofit {command} {name[2:].upper()} ..."
+    return ""
 
 
 def _nearest(name: str, options: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from retrofit.cli.requests import (
     PictureOptions,
     PlanOptions,
     may_end_early,
+    tolerance_of,
 )
 from retrofit.cli.sample import Sample, naming
 from retrofit.cli.terminal import Terminal, if_stopped
@@ -94,6 +95,7 @@ def run_convert(request: ConvertRequest, terminal: Terminal) -> int:
         with if_stopped(unwritten):
             sample = _sample(request, processes)
             by = f", by {processes.size} processes" if processes.group else ""
+            by += f"; what is done is kept in {request.state}" if request.state else ""
             sample.announce(terminal, by, at_most=may_end_early(request))
             plan = planned(sample.model, sample.example(), request.plan)
             if not plan.inserted:
@@ -363,6 +365,7 @@ def _facts(
 ) -> Facts:
     seconds, worst = calibration.seconds, calibration.disagreement
     rate, waited = calibration.images / seconds, calibration.waited / seconds
+    chance = "and not by chance" if calibration.disordered else "as chance has it"
     needed = (f"{calibration.images_needed(t):,} for {t:.0%}" for t in TOLERANCES)
     return Facts(
         (
@@ -371,15 +374,25 @@ def _facts(
                 "speed",
                 f"{rate:.1f} {sample.word}/s; {waited:.0%} of the time spent waiting for them",
             ),
-            ("standard error", error_in_words(calibration.standard_error)),
+            ("standard error", _error(request, sample, calibration)),
             (f"{sample.word} needed", ", ".join(needed)),
-            ("two halves of them", f"differ by {worst:.3f} sigma (99 % of channels, worst layer)"),
+            (
+                "two halves of them",
+                f"differ by {worst:.3f} sigma (99 % of channels, worst layer), {chance}",
+            ),
             ("verified on", f"{checked.verification.images} {checked.which}"),
             ("outputs", "equal bit for bit, at every site and at the end"),
             *_in_onnxruntime(checked),
             ("written", str(request.output)),
         )
     )
+
+
+def _error(request: ConvertRequest, sample: Sample, calibration: Calibration) -> str:
+    error, wanted = error_in_words(calibration.standard_error), tolerance_of(request)
+    if calibration.standard_error <= wanted or not wanted:
+        return error
+    return f"{error}; {wanted:.1%} was wanted, and there are no more {sample.word}"
 
 
 def _in_onnxruntime(checked: Checked) -> Iterator[tuple[str, str]]:

@@ -152,10 +152,15 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def tolerance_of(request: ConvertRequest | RestoreRequest) -> float:
+    """Choose the tolerance at which the calibration ends; 0 for one that uses all pictures."""
+    asked = request.tolerance
+    return default_tolerance(request.pictures.images) if asked is None else asked
+
+
 def may_end_early(request: ConvertRequest | RestoreRequest) -> bool:
     """Tell whether the calibration may end before the last picture."""
-    tolerance = request.tolerance
-    return (default_tolerance(request.pictures.images) if tolerance is None else tolerance) > 0
+    return tolerance_of(request) > 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import retrofit
+from retrofit import RetrofitError
 from retrofit.cli.data_sources import check_device, sample_for
 from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import naming
@@ -15,6 +18,8 @@ def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
+    if not Path(request.weights).exists():  # before the wait for all else
+        raise RetrofitError(f"there is no file {request.weights}")
     architecture = build(request.model, request.model_args).eval()
     sample = sample_for(architecture, request.model, request.pictures)
     sample.announce(terminal, at_most=may_end_early(request))

@@ -16,7 +16,7 @@ from torch import nn
 from retrofit.errors import RetrofitError
 from retrofit.planning.scripted import scripted_sites
 from retrofit.planning.seats import seat_after
-from retrofit.plans import ASKED, Options, Site
+from retrofit.plans import ASKED, UNCALLED, Options, Site
 from retrofit.tracing.calls import Call, Trace, activation_after, is_candidate, occurrences
 from retrofit.tracing.operations import (
     ACTIVATIONS,
@@ -252,9 +252,9 @@ class _Rules:
         if read := self._read(path):
             return f"not called: the model's own code reads its {read}"
         if self.trace.way == "run":
-            return "not called on the example"
+            return UNCALLED[0]
         kept = defaults(self.model)
-        return "not called in eval mode" + (f" with {_written(kept)}" if kept else "")
+        return UNCALLED[1] + (f" with {_written(kept)}" if kept else "")
 
     def refuse_idle_patterns(self, calls: dict[str, list[Call]]) -> None:
         """Raise RetrofitError for a pattern that matches no layer, or none that has a place."""

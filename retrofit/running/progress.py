@@ -51,6 +51,7 @@ def images_bar(
     *,
     shown: bool,
     done: int = 0,
+    at_most: bool = False,
 ) -> ProgressBar:
     """Make a bar over the images of `data`, as far as their number is known.
 
@@ -61,20 +62,28 @@ def images_bar(
         most: no more are used.
         shown: whether it is to be seen.
         done: how many were used before.
+        at_most: fewer may be enough.
     """
     known = images_in_all(model, data, forward_fn) if shown else None
     total = most if known is None else known if most is None else min(known, most)
     unit = getattr(getattr(data, "dataset", None), "bar_unit", "image")
-    return progress_bar(stage, total, unit, shown=shown, done=done)
+    return progress_bar(stage, total, unit, shown=shown, done=done, at_most=at_most)
 
 
 def progress_bar(
-    stage: str, total: int | None, unit: str, *, shown: bool, done: int = 0
+    stage: str,
+    total: int | None,
+    unit: str,
+    *,
+    shown: bool,
+    done: int = 0,
+    at_most: bool = False,
 ) -> ProgressBar:
     """Make a bar over `total` units; a log, where no bar can move, gets a line at its start."""
     drawn = _draws_bars()
     if shown and not drawn:
-        count = "" if total is None else f": {total:,} {unit}s"
+        most = "up to " if at_most else ""
+        count = "" if total is None else f": {most}{total:,} {unit}s"
         if done:
             count += f", after {done:,} before"
         tqdm.write(f"{stage}{count} ...", file=sys.stderr)

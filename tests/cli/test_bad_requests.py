@@ -185,7 +185,9 @@ CASES = [
     (f"{CONVERT} --tolernace 1", 2, "--tolernace: did you mean --tolerance? (see"),
     ("convert net.py:make --data d --ouptut o.pth", 2, "--ouptut: did you mean --output? (see"),
     (f"{CONVERT} --tol 1", 2, "unrecognized arguments: --tol: did you mean --tolerance? (see"),
-    (f"{CONVERT} --model x", 2, "unrecognized arguments: --model: did you mean --model-args? (see"),
+    (f"{CONVERT} --model x", 2, "--model: it has no name, and stands by itself: retrofit convert"),
+    ("inspect --file a.pth", 2, "--file: it has no name, and stands by itself: retrofit inspect"),
+    ("plan vgg11 --model-arg a=1", 2, "--model-arg: did you mean --model-args? (see"),
     (f"{CONVERT} --weights=a --i 3", 2, "--i: did you mean --include or --images?"),
     ("--verison", 2, "unrecognized arguments: --verison: did you mean --version? (see retrofit --"),
     (f"{CONVERT} --force", 2, "unrecognized arguments: --force (see"),  # of no option's likeness

@@ -247,7 +247,7 @@ def test_it_is_announced_and_the_bar_counts_samples(folder, capsys, monkeypatch)
     monkeypatch.chdir(folder)
     assert main([*AUDIO, "--data", "data.py:Sounds"]) == 0
     said = capsys.readouterr().err
-    assert "retrofit: up to 48 samples, on cpu ...\ncalibrate: 48 samples ..." in said
+    assert "retrofit: up to 48 samples, on cpu ...\ncalibrate: up to 48 samples ..." in said
     assert "verify: 16 samples ..." in said
     assert main([*AUDIO, "--data", "data.py:made", "--overwrite"]) == 0
     said = capsys.readouterr().err

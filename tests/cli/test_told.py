@@ -1,7 +1,9 @@
 """How a result is told: to people as wide as their terminal, to programs as one JSON object."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +40,34 @@ def told(run, kit, tmp_path):
     return call
 
 
-def test_every_command_tells_a_program_what_it_tells_people(told):
+ALWAYS = {"exit_code", "warnings", "error", "written", "damaged_shards", "unreadable_pictures"}
+
+
+def documented(command):
+    """The keys of a command's object, in the table of the page."""
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (\w*) ?\| (`[^|]+) \|", page.partition("Besides these")[2])
+    found, current = {}, ""
+    for name, keys in rows:
+        current = name or current
+        found.setdefault(current, set()).update(re.findall(r"`(\w+)`", keys))
+    return found[command]
+
+
+@pytest.fixture
+def told_as_documented(told):
+    """The same, of an object with the keys that the page lists."""
+
+    def call(words):
+        found = told(words)
+        assert found[1].keys() - ALWAYS == documented(words.split()[0])
+        return found
+
+    return call
+
+
+def test_every_command_tells_a_program_what_it_tells_people(told_as_documented):
+    told = told_as_documented
     code, plan, _ = told(f"plan {NET}")
     assert (code, plan["exit_code"]) == (0, 0)
     sites = plan["plan"]["sites"]
@@ -74,6 +103,20 @@ def test_every_command_tells_a_program_what_it_tells_people(told):
 
     code, found, _ = told("report bn.safetensors --output again.html")
     assert found["written"] == "again.html"
+
+
+def test_restore_tells_a_program_what_it_restored(told_as_documented, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+    )
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).state_dict(), tmp_path / "w.pth")
+    code, found, _ = told_as_documented(
+        f"restore net.py:make --weights w.pth {DATA} --output bn.safetensors"
+    )
+    assert code == 0
+    assert [seat["norm"] for seat in found["restoration"]["seats"]] == ["1"]
+    assert found["loading"].startswith("network = make(); network.load_state_dict(")
 
 
 def test_what_failed_is_in_the_object_and_on_stderr_as_ever(told, tmp_path):

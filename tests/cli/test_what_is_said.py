@@ -17,7 +17,7 @@ SAYS = {
     f"plan {NET} --data pictures": [],
     f"convert {NET} {DATA} --output out.safetensors --report out.html": [
         "up to 40 images of 32 x 32 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, on cpu",
-        "calibrate: 40 images",
+        "calibrate: up to 40 images",
         "verify: 16 images",
         "writing out.safetensors",
         "drift: 10 images",

@@ -87,7 +87,8 @@ def test_a_run_gives_the_plan_that_torch_fx_gives(net):
 def test_converted_from_its_first_batch_it_computes_the_same_and_folds_back():
     model = Branching().eval()
     before = copy.deepcopy(model.state_dict())
-    converted = retrofit.add_batchnorm(model, [X], progress=False)
+    with pytest.warns(UserWarning, match=r"1 layer of Branching got no BatchNorm, .* \(dark\.0\)"):
+        converted = retrofit.add_batchnorm(model, [X], progress=False)
     assert isinstance(converted.stem.bn, nn.BatchNorm2d)
     assert retrofit.verify(model, converted, [nets.images(5, 3, 12, 14)]).exact
     folded = retrofit.fold(converted).state_dict()
@@ -205,8 +206,27 @@ def test_a_forward_fn_says_how_the_model_is_run():
 
     data = [{"pictures": X, "name": "a"}]
     assert inserted(Two(), example=data[0], forward_fn=run) == ["two"]
-    converted = retrofit.add_batchnorm(Two(), data, forward_fn=run, progress=False)
+    with pytest.warns(UserWarning, match=r"got no BatchNorm, not being called .* \(one\)"):
+        converted = retrofit.add_batchnorm(Two(), data, forward_fn=run, progress=False)
     assert [n for n, m in converted.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["two.bn"]
+
+
+def test_layers_for_training_alone_are_told_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.aux = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = F.relu(self.main(x))
+            found = self.head(x.mean((2, 3)))
+            return (found, F.relu(self.aux(x)).mean((2, 3))) if self.training else found
+
+    with pytest.warns(UserWarning, match=r"1 layer of Auxiliary got no BatchNorm, .* \(aux\)"):
+        retrofit.add_batchnorm(Auxiliary(), [X], progress=False)
+    only = retrofit.add_batchnorm(Auxiliary(), [X], exclude="aux", progress=False)  # not asked for
+    assert isinstance(only.main.bn, nn.BatchNorm2d)
 
 
 def test_an_example_that_the_model_rejects_shows_its_own_message():
