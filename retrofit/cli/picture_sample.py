@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,17 +24,32 @@ from retrofit.running.signatures import takes_lists
 from retrofit.tables import Part
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """How pictures become the input of a model.
+
+    Attributes:
+        transform: from a picture to that input.
+        channels: that the model takes.
+        words: what comes of it: its size, mean and std.
+        preparation: what of the transform is not as the model was trained; None for nothing.
+        guess: a sentence on what of the transform nothing tells; "" if that is nothing.
+    """
+
+    transform: Transform
+    channels: int
+    words: str
+    preparation: Preparation | None
+    guess: str
+
+
 class PictureSample(OrderedSample):
     """Pictures in an order.
 
     Args:
         model, options, order: as for `OrderedSample`.
         pictures: where they come from.
-        transform: from a picture to the model's input.
-        prepared: how it is prepared, in words.
-        channels: that the model takes.
-        preparation: what of the transform is not as the model was trained.
-        guess: a sentence on what of the transform nothing tells; "" if that is nothing.
+        prepared: how they become the model's input.
     """
 
     word = "images"
@@ -44,16 +60,11 @@ class PictureSample(OrderedSample):
         options: PictureOptions,
         order: Sequence[int],
         pictures: Pictures,
-        transform: Transform,
-        prepared: str,
-        channels: int,
-        preparation: Preparation,
-        guess: str,
+        prepared: Prepared,
     ) -> None:
         super().__init__(model, options, order)
-        self.pictures, self.transform, self.channels = pictures, transform, channels
-        self.prepared, self.guess = prepared, guess
-        self.preparation = preparation if preparation.given else None
+        self.pictures, self.prepared = pictures, prepared
+        self.preparation = prepared.preparation
         self.kind = self._kind()
 
     @property
@@ -64,17 +75,18 @@ class PictureSample(OrderedSample):
     def _kind(self) -> str:
         """Say what the model sees, and how many channels and bits if not 3 and 32."""
         kinds = {1: "grey images", 3: "images"}
-        kind = kinds.get(self.channels, f"images ({self.channels} channels)")
+        channels = self.prepared.channels
+        kind = kinds.get(channels, f"images ({channels} channels)")
         dtype = input_dtype(self.model)
         return kind if dtype == torch.float32 else f"{kind} as {str(dtype).removeprefix('torch.')}"
 
     @property
     def size(self) -> str:
-        return f" of {self.prepared}"
+        return f" of {self.prepared.words}"
 
     def warn_of_guess(self, terminal: Terminal) -> None:
-        if self.guess:
-            terminal.warn(self.guess)
+        if self.prepared.guess:
+            terminal.warn(self.prepared.guess)
 
     def part(
         self, indices: Sequence[int], *, batch_size: int, workers: int | None
@@ -82,10 +94,10 @@ class PictureSample(OrderedSample):
         return PictureBatches(
             self.pictures,
             indices,
-            self.transform,
+            self.prepared.transform,
             batch_size=batch_size,
             workers=default_workers() if workers is None else workers,
-            channels=self.channels,
+            channels=self.prepared.channels,
             lists=takes_lists(self.model),
             skip_bad=self.options.skip_bad_images,
             in_random_order=True,
@@ -127,21 +139,24 @@ def picture_sample(
     channels = input_channels(model, size) or _channels(pictures, preparation)
     pictures.check_channels(channels)
     transform = make(mean=preparation.mean, std=preparation.std, channels=channels)
-    prepared = prepared_in_words(transform, channels)
+    words = prepared_in_words(transform, channels)
     guess = _guess(spec, [step for step in untold(spec, model) if step not in preparation.given])
     if (dtype := input_dtype(model)) != torch.float32:
         transform = Compose([transform, operator.methodcaller("to", dtype)])
+    kept = preparation if preparation.given else None
+    prepared = Prepared(transform, channels, words, kept, guess)
     order = shuffled(len(pictures), options.seed or 0)
-    return PictureSample(
-        model, options, order, pictures, transform, prepared, channels, preparation, guess
-    )
+    return PictureSample(model, options, order, pictures, prepared)
 
 
 def prepared_in_words(transform: Transform, channels: int) -> str:
     """Say how large the pictures are that the model gets, and how they are normalised."""
     square, wide = (tuple(transform(black(channels, 64, width)).shape[-2:]) for width in (64, 96))
     size = f"{square[0]} x {square[1]} pixels" if square == wide else "sizes of their own"
-    mean, std = map(_numbers, normalisation(transform, channels))
+    found = normalisation(transform, channels)
+    if found is None:
+        return size
+    mean, std = map(_numbers, found)
     return f"{size}, mean {mean}, std {std}"
 
 

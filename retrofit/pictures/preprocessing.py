@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,10 +83,16 @@ def black(channels: int, height: int = 64, width: int = 64) -> Picture:
 
 def normalisation(
     transform: Transform, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Measure which mean and std, of pixels in 0 to 1, a transform normalises each channel with."""
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Measure which mean and std, of pixels in 0 to 1, a transform normalises each channel with.
+
+    None for one that does something else, with the contrast of each picture for instance.
+    """
     dark, light = (_middle(transform(_filled(value, channels))) for value in (0, 255))
-    std = tuple(1 / (most - least) for least, most in zip(dark, light, strict=True))
+    ranges = [most - least for least, most in zip(dark, light, strict=True)]
+    if not all(math.isfinite(one) and one for one in ranges):
+        return None
+    std = tuple(1 / one for one in ranges)
     return tuple(0.0 - least * of for least, of in zip(dark, std, strict=True)), std
 
 

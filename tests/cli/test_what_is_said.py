@@ -83,3 +83,5 @@ def test_of_pictures_that_keep_their_size_none_is_told():
     assert prepared_in_words(ToTensor(), 3) == "sizes of their own, mean 0, std 1"
     crop = Compose([ToTensor(), CenterCrop((32, 48))])
     assert prepared_in_words(crop, 3) == "32 x 48 pixels, mean 0, std 1"
+    each_by_its_contrast = Compose([crop, lambda x: (x - x.mean()) / x.std()])
+    assert prepared_in_words(each_by_its_contrast, 3) == "32 x 48 pixels"
