@@ -317,19 +317,33 @@ def add_batchnorm(
     result = _transplanted(target, converted)
     if layout == "graph":
         _refuse_other_graph(model, result, first, forward_fn)
-    _warn_of_uncalled(plan)
+    _warn_of_uncalled(plan, model)
     return result
 
 
-def _warn_of_uncalled(plan: Plan) -> None:
+def _warn_of_uncalled(plan: Plan, model: nn.Module) -> None:
     """Warn of layers that the first batch did not reach: nobody has seen this plan."""
-    left = [site.path for site in plan.sites if site.reason.startswith(UNCALLED)]
+    left = [
+        site.path
+        for site in plan.sites
+        if site.reason.startswith(UNCALLED) and not _has_norm_beside(model, site.path)
+    ]
     if plan.inserted and left:
         warn(
-            f"{counted(len(left), 'layer')} of {plan.model} got no BatchNorm, not being called on "
-            f"the first batch in eval mode ({few(left)}): if training calls them, begin with a "
-            "batch that does"
+            f"{counted(len(left), 'layer')} of {plan.model} got no BatchNorm, as the first batch, "
+            f"in eval mode, does not reach {'it' if len(left) == 1 else 'them'} ({few(left)}): "
+            "for training alone, for other batches, or for nothing"
         )
+
+
+def _has_norm_beside(model: nn.Module, path: str) -> bool:
+    """Tell whether a layer is followed by a norm of its own, as far as its neighbour tells."""
+    parent, _, name = path.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    names = [child for child, _ in children]
+    if name not in names or name == names[-1]:
+        return False
+    return "Norm" in type(children[names.index(name) + 1][1]).__name__
 
 
 def _checked_plan(function: str, plan: object) -> Plan | None:

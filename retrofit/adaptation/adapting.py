@@ -111,6 +111,8 @@ class Adapting:
         self._norms = {}
 
     def __enter__(self) -> Self:
+        if not self._norms:
+            raise RetrofitError("this handle was removed, and adapts no more: call adapting() anew")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -72,6 +72,8 @@ class Recalibration:
         self._old.clear()
 
     def __enter__(self) -> Self:
+        if self.layers and not self._old:
+            raise RetrofitError("this handle was removed: recalibrate() anew")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -186,7 +186,7 @@ def no_outputs(original: nn.Module, outputs: Collection[str]) -> RetrofitError:
     if outputs:
         return RetrofitError(
             f"all tensors that this {name} returns are empty, so that nothing can be compared: "
-            "give images in which it finds something, or a forward_fn that returns what is before"
+            "give images in which it finds something, or, in Python, a forward_fn that returns more"
         )
     return RetrofitError(f"there is no tensor in what this {name} returns to compare")
 

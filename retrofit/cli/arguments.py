@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from retrofit.cli import requests
 from retrofit.cli.requests import BATCH_SIZE, DRIFT_IMAGES, TEST_IMAGES, default_workers
 from retrofit.cli.terminal import Terminal
+from retrofit.errors import RetrofitError
 from retrofit.files.model_args import OPTION, parse_argument
 from retrofit.files.suffixes import KINDS, SUFFIXES
 from retrofit.pictures.preparation import MOST_PIXELS
@@ -62,11 +63,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests
         parser.exit()
     try:
         found = _parsed(parser, words)
-    except _Mistake as mistake:
+        return _made(found.request, found), _made(requests.Telling, found)
+    except (_Mistake, RetrofitError) as mistake:
         command = next((f" {word}" for word in words if word in COMMANDS), "")
         Terminal(as_json="--json" in words).fail(f"{mistake} (see retrofit{command} --help)", 2)
         sys.exit(2)
-    return _made(found.request, found), _made(requests.Telling, found)
 
 
 def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -80,7 +81,9 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     for word in words:
         command = command or (word if word in COMMANDS else None)
         name, options = word.partition("=")[0], _options(parser, command)
-        if name[:2] == "--" and name not in ("--", *options):
+        if word == "--":
+            break
+        if name[:2] == "--" and name not in options:
             hint = _without_dashes(parser, command, name) or _nearest(name, options)
             raise _Mistake(f"unrecognized arguments: {word}{hint}")
     return parser.parse_args(words)
@@ -102,8 +105,10 @@ def _options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
 def _without_dashes(parser: argparse.ArgumentParser, command: str | None, name: str) -> str:
     """Say how an argument is given that is none of the options; "" for what is no argument."""
     arguments = (a for a in _parser_of(parser, command)._actions if not a.option_strings)
-    if command and any(f"--{argument.dest}" == name for argument in arguments):
-        return f": it has no name, and stands by itself: retrofit {command} {name[2:].upper()} ..."
+    for argument in arguments:
+        shown = str(argument.metavar or argument.dest)
+        if command and name in (f"--{argument.dest}", f"--{shown.lower()}"):
+            return f": it has no name, and stands by itself: retrofit {command} {shown.upper()} ..."
     return ""
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import retrofit
 from retrofit import RetrofitError, Verification, demo
 from retrofit.cli.convert import planned, run_convert
-from retrofit.cli.data_sources import check_device, sample_for
+from retrofit.cli.data_sources import check_device, refuse_without_data, sample_for
 from retrofit.cli.norm_table import norm_rows, norm_table
 from retrofit.cli.requests import (
     AdaptRequest,
@@ -58,11 +58,13 @@ def carry_out(request: Request, terminal: Terminal) -> int:
 
 def run_plan(request: PlanRequest, terminal: Terminal) -> int:
     """Print the plan of a model, whose weights do not matter."""
+    refuse_without_data(request.pictures)
     model = build(request.model, request.model_args)
     example = None
     if request.pictures.data is not None:
         sample = sample_for(model, request.model, request.pictures)
         example = sample.example()
+        sample.list_bad(terminal, [])
     plan = planned(model, example, request.plan)
     terminal.show(*plan._parts())
     terminal.tell(plan=plan)
@@ -206,6 +208,7 @@ def run_report(request: ReportRequest, terminal: Terminal) -> int:
         raise RetrofitError("--weights-key needs --weights: it is a place in that file")
     if request.weights is not None and request.pictures.data is None:
         raise RetrofitError("--weights needs --data: pictures to compare the networks on")
+    refuse_without_data(request.pictures)
     file = _without_key(request.file)
     provenance, no_drift = file.provenance, ""
     if request.pictures.data is not None:
@@ -233,7 +236,9 @@ def run_demo(request: DemoRequest, terminal: Terminal) -> int:
     except OSError as error:
         raise RetrofitError(f"cannot write to {folder}: {error.strerror}") from error
     terminal.show(*found._parts())
-    terminal.tell(demo=found, verification=found.converted.verification.summary())
+    terminal.tell(
+        written=str(folder), demo=found, verification=found.converted.verification.summary()
+    )
     return 0
 
 
@@ -340,6 +345,7 @@ def _measured_anew(
         verification = retrofit.verify(original, converted, batches, progress=terminal.progress)
         found = dataclasses.replace(found, verification=verification)
     sample.list_bad(terminal, batches.bad)
+    sample.warn_of_guess(terminal)
     return found, no_drift
 
 

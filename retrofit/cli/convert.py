@@ -32,7 +32,7 @@ from retrofit.cli.text import error_in_words
 from retrofit.conversion import has_linear
 from retrofit.errors import UnfinishedError
 from retrofit.files.checkpoint import check_output
-from retrofit.files.model_sources import trained, weights_name
+from retrofit.files.model_sources import preparation_in, trained, weights_name
 from retrofit.files.onnx_batchnorms import Agreement, agreement, with_batchnorms
 from retrofit.files.onnx_files import SUFFIX as ONNX
 from retrofit.files.onnx_files import is_onnx
@@ -163,10 +163,11 @@ def _sample(request: ConvertRequest, processes: Processes) -> Sample:
         raise RetrofitError(f"calibration needs at least 2 {word}: {options.data} has {number}")
     options = replace(options, device=_own_device(options.device))
     check_device(options)
+    told = preparation_in(request.weights)
     model = trained(
         request.model, request.weights, request.weights_key, model_args=request.model_args
     )
-    sample = sample_for(model, request.model, options, request.weights, data)
+    sample = sample_for(model, request.model, options, request.weights, data, told)
     sample.refuse_processes(processes.size)
     if request.report:
         sample.refuse_once_only("--report")
@@ -314,7 +315,7 @@ def _write_report(
         kind = "" if isinstance(error, RetrofitError) else f"{type(error).__name__}: "
         raise UnfinishedError(f"{unfinished}: {kind}{error}; {again}") from error
     terminal.show(Facts((("report", str(path)),)))
-    terminal.tell(report=str(path), drift=drift)
+    terminal.tell(report=str(path), drift=drift, no_drift=no_drift)
 
 
 def _tell(

@@ -36,6 +36,14 @@ def open_data(options: PictureOptions) -> Data:
     return open_pictures(path, skip_bad=options.skip_bad_images)
 
 
+def refuse_without_data(options: PictureOptions) -> None:
+    """Raise RetrofitError for an option on data where there are none."""
+    typed = {**vars(options), **vars(options.preparation)}
+    for name in ("resize", "crop", "mean", "std", "seed", "batch_size", "workers"):
+        if options.data is None and typed[name] is not None:
+            raise RetrofitError(f"--{name.replace('_', '-')} needs --data, which it is about")
+
+
 def is_code(text: str) -> bool:
     """Tell whether this means `file.py:name` or `package.module:name`, rather than a path."""
     source, colon, name = text.rpartition(":")

@@ -11,7 +11,7 @@ from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import naming
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.files.checkpoint import check_output
-from retrofit.files.model_sources import build, code_of
+from retrofit.files.model_sources import build, code_of, preparation_in
 
 
 def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
@@ -21,7 +21,8 @@ def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
     if not Path(request.weights).exists():  # before the wait for all else
         raise RetrofitError(f"there is no file {request.weights}")
     architecture = build(request.model, request.model_args).eval()
-    sample = sample_for(architecture, request.model, request.pictures)
+    told = preparation_in(request.weights)
+    sample = sample_for(architecture, request.model, request.pictures, told=told)
     sample.announce(terminal, at_most=may_end_early(request))
     batches = sample.batches()
     with naming(batches), if_stopped(f"{request.output} is not written"):

@@ -244,7 +244,12 @@ def _with_batchnorms(
 ) -> tuple[nn.Module, str | None]:
     """Copy the model, with BatchNorms where the file has them; and say where its tensors are."""
     if (record := file.provenance.record) is not None:
-        result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
+        try:
+            result = inserted(model, record.plan, eps=record.eps, momentum=record.momentum)
+        except RetrofitError as error:
+            said = str(error).removesuffix("; plan this model anew")
+            of = f" is of {file.provenance.call}, and" if file.provenance.model else ""
+            raise RetrofitError(f"{file.path}{of} does not fit: {said}") from error
         attach(result, record)
         return result, key
     plain = fits(file, model.state_dict(), key)

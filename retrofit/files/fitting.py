@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
         odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
         raise RetrofitError(
             f"the weights in {source} do not fit {type(model).__name__}, by their keys: "
-            f"{'; '.join(problems)}{odd}{_advice(wrong, both, own)}"
+            f"{'; '.join(problems)}{odd}{_advice(wrong, both, model)}"
         )
     _refuse_untied(own, tensors, source)
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
@@ -162,28 +162,55 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
 
 
 def _advice(
-    wrong: Mapping[str, Sequence[str]],
-    both: Mapping[str, tuple[Any, Any]],
-    own: Mapping[str, Any],
+    wrong: Mapping[str, Sequence[str]], both: Mapping[str, tuple[Any, Any]], model: nn.Module
 ) -> str:
     """Guess whose weights they are, and say what to do with those; "" without a guess."""
-    if list(wrong) == ["of another shape"]:
-        if head := other_head(both.values()):
-            return head
-        return f"; does its factory need the arguments that it was trained with ({OPTION})?"
-    norms = {key.removesuffix(VARIANCE) for key in own if key.endswith(VARIANCE)}
-    lacks_norms = all(key.rpartition(".")[0] in norms for key in wrong.get("missing", [""]))
-    biases = all(key.endswith(".bias") for key in wrong.get("unexpected", []))
-    if lacks_norms and biases and wrong.keys() <= {"missing", "unexpected"}:
+    own = model.state_dict()
+    head = other_head(both, model)
+    if "of another kind" in wrong:
+        return ""
+    if _are_folded(wrong, own) and (head or "of another shape" not in wrong):
         return (
-            "; it seems that its BatchNorms were folded away: restore (retrofit restore, "
-            "retrofit.restore) gives them back"
+            "; they seem to be of this network with its BatchNorms folded away, which restore "
+            f"(retrofit restore, retrofit.restore) gives back{head}"
         )
-    fitting = len(both) - sum(len(keys) for kind, keys in wrong.items() if kind.startswith("of"))
+    if list(wrong) == ["of another shape"]:
+        asked = f"; does its factory need the arguments that it was trained with ({OPTION})?"
+        return head or asked
+    fitting = len(both) - len(wrong.get("of another shape", ()))
     return "; are they of another architecture?" if 2 * fitting < len(own) else ""
 
 
-def other_head(pairs: Iterable[tuple[Any, Any]]) -> str:
+def _are_folded(wrong: Mapping[str, Sequence[str]], own: Collection[str]) -> bool:
+    """Tell whether whole BatchNorms are missing, and nothing is in their place but biases."""
+    norms = {key.removesuffix(VARIANCE) for key in own if key.endswith(VARIANCE)}
+    missing = set(wrong.get("missing", ()))
+    lacking = {key.rpartition(".")[0] for key in missing}
+    whole = {key for key in _required(own) if key.rpartition(".")[0] in lacking}
+    biases = all(key.endswith(".bias") for key in wrong.get("unexpected", ()))
+    return bool(lacking) and lacking <= norms and missing == whole and biases
+
+
+def other_head(both: Mapping[str, tuple[Any, Any]], model: nn.Module) -> str:
+    """Say how to build a model for the file's number of classes, if all but its head fits.
+
+    Args:
+        both: tensors of the file, each beside the model's own of that name.
+        model: of which a head is the last layer, or one like it: Linear, or of single pixels.
+    """
+    shapes = {key: (getattr(new, "shape", None), old.shape) for key, (new, old) in both.items()}
+    other = {key.rpartition(".")[0] for key, (new, old) in shapes.items() if new != old}
+    layers = [key.rpartition(".")[0] for key in model.state_dict() if key.endswith(".weight")]
+    heads = all(_is_head(model.get_submodule(path)) for path in other)
+    return other_classes(both.values()) if heads and layers and layers[-1] in other else ""
+
+
+def _is_head(module: nn.Module) -> bool:
+    pixels = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    return isinstance(module, nn.Linear) or pixels
+
+
+def other_classes(pairs: Iterable[tuple[Any, Any]]) -> str:
     """Say how to build a model for the file's number of classes, if all else fits; "" if not.
 
     Args:
@@ -200,8 +227,9 @@ def other_head(pairs: Iterable[tuple[Any, Any]]) -> str:
         return ""
     (((new,), (old,)),) = counts
     return (
-        f"; they are of {new} classes, it seems, and the model of {old}: build it with "
-        f"num_classes={new} ({OPTION} num_classes={new})"
+        f"; they are of {new} class{'' if new == 1 else 'es'}, it seems, and the model of {old}: "
+        f"build it with num_classes={new} ({OPTION} num_classes={new}), or what your own factory "
+        "calls that"
     )
 
 

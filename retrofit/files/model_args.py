@@ -86,7 +86,8 @@ def as_option(arguments: ModelArgs) -> str:
 
 def _typed(value: Any) -> str:
     is_text = isinstance(value, str) and value and _literal(value) == value
-    return value if is_text and value.lower() not in CONSTANTS else repr(value)
+    is_text = is_text and value.isprintable() and value.lower() not in CONSTANTS
+    return value if is_text else repr(value)
 
 
 def check_model_args(arguments: object) -> dict[str, Any]:

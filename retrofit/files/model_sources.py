@@ -14,9 +14,10 @@ from retrofit.files.model_source import Source, in_precision
 from retrofit.files.onnx_files import is_onnx
 from retrofit.files.own_models import Code, Onnx
 from retrofit.files.shards import INDEX
-from retrofit.files.suffixes import READ
+from retrofit.files.suffixes import READ, SUFFIXES
 from retrofit.files.torchvision_models import Torchvision
 from retrofit.files.weights import open_weights
+from retrofit.pictures.preparation import Preparation
 from retrofit.pictures.preprocessing import Transforms
 from retrofit.running.signatures import takes_lists
 
@@ -113,6 +114,13 @@ def transforms(spec: str, model: nn.Module, weights: str | None = None) -> Trans
     takes lists of pictures.
     """
     return _source(spec).transforms(model, weights)
+
+
+def preparation_in(weights: str | None) -> Preparation | None:
+    """Find how a file of weights says that pictures are prepared for them."""
+    if weights is None or not _is_path(weights) or Path(weights).suffix != SUFFIXES[0]:
+        return None  # others say nothing
+    return open_weights(Path(weights)).provenance.preparation
 
 
 def untold(spec: str, model: nn.Module) -> list[str]:

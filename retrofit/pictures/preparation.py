@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from retrofit.errors import RetrofitError
@@ -19,7 +21,8 @@ class Preparation:
         mean, std: of each channel, or one for all, of pixels in 0 to 1.
 
     Raises:
-        RetrofitError: a size that no picture can have.
+        RetrofitError: a size that no picture can have, a std that is not positive, or numbers
+            that are not of pixels in 0 to 1.
     """
 
     resize: int | None = None
@@ -29,8 +32,10 @@ class Preparation:
 
     def __post_init__(self) -> None:
         for pixels in (self.resize, self.crop):
-            if pixels is not None and not 0 < pixels <= MOST_PIXELS:
-                raise RetrofitError(f"{pixels} pixels are not between 1 and {MOST_PIXELS}")
+            if pixels is not None and not (type(pixels) is int and 0 < pixels <= MOST_PIXELS):
+                raise RetrofitError(f"{pixels!r} pixels are not between 1 and {MOST_PIXELS}")
+        check_numbers("mean", self.mean)
+        check_numbers("std", self.std)
 
     @property
     def given(self) -> dict[str, int | tuple[int | float, ...]]:
@@ -52,3 +57,25 @@ class Preparation:
             for name, value in self.given.items()
         )
         return ", ".join(texts)
+
+
+def check_numbers(name: str, numbers: Sequence[float] | None) -> None:
+    """Raise RetrofitError for a mean or std that pixels in 0 to 1 cannot have."""
+    if numbers is None:
+        return
+    listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0
+    if not listed or not all(map(_is_finite, numbers)):
+        raise RetrofitError(f"the {name} must be finite numbers, not {numbers!r}")
+    words = " ".join(map(str, numbers))
+    if name == "std" and min(numbers) <= 0:
+        raise RetrofitError(f"the std must be positive, not {words}")
+    if max(numbers) > 1:
+        raise RetrofitError(
+            f"--{name} {words} cannot be of pixels in 0 to 1: of 0 to 255, divide by 255"
+        )
+
+
+def _is_finite(number: object) -> bool:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    return math.isfinite(number)

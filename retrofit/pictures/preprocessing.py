@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
@@ -15,6 +16,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 from retrofit.errors import RetrofitError
 from retrofit.pictures.eight_bits import Picture, counted, eight_bits
+from retrofit.pictures.preparation import check_numbers
 
 Transform = Callable[[Any], Tensor]  # of a picture in PIL, or of uint8 (C, H, W)
 Transforms = Callable[..., Transform]
@@ -48,8 +50,8 @@ def preprocessing(
     Raises RetrofitError for numbers that cannot be meant, and for a transform of something else
     than pictures.
     """
-    if std is not None and min(std) <= 0:
-        raise RetrofitError(f"the std must be positive, not {_words(std)}")
+    check_numbers("mean", mean)
+    check_numbers("std", std)
     mean, std = _for_each("mean", mean, channels), _for_each("std", std, channels)
     given = {"resize_size": resize or crop, "crop_size": crop, "mean": mean, "std": std}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -73,7 +75,13 @@ def preprocessing(
         steps.insert(0, Resize(changes["resize_size"]))
     if "crop_size" in changes.keys() - own.keys():
         steps.append(CenterCrop(changes["crop_size"]))
-    return Compose(steps) if len(steps) > 1 else transform
+    made = Compose(steps) if len(steps) > 1 else transform
+    if (resize or crop) and _pads(made, channels):
+        raise RetrofitError(
+            "the crop is larger than the resized pictures, which would get black edges: give "
+            "--resize and --crop that fit together"
+        )
+    return made
 
 
 def black(channels: int, height: int = 64, width: int = 64) -> Picture:
@@ -96,6 +104,13 @@ def normalisation(
     return tuple(0.0 - least * of for least, of in zip(dark, std, strict=True)), std
 
 
+def _pads(transform: Transform, channels: int) -> bool:
+    """Tell whether a white picture has dark corners when it is prepared."""
+    white, dark = (transform(_filled(value, channels)) for value in (255, 0))
+    corner, middle, black = white[:, 0, 0], torch.tensor(_middle(white)), dark[:, 0, 0]
+    return bool(((corner - middle).abs() > (corner - black).abs()).any())
+
+
 def _middle(image: Tensor) -> list[float]:
     values: list[float] = image[:, image.shape[-2] // 2, image.shape[-1] // 2].double().tolist()
     return values
@@ -105,12 +120,8 @@ def _filled(value: int, channels: int, height: int = 64, width: int = 64) -> Pic
     return eight_bits(np.full((height, width, channels), value, np.uint8), channels)
 
 
-def _words(numbers: Sequence[float]) -> str:
-    return " ".join(map(str, numbers))
-
-
 def _for_each(name: str, numbers: Sequence[float] | None, channels: int) -> list[float] | None:
-    """Give each channel its number; RetrofitError if there are not as many, or of 0 to 255."""
+    """Give each channel its number; RetrofitError if there are not as many."""
     if numbers is None:
         return None
     if len(numbers) not in (1, channels):
@@ -118,10 +129,6 @@ def _for_each(name: str, numbers: Sequence[float] | None, channels: int) -> list
         raise RetrofitError(
             f"--{name} has {len(numbers)} values, and the pictures have {counted(channels)}: give "
             f"{most}"
-        )
-    if max(numbers) > 1:
-        raise RetrofitError(
-            f"--{name} {_words(numbers)} cannot be of pixels in 0 to 1: of 0 to 255, divide by 255"
         )
     return list(numbers) * (channels if len(numbers) == 1 else 1)
 

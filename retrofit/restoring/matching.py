@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from retrofit.errors import RetrofitError
-from retrofit.files.fitting import COUNTS, fits, fitted, load_weights, other_head
+from retrofit.files.fitting import COUNTS, fits, fitted, load_weights, other_classes, other_head
 from retrofit.files.state_dicts import State
 from retrofit.restoring.skeleton import skeleton_of
 from retrofit.restoring.sources import Layer, Source
@@ -100,6 +100,7 @@ def _refuse_other_shapes(
 ) -> None:
     """Raise RetrofitError for the first tensor of another shape, seats first."""
     own = skeleton.state_dict()
+    both = {n: (tensors[n], t) for n, t in own.items() if n in tensors and isinstance(t, Tensor)}
     first = [f"{layer}.weight" for layer in seats.values()]
     for name in [*first, *own]:
         ours, theirs = own.get(name), tensors.get(name)
@@ -107,7 +108,7 @@ def _refuse_other_shapes(
             raise RetrofitError(
                 f"{name} has shape {tuple(theirs.shape)} in {source.name}, and "
                 f"{tuple(ours.shape)} in the architecture: it is of another one"
-                f"{other_head((tensors[n], t) for n, t in own.items() if n in tensors)}"
+                f"{other_head(both, skeleton)}"
             )
 
 
@@ -262,7 +263,7 @@ def _head_alone(theirs: Sequence[Layer], ours: Sequence[Layer]) -> str:
             for name, tensor in layer.tensors.items()
             if name in other.tensors
         )
-        if hint := other_head(tensors):
+        if hint := other_classes(tensors):
             return hint
     return ANOTHER
 

@@ -138,7 +138,7 @@ def _read(model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> _Read
     except UntraceableError as error:
         raise RetrofitError(
             f"torch.fx cannot trace this {type(model).__name__} ({error.place}), so that nobody "
-            "knows which layer a BatchNorm follows: pass example"
+            "knows which layer a BatchNorm follows: pass example= to retrofit.fold, in Python"
         ) from error
     nodes = {call: node for node, call in calls_of(model, found.graph, found.opaque).items()}
     trace = Trace(

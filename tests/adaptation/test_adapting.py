@@ -171,6 +171,8 @@ def test_what_has_passed_is_known_after_the_end():
     assert repr(stream).endswith("removed after 29 images)")
     stream.remove()
     assert stream.images == len(X) + 5
+    with pytest.raises(RetrofitError, match="was removed, and adapts no more"), stream:
+        pass
 
 
 def test_what_data_parallel_holds_is_followed():

@@ -228,6 +228,7 @@ def test_the_arguments_in_a_file_import_no_code_that_it_names(run, folder):
 
 ARGUMENTS = [
     {"act": "silu"}, {"act": "True"}, {"act": "true"}, {"act": ""}, {"act": "a b'c"},
+    {"act": "a\nb\t"},
     {"width": 4, "sizes": [1, 2], "eps": -0.5},
     {"act": None, "bias": False, "names": ["x y", "z"]},
 ]  # fmt: skip

@@ -144,7 +144,7 @@ def test_a_size_that_is_typed_is_not_mixed_with_that_of_a_file(typed, told, take
 
 GUESSES = [
     ("mine.py:net", (), "--crop, --mean and --std"),
-    ("mine.py:net", ("--resize", "20"), "--crop, --mean and --std"),
+    ("mine.py:net", ("--resize", "300"), "--crop, --mean and --std"),
     ("mine.py:net", ("--crop", "20"), "--mean and --std"),
     ("mine.py:net", ("--mean", "0", "--std", "1"), "--crop"),
     ("mine.py:net", ("--crop", "20", "--std", "1"), "--mean"),
@@ -160,6 +160,48 @@ def test_a_preparation_that_nothing_tells_is_a_warning(spec, options, named, run
     assert code == 0
     expected = f"nothing tells how {spec} was trained: without {named} the images were prepared"
     assert [expected in line for line in err] == [True] * bool(named)
+
+
+@pytest.mark.parametrize("options", ["--resize 20", "--resize 20 --crop 24 --mean 0.5 --std 0.5"])
+def test_a_crop_beyond_the_picture_is_refused(options, run, folder):
+    code, _, err = run("convert", "mine.py:net", *DATA, *options.split(), "--output", "a.pth")
+    assert (code, len(err)) == (2, 1)
+    assert "the crop is larger than the resized pictures, which would get black edges" in err[0]
+    assert not (folder / "a.pth").exists()
+
+
+@pytest.mark.usefixtures("converted")
+def test_weights_of_a_file_that_says_it_are_prepared_so(run):
+    fold = ("fold", "bn.safetensors", "--model", "mine.py:net", "--output", "plain.safetensors")
+    assert run(*fold)[0] == 0
+    words = ("convert", "mine.py:net", "--weights", "plain.safetensors", *DATA)
+    code, _, err = run(*words, "--output", "again.safetensors")
+    assert (code, err) == (0, [])
+    assert are_equal("bn.safetensors", "again.safetensors")
+
+
+@pytest.mark.parametrize("words", ["plan vgg11", "report bn.safetensors --output r.html"])
+def test_options_on_pictures_need_some(words, run, folder):
+    retrofit.save(retrofit.insert(models.vgg11(init_weights=False)), folder / "bn.safetensors")
+    for option in ("--crop 32", "--mean 0.5", "--seed 1"):
+        code, _, err = run(*words.split(), *option.split())
+        assert (code, len(err)) == (2, 1)
+        assert f"{option.split()[0]} needs --data, which it is about" in err[0]
+    code, _, err = run(*words.split(), "--mean", "300")
+    assert (code, len(err)) == (2, 1)
+    assert "--mean 300.0 cannot be of pixels in 0 to 1" in err[0]
+
+
+WRONG = [
+    {"crop": "3"}, {"crop": 1.5}, {"resize": True}, {"crop": 0}, {"mean": 0.5}, {"mean": ()},
+    {"std": (0.0,)}, {"std": (-1,)}, {"mean": (120,)}, {"mean": ("1",)}, {"std": (float("nan"),)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", WRONG, ids=str)
+def test_steps_that_no_picture_can_have_are_refused(steps):
+    with pytest.raises(retrofit.RetrofitError):
+        Preparation(**steps)
 
 
 def test_torchvision_says_how_its_models_were_trained(run, folder):
@@ -189,11 +231,11 @@ def test_a_restored_network_says_it(run, folder):
 
 def test_a_file_in_python_keeps_a_preparation(folder):
     model = retrofit.insert(models.squeezenet1_1(num_classes=2))
-    told = Preparation(mean=(-0.5,), std=(2,))
+    told = Preparation(mean=(-0.5,), std=(1,))
     retrofit.save(model, folder / "a.safetensors", preparation=told)
     with safe_open(folder / "a.safetensors", framework="pt") as file:
         kept = json.loads(file.metadata()["retrofit"])["preparation"]
-    assert kept == {"resize": None, "crop": None, "mean": [-0.5], "std": [2]}
+    assert kept == {"resize": None, "crop": None, "mean": [-0.5], "std": [1]}
     with pytest.raises(retrofit.RetrofitError, match="preparation= cannot be stored"):
         retrofit.save(model, folder / "b.safetensors", preparation={"crop": 1.5})
     assert not (folder / "b.safetensors").exists()

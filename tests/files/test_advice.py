@@ -9,10 +9,11 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torchvision import models
 
+import retrofit
 from retrofit import RetrofitError
 from retrofit.files.model_sources import trained
 
-RESTORE = "its BatchNorms were folded away: restore (retrofit restore, retrofit.restore)"
+RESTORE = "with its BatchNorms folded away, which restore (retrofit restore, retrofit.restore)"
 OTHER = "are they of another architecture?"
 ARGUMENTS = "does its factory need the arguments that it was trained with (--model-args)?"
 
@@ -40,6 +41,44 @@ def test_half_of_the_batchnorms_folded_is_folded_too(tmp_path):
     state["conv1.bias"] = torch.zeros(64)
     kept = {key: tensor for key, tensor in state.items() if not key.startswith("bn1.")}
     assert RESTORE in refusal(tmp_path, "resnet18", kept)
+
+
+def test_folded_weights_of_other_classes_are_told_both(tmp_path):
+    ten = fuse(models.resnet18(num_classes=10).eval()).state_dict()
+    said = refusal(tmp_path, "resnet18", ten)
+    assert RESTORE in said
+    assert "build it with num_classes=10" in said
+
+
+def test_batchnorms_that_lack_their_statistics_were_not_folded(tmp_path):
+    state = models.resnet18().state_dict()
+    bare = {key: tensor for key, tensor in state.items() if "running" not in key}
+    assert RESTORE not in refusal(tmp_path, "resnet18", bare)
+    groups = models.resnet18(norm_layer=lambda channels: nn.GroupNorm(8, channels))
+    assert RESTORE not in refusal(tmp_path, "resnet18", groups.state_dict())
+
+
+def test_a_number_of_classes_is_that_of_a_head(tmp_path):
+    detector = models.get_model(
+        "retinanet_resnet50_fpn", weights=None, weights_backbone=None, num_classes=5
+    )
+    said = refusal(tmp_path, "retinanet_resnet50_fpn", detector.state_dict())
+    assert "num_classes" not in said  # 45 are nine anchors for each of the five
+    torch.save(nn.Sequential(nn.Embedding(20, 8)).state_dict(), tmp_path / "e.pth")
+    with pytest.raises(RetrofitError) as caught:
+        retrofit.load(tmp_path / "e.pth", nn.Sequential(nn.Embedding(10, 8)))
+    assert "num_classes" not in str(caught.value)
+    lraspp = models.get_model("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=3)
+    said = refusal(tmp_path, "lraspp_mobilenet_v3_large", lraspp.state_dict())
+    assert "build it with num_classes=3" in said
+
+
+def test_a_file_of_another_network_says_of_which_it_is(tmp_path):
+    model = retrofit.insert(models.squeezenet1_1(num_classes=10))
+    path = tmp_path / "a.safetensors"
+    retrofit.save(model, path, name="squeezenet1_1", model_args={"num_classes": 10})
+    with pytest.raises(RetrofitError, match=r"is of squeezenet1_1\(num_classes=10\), and does not"):
+        retrofit.load(path, models.squeezenet1_0())
 
 
 def test_other_weights_are_not(tmp_path):

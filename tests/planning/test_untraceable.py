@@ -206,7 +206,7 @@ def test_a_forward_fn_says_how_the_model_is_run():
 
     data = [{"pictures": X, "name": "a"}]
     assert inserted(Two(), example=data[0], forward_fn=run) == ["two"]
-    with pytest.warns(UserWarning, match=r"got no BatchNorm, not being called .* \(one\)"):
+    with pytest.warns(UserWarning, match=r"got no BatchNorm, .* not reach it \(one\)"):
         converted = retrofit.add_batchnorm(Two(), data, forward_fn=run, progress=False)
     assert [n for n, m in converted.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["two.bn"]
 
@@ -225,6 +225,9 @@ def test_layers_for_training_alone_are_told_too():
 
     with pytest.warns(UserWarning, match=r"1 layer of Auxiliary got no BatchNorm, .* \(aux\)"):
         retrofit.add_batchnorm(Auxiliary(), [X], progress=False)
+    normed = Auxiliary()
+    normed.aux = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    retrofit.add_batchnorm(normed, [X], progress=False)  # it has one, and says nothing
     only = retrofit.add_batchnorm(Auxiliary(), [X], exclude="aux", progress=False)  # not asked for
     assert isinstance(only.main.bn, nn.BatchNorm2d)
 
