@@ -1,0 +1,86 @@
+"""The numbers of docs/results.md and of the README are those of the committed CSV files."""
+
+import csv
+import re
+from pathlib import Path
+
+import corruptions_tables
+import finetune_heads
+import finetune_tables
+import imagenet_corruptions_tables
+import merging
+import peers_tables
+import pytest
+from recorded_runs import RecordedRuns
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def lines(text):
+    """The lines of a page, and what a list's items say, whatever they are wrapped at."""
+    rows = {re.sub(r" *\| *", "|", line).strip() for line in text.splitlines() if "|" in line}
+    return rows | {
+        " ".join(item.split()) for item in re.findall(r"(?ms)^- (.*?)(?=^- |^$|\Z)", text)
+    }
+
+
+def runs(name, kind=finetune_tables.Run):
+    return RecordedRuns(RESULTS / f"{name}.csv", kind).runs
+
+
+def finetuned(study, *tables):
+    return "\n".join(table(runs(f"finetune-{study}")) for table in tables)
+
+
+def heads():
+    by_model = {}
+    for run in runs("finetune-heads", finetune_heads.HeadRun):
+        by_model.setdefault(run.model, []).append(run)
+    return finetune_heads.summary(by_model)
+
+
+def merged():
+    with (RESULTS / "merging.csv").open() as file:
+        head, *rows = csv.reader(file)
+    columns = zip(*([float(cell) for cell in row] for row in rows), strict=True)
+    _, *found = columns
+    return merging.table(dict(zip(head[1:], map(list, found), strict=True)))
+
+
+TABLES = {
+    "folded": lambda: finetuned("folded", finetune_tables.by_learning_rate, finetune_tables.usable),
+    "folded-turned": lambda: finetuned(
+        "folded-turned", finetune_tables.by_learning_rate, finetune_tables.usable
+    ),
+    "rates": lambda: finetuned("rates", finetune_tables.by_learning_rate, finetune_tables.usable),
+    "settings": lambda: finetuned("settings", finetune_tables.by_learning_rate),
+    "sample": lambda: finetuned("sample", finetune_tables.by_learning_rate),
+    "heads": heads,
+    "squeezenet": lambda: imagenet_corruptions_tables.summary(
+        runs("corruptions-squeezenet1_1", imagenet_corruptions_tables.Row)
+    ),
+    "mobilenet": lambda: imagenet_corruptions_tables.summary(
+        runs("corruptions-mobilenetv2_100-folded", imagenet_corruptions_tables.Row)
+    ),
+    "corruptions": lambda: corruptions_tables.summary(runs("corruptions", corruptions_tables.Row)),
+    "peers": lambda: peers_tables.table(runs("peers", peers_tables.Row)),
+    "merging": merged,
+}
+
+
+@pytest.mark.parametrize("study", TABLES)
+def test_a_table_is_what_its_file_says(study):
+    page = lines((ROOT / "docs" / "results.md").read_text("utf-8"))
+    made = lines(TABLES[study]())
+    assert len(made) > 2
+    assert made - page == set()
+
+
+def test_every_number_of_the_readme_is_on_that_page():
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8").partition("## What was measured")[2]
+    table = [line for line in readme.partition("\n\nFor a small")[0].splitlines() if "|" in line]
+    numbers = re.findall(r"\d+\.\d+ %", "\n".join(table))
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in page] == []
