@@ -342,7 +342,9 @@ def test_drift_and_parity_are_measured_anew_on_request(run, convertible, report,
     page = report(*with_data, "--weights", "plain.pth")
     assert "on 40 images" in page.text
     facts = dict(page.tables["provenance"])
-    assert facts["measured anew"] == "drift and parity, on 40 images of pictures, seed 0"
+    assert facts["measured anew"] == (
+        "drift and parity, on 40 images of pictures, seed 0, of 16 x 16 pixels, mean 0.5, std 0.5"
+    )
     with torch.no_grad():
         model.stem.weight += 0.1
     torch.save(model.state_dict(), tmp_path / "other.pth")
