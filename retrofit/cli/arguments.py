@@ -201,6 +201,13 @@ def _describe_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_fold(parser: argparse.ArgumentParser) -> None:
+    _add_file_to_file(parser)
+    text = f"{DATA}; two are run through a network without plan that torch.fx cannot trace"
+    parser.add_argument("--data", type=Path, help=text)
+    _add_pictures(parser)
+
+
+def _add_file_to_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="what convert or a training run wrote")
     _add_output(parser, OUTPUT)
     _add_model(parser)
@@ -208,7 +215,7 @@ def _describe_fold(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_adapt(parser: argparse.ArgumentParser) -> None:
-    _describe_fold(parser)
+    _add_file_to_file(parser)
     text = "let the old statistics count as N pictures, for a handful of new ones; default: 0"
     parser.add_argument("--prior", type=_number, metavar="N", default=0.0, help=text)
     parser.add_argument("--device", help="default: cpu")

@@ -26,6 +26,7 @@ from retrofit.cli.requests import (
     DemoRequest,
     FoldRequest,
     InspectRequest,
+    PictureOptions,
     PlanRequest,
     ReportRequest,
     Request,
@@ -60,15 +61,27 @@ def run_plan(request: PlanRequest, terminal: Terminal) -> int:
     """Print the plan of a model, whose weights do not matter."""
     refuse_without_data(request.pictures)
     model = build(request.model, request.model_args)
-    example = None
-    if request.pictures.data is not None:
-        sample = sample_for(model, request.model, request.pictures)
-        example = sample.example()
-        sample.list_bad(terminal, [])
+    example = _example(model, request.model, request.pictures, terminal)
     plan = planned(model, example, request.plan)
     terminal.show(*plan._parts())
     terminal.tell(plan=plan)
     return 0
+
+
+def _example(
+    model: nn.Module,
+    name: str,
+    pictures: PictureOptions,
+    terminal: Terminal,
+    told: Preparation | None = None,
+) -> Any:
+    """Read two pictures to see what the model calls; None without data."""
+    if pictures.data is None:
+        return None
+    sample = sample_for(model, name, pictures, told=told)
+    example = sample.example()
+    sample.list_bad(terminal, [])
+    return example
 
 
 def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
@@ -103,9 +116,11 @@ def run_verify(request: VerifyRequest, terminal: Terminal) -> int:
 
 def run_fold(request: FoldRequest, terminal: Terminal) -> int:
     """Fold the model of a file, and save it."""
+    refuse_without_data(request.pictures)
     check_output(request.output, overwrite=request.overwrite)
     model, called = _load(open_weights(request.file), request, request.weights_key)
-    result = folded(model)
+    example = _example(model, called.name, request.pictures, terminal, called.preparation)
+    result = folded(model, example=example)
     if not result.folded:
         reasons = f": {result}" if result.left else ""
         raise RetrofitError(f"{request.file} has no BatchNorm that can be folded{reasons}")

@@ -117,6 +117,7 @@ class FoldRequest:
     weights_key: str | None
     output: Path
     overwrite: bool
+    pictures: PictureOptions
 
 
 @dataclass(frozen=True)

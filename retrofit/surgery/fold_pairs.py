@@ -138,7 +138,7 @@ def _read(model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> _Read
     except UntraceableError as error:
         raise RetrofitError(
             f"torch.fx cannot trace this {type(model).__name__} ({error.place}), so that nobody "
-            "knows which layer a BatchNorm follows: pass example= to retrofit.fold, in Python"
+            "knows which layer a BatchNorm follows: pass example (--data)"
         ) from error
     nodes = {call: node for node, call in calls_of(model, found.graph, found.opaque).items()}
     trace = Trace(
@@ -373,7 +373,9 @@ def _on_another_axis(model: nn.Module, found: Pairs, reading: _Reading) -> dict[
             reason = "whether it normalises the channels of its layer cannot be tried"
     else:
         kept = _kept(reading.symbolic, reading.nodes, unsure)
-        reason = "whether it normalises the channels of its layer an example tells: pass example"
+        reason = (
+            "whether it normalises its layer's channels an example tells: pass example (--data)"
+        )
     return {norm: reason for norm in unsure if norm not in (kept or ())}
 
 

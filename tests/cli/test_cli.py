@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import retrofit
 from retrofit.cli import main
 from retrofit.files import model_sources
+from retrofit.files.model_sources import build
 
 SMALL = ("--resize", "56", "--crop", "48", "--workers", "0")
 OWN = (*SMALL, "--mean", "0.5", "--std", "0.5")  # of a network that nothing is known about
@@ -384,6 +385,32 @@ def test_a_model_that_cannot_be_traced_is_planned_from_pictures(run, folder, tmp
     assert len(err) == 1
     assert 'branch.py:14, in forward: "if x.mean() > 1e9:"' in err[0]
     assert err[0].endswith("leave out layout='graph' (--layout)")
+
+
+def test_what_cannot_be_traced_is_folded_with_an_example(run, folder, tmp_path):
+    layers = (*CONVS, "self.n = nn.BatchNorm2d(4)", "self.c = nn.Conv2d(4, 4, 3)")
+    forward = (
+        "x = self.n(self.a(x)).relu()", "if x.mean() > 1e9:", "    x = self.c(x)",
+        "return self.b(x).relu()",
+    )  # fmt: skip
+    write_model(tmp_path / "normed.py", layers, forward)
+    model = build("normed.py:Net").eval()
+    with torch.no_grad():
+        model.n.running_mean.normal_()
+        model.n.running_var.uniform_(0.5, 2)
+    torch.save(model.state_dict(), tmp_path / "trained.pth")
+    words = ("fold", "trained.pth", "--model", "normed.py:Net", "--output", "plain.pth")
+    code, _, err = run(*words)
+    assert (code, len(err)) == (2, 1)
+    assert err[0].endswith("pass example (--data)")
+    code, _, err = run(*words, "--data", folder, "--crop", "32")
+    assert (code, err) == (0, [])
+    state = torch.load(tmp_path / "plain.pth", weights_only=True)
+    assert not [key for key in state if key.startswith("n.")]
+    x = torch.randn(2, 3, 16, 16)
+    expected = model.n(model.a(x))
+    found = torch.nn.functional.conv2d(x, state["a.weight"], state["a.bias"])
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 DETECTOR = """
