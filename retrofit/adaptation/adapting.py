@@ -96,6 +96,7 @@ class Adapting:
 
     def reset(self) -> None:
         """Forget what has passed: the model has the statistics it came with, bit for bit."""
+        self._refuse_removed()
         for path, norm in self._norms.items():
             old = self._streams[path].old
             restore(norm, old)
@@ -111,8 +112,7 @@ class Adapting:
         self._norms = {}
 
     def __enter__(self) -> Self:
-        if not self._norms:
-            raise RetrofitError("this handle was removed, and adapts no more: call adapting() anew")
+        self._refuse_removed()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,6 +136,10 @@ class Adapting:
     def _summary(self) -> str:
         removed = "" if self._norms else "removed "
         return f"{len(self.layers)} BatchNorms, {removed}after {self.images} images"
+
+    def _refuse_removed(self) -> None:
+        if not self._norms:
+            raise RetrofitError("this handle was removed, and adapts no more: call adapting() anew")
 
     def _follow(self, path: str, norm: _BatchNorm, x: Tensor) -> None:
         """Settle a BatchNorm on what has passed, this batch included, before it computes."""

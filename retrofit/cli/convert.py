@@ -393,7 +393,8 @@ def _error(request: ConvertRequest, sample: Sample, calibration: Calibration) ->
     error, wanted = error_in_words(calibration.standard_error), tolerance_of(request)
     if calibration.standard_error <= wanted or not wanted:
         return error
-    return f"{error}; {wanted:.1%} was wanted, and there are no more {sample.word}"
+    why = "--images allows" if request.pictures.images else "there are"
+    return f"{error}; {wanted:.1%} was wanted, and {why} no more {sample.word}"
 
 
 def _in_onnxruntime(checked: Checked) -> Iterator[tuple[str, str]]:

@@ -173,6 +173,8 @@ def test_what_has_passed_is_known_after_the_end():
     assert stream.images == len(X) + 5
     with pytest.raises(RetrofitError, match="was removed, and adapts no more"), stream:
         pass
+    with pytest.raises(RetrofitError, match="was removed, and adapts no more"):
+        stream.reset()
 
 
 def test_what_data_parallel_holds_is_followed():
