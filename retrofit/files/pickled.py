@@ -188,7 +188,7 @@ def _globals(path: Path) -> list[str]:
 
 def _streams(path: Path) -> Iterator[IO[bytes]]:
     """Open each pickle of a file of torch.save: one in a zip archive, before torch 1.6 several."""
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         with path.open("rb") as file:
             while True:
                 yield file
@@ -197,6 +197,14 @@ def _streams(path: Path) -> Iterator[IO[bytes]]:
             if name.endswith("data.pkl"):
                 with archive.open(name) as member:
                     yield member
+
+
+def _is_archive(path: Path) -> bool:
+    """Tell whether a file is a zip archive, a damaged one too."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of several disks, it says of itself
+        return True
 
 
 def _refuse_other_archives(path: Path) -> None:
@@ -239,7 +247,7 @@ def _refuse_other_archives(path: Path) -> None:
 
 def _refuse_plain_pickles(path: Path) -> None:
     """Raise RetrofitError for a pickle that Python's own module wrote, in place of torch.save."""
-    if not zipfile.is_zipfile(path) and is_pickle(path) and not _is_legacy(path):
+    if not _is_archive(path) and is_pickle(path) and not _is_legacy(path):
         raise RetrofitError(
             f"{path} cannot be read as a state dict: it is a pickle of protocol {_protocol(path)}, "
             "not a file of torch.save, and reading it would run what it names; where you trust it: "
