@@ -30,6 +30,7 @@ from retrofit.surgery.batchnorm import matching_batchnorm, weight_of
 from retrofit.surgery.native import find_site, put_after_sites, replace, take_out
 from retrofit.surgery.record import Record, attach, record_of, required_record
 from retrofit.tables import counted, few
+from retrofit.tracing.operations import is_norm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -343,7 +344,7 @@ def _has_norm_beside(model: nn.Module, path: str) -> bool:
     names = [child for child, _ in children]
     if name not in names or name == names[-1]:
         return False
-    return "Norm" in type(children[names.index(name) + 1][1]).__name__
+    return is_norm(children[names.index(name) + 1][1])
 
 
 def _checked_plan(function: str, plan: object) -> Plan | None:

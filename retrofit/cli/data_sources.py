@@ -38,9 +38,8 @@ def open_data(options: PictureOptions) -> Data:
 
 def refuse_without_data(options: PictureOptions) -> None:
     """Raise RetrofitError for an option on data where there are none."""
-    typed = {**vars(options), **vars(options.preparation)}
     for name in ("resize", "crop", "mean", "std", "seed", "batch_size", "workers"):
-        if options.data is None and typed[name] is not None:
+        if options.data is None and name in options.typed:
             raise RetrofitError(f"--{name.replace('_', '-')} needs --data, which it is about")
 
 

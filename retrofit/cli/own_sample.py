@@ -121,9 +121,8 @@ def own_sample(model: nn.Module, options: PictureOptions, data: OwnData) -> Samp
     if not data.is_dataset:
         why = f"is for a Dataset: {data.spec} gives batches, made and in an order of its own"
         refused |= dict.fromkeys(OF_DATASETS, why)
-    typed = {**vars(options), **vars(options.preparation)}
     for name, why in refused.items():
-        if not (typed[name] is None or typed[name] is False):
+        if name in options.typed:
             raise RetrofitError(f"--{name.replace('_', '-')} {why}")
     if data.count == 0:
         raise RetrofitError(f"{data.spec} gives a {type(data.data).__name__} of no samples")

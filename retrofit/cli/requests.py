@@ -54,6 +54,13 @@ class PictureOptions:
     workers: int | None = None
     device: str | None = None
 
+    @property
+    def typed(self) -> dict[str, Any]:
+        """The options that were typed, or have a default of the command's, by name."""
+        values = {**vars(self), **self.preparation.given}
+        given = (item for item in values.items() if item[1] is not None and item[1] is not False)
+        return dict(given)
+
 
 @dataclass(frozen=True)
 class PlanOptions:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import retrofit
-from retrofit import RetrofitError
 from retrofit.cli.data_sources import check_device, sample_for
 from retrofit.cli.requests import RestoreRequest, may_end_early
 from retrofit.cli.sample import naming
 from retrofit.cli.terminal import Terminal, if_stopped
 from retrofit.files.checkpoint import check_output
 from retrofit.files.model_sources import build, code_of, preparation_in
+from retrofit.files.shards import located
 
 
 def run_restore(request: RestoreRequest, terminal: Terminal) -> int:
     """Restore the BatchNorms of a folded network, and save it as the weights of its class."""
     check_output(request.output, overwrite=request.overwrite)
     check_device(request.pictures)
-    if not Path(request.weights).exists():  # before the wait for all else
-        raise RetrofitError(f"there is no file {request.weights}")
+    located(Path(request.weights))  # before the wait for all else
     architecture = build(request.model, request.model_args).eval()
     told = preparation_in(request.weights)
     sample = sample_for(architecture, request.model, request.pictures, told=told)

@@ -16,7 +16,7 @@ from retrofit.files.own_models import Code, Onnx
 from retrofit.files.shards import INDEX
 from retrofit.files.suffixes import READ, SUFFIXES
 from retrofit.files.torchvision_models import Torchvision
-from retrofit.files.weights import open_weights
+from retrofit.files.weights import open_weights, read_provenance
 from retrofit.pictures.preparation import Preparation
 from retrofit.pictures.preprocessing import Transforms
 from retrofit.running.signatures import takes_lists
@@ -120,7 +120,7 @@ def preparation_in(weights: str | None) -> Preparation | None:
     """Find how a file of weights says that pictures are prepared for them."""
     if weights is None or not _is_path(weights) or Path(weights).suffix != SUFFIXES[0]:
         return None  # others say nothing
-    return open_weights(Path(weights)).provenance.preparation
+    return read_provenance(Path(weights)).preparation
 
 
 def untold(spec: str, model: nn.Module) -> list[str]:

@@ -88,6 +88,28 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Provenance]:
     return file.tensors(), file.provenance
 
 
+def read_provenance(path: Path) -> Provenance:
+    """Read where the weights of a file come from, and no tensors; only safetensors say it.
+
+    Raises RetrofitError as `open_weights`, for damage in what is read.
+    """
+    path = located(path)
+    if path.name.endswith(INDEX) or not _is_safetensors(path):
+        return Provenance()
+    try:
+        with path.open("rb") as file:
+            length = file.read(8)
+            least = min(_header_end(length), path.stat().st_size)  # it may say anything
+            metadata = _metadata(length + file.read(least - 8))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    try:
+        told = json.loads(metadata.get("retrofit", "{}"))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return _provenance(path, told)
+
+
 def _parallel(tensors: dict[str, Tensor]) -> str | None:
     common = (prefix for prefix in PARALLEL if all(name.startswith(prefix) for name in tensors))
     return next(common, None) if tensors else None
@@ -161,13 +183,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
     try:
         # Not mapped into memory: a file cut short while it is in use would end the process then.
         content = path.read_bytes()
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__") or {}
+        tensors, metadata = load(content), _metadata(content)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RetrofitError(
-            f"{path} cannot be read as safetensors; it is damaged or cut short ({error})"
-        ) from error
+        raise _damaged(path, error) from error
     # safetensors' save_model leaves out a tensor that has two names, and says so here.
     tensors.update(
         {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}
@@ -176,8 +194,32 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         told = json.loads(metadata.get("retrofit", "{}"))
         tensors.update({alias: tensors[key] for alias, key in told.pop("aliases", {}).items()})
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+    return tensors, _provenance(path, told)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Read the metadata of safetensors, of which the beginning is enough."""
+    found: dict[str, str] = json.loads(content[8 : _header_end(content)]).get("__metadata__") or {}
+    return found
+
+
+def _header_end(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _provenance(path: Path, told: object) -> Provenance:
     try:
-        return tensors, Provenance.from_json(told)
+        return Provenance.from_json(told)
     except RetrofitError as error:
         raise RetrofitError(f"{path}: {error}") from error
+
+
+def _damaged(path: Path, error: Exception) -> RetrofitError:
+    return RetrofitError(
+        f"{path} cannot be read as safetensors; it is damaged or cut short ({error})"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> RetrofitError:
+    return RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}")
