@@ -99,6 +99,39 @@ def test_with_the_kernel_for_biases_every_layer_gets_the_same_bits(
         assert ((var - theirs.var).abs() <= 2e-5 * theirs.var).all()
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_with_relus_in_the_kernel_every_convolution_gets_the_same_bits(
+    dtype, memory_format, monkeypatch
+):
+    pytest.importorskip("triton")
+    convs = [nn.Conv2d(3, 40, 3), nn.Conv2d(40, 33, 3, 2), nn.Conv2d(33, 8, 1)]
+    layers = [layer for conv in convs for layer in (conv, nn.ReLU(inplace=True))]
+    net = nn.Sequential(*layers, nn.Conv2d(8, 4, 1)).eval()
+    net.cuda().to(dtype, memory_format=memory_format)
+    batches = [
+        images(n, 3, 131, 127, seed=n).cuda().to(dtype, memory_format=memory_format) for n in (5, 2)
+    ]
+    inputs, ran = {}, []
+    forward = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda *args: ran.append(args) or forward(*args))
+    for used in (False, True):
+        prepared = retrofit.prepare(net, retrofit.plan(net, include="*"))
+        for module in prepared.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(
+                    lambda _, args, used=used: inputs.setdefault(used, []).append(args[0].clone())
+                )
+        ran.clear()
+        with monkeypatch.context() as patch:
+            if not used:
+                patch.setattr(fused_bias, "_kernel", lambda: None)
+            retrofit.calibrate(prepared, batches, progress=False)
+        assert len(ran) == (0 if used else 6)
+    assert len(inputs[True]) == len(inputs[False]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(inputs[True], inputs[False], strict=True))
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_outputs_are_close_and_folding_restores_the_bits(memory_format):
     torch.manual_seed(0)

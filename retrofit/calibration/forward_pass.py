@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from retrofit.calibration.feeding import leaving_after
-from retrofit.calibration.fused_bias import bias_with_moments, observed_convolutions
+from retrofit.calibration.fused_bias import bias_with_moments, fusable, observed_convolutions
+from retrofit.calibration.inplace_relus import relus_behind
 from retrofit.calibration.observer import observers_of
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import NonFiniteError, warn
@@ -19,13 +21,14 @@ from retrofit.plans import Plan
 from retrofit.running.call_arguments import Arguments
 from retrofit.running.freed_memory import kept_memory
 from retrofit.running.memory_format import in_channels_last
+from retrofit.tracing.symbolic import defaults
 
 
 class ForwardPass:
     """Runs a prepared model up to its last site; a context, in which freed memory is reused.
 
     On a CPU in channels_last, if the model can; on a GPU in as many parts as its memory asks for,
-    and with the biases of convolutions added by a kernel that computes the moments, too.
+    and with the biases and in-place ReLUs of convolutions computed by a kernel, with the moments.
 
     Args:
         model, plan: prepared by this plan.
@@ -119,16 +122,23 @@ class ForwardPass:
         copied: Arguments = tree_map_only(Tensor, copy, arguments)
         self.samples.checks = checks
         try:
-            with self._leaving(), self._with_moments(checks):
+            with self._with_moments(arguments, checks), self._leaving():
                 self.model(*copied.args, **copied.kwargs)
         finally:
             self.samples.checks = True
 
-    def _with_moments(self, checks: bool) -> AbstractContextManager[None]:
+    def _with_moments(self, arguments: Arguments, checks: bool) -> AbstractContextManager[None]:
         """Leave the moments to one kernel, but where each activation is looked at."""
-        if checks:
+        chosen = [] if checks else fusable(self.convolutions)
+        if not chosen:
             return nullcontext()
-        return bias_with_moments(self.convolutions, self.samples)
+        as_traced = not arguments.kwargs.keys() & defaults(self.model)
+        return bias_with_moments(chosen, self.relus if as_traced else {}, self.samples)
+
+    @cached_property
+    def relus(self) -> dict[nn.Conv2d, nn.ReLU]:
+        """The in-place ReLUs that the kernel may compute along."""
+        return relus_behind(self.model, self.convolutions)
 
     def _leaving(self) -> AbstractContextManager[None]:
         if self.last is None:

@@ -1,15 +1,17 @@
-"""On a GPU: the bias of a convolution, and the moments of what comes out, in one kernel.
+"""On a GPU: the bias of a convolution, the moments of what comes out, and ReLU, in one kernel.
 
-cuDNN's convolutions have no bias. PyTorch adds it in a pass of its own over the output, and the
-observer behind the convolution reads that output once more; one kernel does both. It is Triton's,
-and is used once it has given PyTorch's numbers on the device at hand.
+cuDNN's convolutions have no bias. PyTorch adds it in a pass of its own over the output, the
+observer behind the convolution reads that output again, and an in-place ReLU reads and writes it;
+one kernel does all three. It is Triton's, and is used once it has given PyTorch's numbers on the
+device at hand.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import warn
 from retrofit.plans import Plan
+from retrofit.running.remembered import Remembered
 from retrofit.surgery.native import find_site
 
 DEVICE = "cuda"
@@ -47,24 +50,55 @@ def observed_convolutions(model: nn.Module, plan: Plan) -> list[nn.Conv2d]:
     ]
 
 
+def fusable(convolutions: Iterable[nn.Conv2d]) -> list[nn.Conv2d]:
+    """Choose those that lie on a GPU; none where there is no Triton."""
+    return [c for c in convolutions if c.weight.device.type == DEVICE and _kernel() is not None]
+
+
 @contextmanager
-def bias_with_moments(convolutions: Iterable[nn.Conv2d], samples: SiteSamples) -> Iterator[None]:
+def bias_with_moments(
+    convolutions: Iterable[nn.Conv2d], relus: Mapping[nn.Conv2d, nn.ReLU], samples: SiteSamples
+) -> Iterator[None]:
     """Let the kernel add the biases for the length of the block, and hand its moments to `samples`.
 
-    The outputs are those that PyTorch computes, bit for bit. Does nothing for what lies on a CPU.
+    Those of `relus` are computed along, and pass on what they get. What goes into every other layer
+    is what PyTorch computes, bit for bit.
+
+    Args:
+        convolutions: `fusable` ones.
+        relus: see `relus_behind`.
+        samples: what the observers behind the convolutions fill.
     """
-    chosen = [conv for conv in convolutions if conv.weight.device.type == DEVICE]
+    chosen = list(convolutions)
+    rectified = _Rectified()
     try:
         for conv in chosen:
-            vars(conv)["_conv_forward"] = functools.partial(_conv_forward, conv, samples)
+            mine = rectified if conv in relus else None
+            vars(conv)["_conv_forward"] = functools.partial(_conv_forward, conv, samples, mine)
+        for relu in relus.values():
+            vars(relu)["forward"] = functools.partial(_relu_forward, relu, rectified)
         yield
     finally:
         for conv in chosen:
             vars(conv).pop("_conv_forward", None)
+        for relu in relus.values():
+            vars(relu).pop("forward", None)
+
+
+@dataclass
+class _Rectified:
+    """The output of a convolution on which ReLU was computed already, on the way to its layer."""
+
+    y: Remembered | None = None
 
 
 def _conv_forward(
-    conv: nn.Conv2d, samples: SiteSamples, x: Tensor, weight: Tensor, bias: Tensor | None
+    conv: nn.Conv2d,
+    samples: SiteSamples,
+    rectified: _Rectified | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     """Replaces `Conv2d._conv_forward`, which `forward` calls."""
     kernel = _kernel()
@@ -80,13 +114,22 @@ def _conv_forward(
     if not kernel.takes(y):
         return y.add_(bias.view(-1, 1, 1))
     try:
-        samples.expect(y, kernel.add_bias(y, bias))
+        found = kernel.add_bias(y, bias, relu=rectified is not None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of a compiler: of any kind
         _give_up(x.device, _in_a_line(error))
         return _convolved(conv, x, weight, bias)  # y may be half done
+    samples.expect(y, found)
+    if rectified is not None:
+        rectified.y = Remembered(y)
     return y
+
+
+def _relu_forward(relu: nn.ReLU, rectified: _Rectified, x: Tensor) -> Tensor:
+    """Replaces `ReLU.forward`: what the kernel has done is not done again."""
+    done, rectified.y = rectified.y, None
+    return x if done is not None and done.is_still(x) else nn.ReLU.forward(relu, x)
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,8 +189,6 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _fault(device: torch.device, dtype: torch.dtype) -> str:
     """Compare small convolutions with PyTorch's; say what differs, "" if nothing does."""
-    kernel = _kernel()
-    assert kernel is not None
     seeded = torch.Generator("cpu").manual_seed(0)
     # The first has more tiles than are merged at once, and sizes that are no multiples of a tile's.
     for samples, channels, height, width in ((1, 5, 131, 127), (2, 64, 16, 16)):
@@ -157,15 +198,25 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
         weight[0], bias[0] = 0.0, 1e-40  # not to be flushed to zero
         for layout in (torch.contiguous_format, torch.channels_last):
             x = x.contiguous(memory_format=layout)
-            whole, y = F.conv2d(x, weight, bias), F.conv2d(x, weight)
-            mean, var = kernel.add_bias(y, bias)[1:]
-            if not torch.equal(y, whole):
-                return "it adds a bias otherwise than PyTorch"
-            their_var, their_mean = torch.var_mean(whole.double(), (2, 3), correction=0)
-            apart = (mean - their_mean).abs() - 1e-5 * their_var.sqrt() - 2**-24 * their_mean.abs()
-            # Not "more than", so that NaN is a fault.
-            if not bool((apart <= 0).all() and ((var - their_var).abs() <= 2e-5 * their_var).all()):
-                return "it computes other moments than PyTorch"
+            whole = F.conv2d(x, weight, bias)
+            wrong = (_difference(F.conv2d(x, weight), bias, whole, relu) for relu in (False, True))
+            if found := next(filter(None, wrong), ""):
+                return found
+    return ""
+
+
+def _difference(y: Tensor, bias: Tensor, whole: Tensor, relu: bool) -> str:
+    """Say what the kernel makes otherwise of y than `whole`, which has the bias; "" for nothing."""
+    kernel = _kernel()
+    assert kernel is not None
+    mean, var = kernel.add_bias(y, bias, relu=relu)[1:]
+    if not torch.equal(y, whole.relu() if relu else whole):
+        return f"it {'computes ReLU' if relu else 'adds a bias'} otherwise than PyTorch"
+    their_var, their_mean = torch.var_mean(whole.double(), (2, 3), correction=0)
+    apart = (mean - their_mean).abs() - 1e-5 * their_var.sqrt() - 2**-24 * their_mean.abs()
+    # Not "more than", so that NaN is a fault.
+    if not bool((apart <= 0).all() and ((var - their_var).abs() <= 2e-5 * their_var).all()):
+        return "it computes other moments than PyTorch"
     return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import Samples, finite, reduced
+from retrofit.running.remembered import Remembered
 
 
 class SiteSamples:
@@ -31,7 +31,7 @@ class SiteSamples:
     def clear(self) -> None:
         """Forget the batch."""
         self.length = 0
-        self._expected: tuple[weakref.ref[Tensor], int, Samples] | None = None
+        self._expected: tuple[Remembered, Samples] | None = None
         self._forget_calls()
 
     def _forget_calls(self) -> None:
@@ -50,14 +50,11 @@ class SiteSamples:
 
     def expect(self, x: Tensor, found: Samples) -> None:
         """Let `take` use what is known of x, if that comes next, and as it is now."""
-        self._expected = weakref.ref(x), x._version, found
+        self._expected = Remembered(x), found
 
     def _known(self, x: Tensor) -> Samples | None:
         expected, self._expected = self._expected, None
-        if expected is None:
-            return None
-        tensor, version, found = expected
-        return found if tensor() is x and x._version == version else None
+        return expected[1] if expected is not None and expected[0].is_still(x) else None
 
     def are_finite(self) -> bool:
         """Tell whether no NaN or Inf came to any site, in one read."""

@@ -1,4 +1,4 @@
-"""Bias and moments in one pass over the output of a convolution: a kernel in Triton.
+"""Bias, moments and ReLU in one pass over the output of a convolution: a kernel in Triton.
 
 Imported only by what uses it: Triton is not wherever torch is. A tile, some rows of one sample in
 some channels, is read once into registers, so that its moments take two passes there; the tiles of
@@ -26,16 +26,17 @@ def takes(y: Tensor) -> bool:
     return dense and y.dtype in floats and y.numel() > 0 and y[0].numel() < LARGEST
 
 
-def add_bias(y: Tensor, bias: Tensor) -> Samples:
+def add_bias(y: Tensor, bias: Tensor, *, relu: bool = False) -> Samples:
     """Add a bias to y, in place, and reduce what comes out: one read and one write.
 
     Args:
         y: (N, C, H, W) that `takes` allows, without gradients.
         bias: (C), of the same dtype and on the same device.
+        relu: leave ReLU of the sum in y.
 
     Returns:
-        Mean and variance in float64, of the values as y holds them. Those of a sample depend on
-        that sample alone.
+        Mean and variance in float64, of the sum as y's dtype holds it, before the ReLU. Those of a
+        sample depend on that sample alone.
     """
     samples, channels, height, width = y.shape
     length, last = height * width, not y.is_contiguous()
@@ -45,7 +46,7 @@ def add_bias(y: Tensor, bias: Tensor) -> Samples:
     sizes, block = (length, channels, tiles), (ROWS, CHANNELS)
     with torch.cuda.device_of(y):  # where Triton launches; nothing on a CPU
         add_and_reduce = _add_and_reduce[(samples * tiles, blocks)]
-        add_and_reduce(y, bias.contiguous(), partial, *sizes, last, *block, num_warps=8)
+        add_and_reduce(y, bias.contiguous(), partial, *sizes, last, relu, *block, num_warps=8)
         _merge[(samples, blocks)](partial, mean, var, *sizes, *block, TILES, num_warps=4)
     return Samples(length, mean, var)
 
@@ -59,6 +60,7 @@ def _add_and_reduce(  # type: ignore[no-untyped-def]
     channels,
     tiles,
     last: tl.constexpr,
+    relu: tl.constexpr,
     rows: tl.constexpr,
     width: tl.constexpr,
 ):
@@ -72,8 +74,11 @@ def _add_and_reduce(  # type: ignore[no-untyped-def]
     raw = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     addend = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
     rounded = (raw + addend).to(y.dtype.element_ty)
-    tl.store(at, rounded, mask=inside)
     x = rounded.to(tl.float32)
+    if relu:  # NaN stays NaN
+        tl.store(at, tl.where(x <= 0.0, 0.0, x).to(y.dtype.element_ty), mask=inside)
+    else:
+        tl.store(at, rounded, mask=inside)
     count = tl.minimum(length - tile * rows, rows)
     centre = tl.sum(tl.where(inside, x, 0.0), 0, keep_dims=True) / count
     deviation = tl.where(inside, x - centre, 0.0)

@@ -36,11 +36,17 @@ def added(x, bias):
 
 
 def check(x, bias):
-    """The output bit for bit as PyTorch adds, the moments as in two passes in float64."""
-    whole, strides = added(x, bias), x.stride()
+    """The output bit for bit as PyTorch adds, the moments as in two passes in float64.
+
+    With ReLU the output is that of the sum, and the moments are what they are without.
+    """
+    whole, strides, rectified = added(x, bias), x.stride(), x.clone()
     size, mean, var = add_bias(x, bias)
     assert torch.equal(x, whole)
-    assert x.stride() == strides
+    again = add_bias(rectified, bias, relu=True)
+    assert torch.equal(rectified, whole.relu())
+    assert all(map(torch.equal, (mean, var), (again.mean, again.var)))
+    assert x.stride() == rectified.stride() == strides
     assert size == x[0, 0].numel()
     wide = whole.double().flatten(2)
     their_mean = wide.mean(2)
@@ -99,7 +105,10 @@ def test_a_sample_alone_is_what_it_is_in_any_batch_bit_for_bit(layout):
 def test_what_is_not_finite_or_has_no_finite_square_shows(value):
     x, bias = output_and_bias((2, 3, 20, 20), torch.channels_last)
     x[1, 2, 3, 4] = value
-    found = add_bias(x, bias)
+    whole = added(x, bias)
+    found = add_bias(x, bias, relu=True)
+    assert torch.equal(x.isnan(), whole.isnan())
+    assert torch.equal(x.nan_to_num(), whole.relu().nan_to_num())
     assert not found.finite
     assert found.var[0].isfinite().all()
     assert found.var[1, :2].isfinite().all()

@@ -4,6 +4,7 @@ The kernel here is made of PyTorch's operations, and the CPU is taken for a GPU;
 runs in Triton's interpreter, in interpreted_kernel.py, and in test_gpu.py.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -33,20 +34,23 @@ def test_the_kernel_in_tritons_interpreter():
 
 
 class Kernel(SimpleNamespace):
-    """Has the functions of `triton_kernel`, and counts its calls."""
+    """Has the functions of `triton_kernel`, and counts its calls, and those with ReLU."""
 
     def __init__(self, error=None, off=0.0):
-        super().__init__(calls=0, error=error, off=off)
+        super().__init__(calls=0, relus=0, error=error, off=off)
 
     def takes(self, _):
         return True
 
-    def add_bias(self, y, bias):
+    def add_bias(self, y, bias, *, relu=False):
         self.calls += 1
+        self.relus += relu
         y.data.add_(bias.view(-1, 1, 1))  # Triton does not count what it writes either
         if self.error:
             raise self.error
         wide = y.double().flatten(2)
+        if relu:
+            y.data.relu_()
         return Samples(wide.shape[2], wide.mean(2) + self.off, wide.var(2, correction=0))
 
 
@@ -68,7 +72,7 @@ def use(monkeypatch):
 
 def whole(*layers):
     """A network of whole numbers, so that every order of adding up gives the same bits."""
-    net = nn.Sequential(*layers).eval()
+    net = (layers[0] if len(layers) == 1 else nn.Sequential(*layers)).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_((parameter * 20).round())
@@ -119,7 +123,7 @@ def test_every_layer_gets_what_it_gets_otherwise(use):
             if isinstance(module, nn.Conv2d | nn.ReLU):
                 module.register_forward_pre_hook(record(kernel is None))
         moments(None, prepared=prepared)
-    assert kernel.calls == 4
+    assert (kernel.calls, kernel.relus) == (4, 0)  # the hook of the ReLU shall see what it gets
     assert len(inputs[True]) == len(inputs[False]) > 4
     assert all(torch.equal(a, b) for a, b in zip(inputs[True], inputs[False], strict=True))
 
@@ -127,6 +131,192 @@ def test_every_layer_gets_what_it_gets_otherwise(use):
 def two_convolutions_of_one_seed():
     torch.manual_seed(0)
     return two_convolutions()
+
+
+def blocks():
+    """Convolution, ReLU, in a block of their own, thrice; a residual sum and a shared ReLU."""
+
+    class Block(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+            self.again = nn.Conv2d(4, 4, 3, padding=1)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.relu(self.conv(x))
+            return self.relu(self.again(y) + y)
+
+    return whole(Block(3), Block(4), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+
+
+@pytest.mark.parametrize("layout", ["native", "graph"])
+def test_a_relu_in_place_behind_it_is_computed_along(layout, use, monkeypatch):
+    """Where it alone reads what the convolution gives: three of the six, and not the sums."""
+    net = blocks()
+    options = {"layout": layout, "include": "*"}  # the last is an output head
+    inputs = {}
+
+    def record(used):
+        return lambda _module, args: inputs.setdefault(used, []).append(args[0].clone())
+
+    expected = moments(net, **options)
+    for used in (False, True):
+        kernel = use(Kernel() if used else None)
+        prepared = retrofit.prepare(net, retrofit.plan(net, **options))
+        for module in prepared.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(record(used))
+        ran = count_relus(monkeypatch)
+        retrofit.calibrate(prepared, DATA, progress=False)
+        assert len(ran) == len(DATA) * (2 if used else 5)
+        assert_close(retrofit.channel_moments(prepared), expected)
+    assert (kernel.calls, kernel.relus) == (6 * len(DATA), 3 * len(DATA))
+    assert all(torch.equal(a, b) for a, b in zip(inputs[True], inputs[False], strict=True))
+
+
+def count_relus(monkeypatch):
+    """Note the inputs of `nn.ReLU.forward`."""
+    ran, forward = [], nn.ReLU.forward
+
+    def noted(self, x):
+        ran.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.ReLU, "forward", noted)
+    return ran
+
+
+class Read(nn.Module):
+    """A convolution and its ReLU, and whatever else `reader` makes of what is between them."""
+
+    def __init__(self, reader, relu=None):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 5, 3), relu or nn.ReLU(inplace=True)
+        self.next, self.reader = nn.Conv2d(5, 4, 1), reader
+
+    def forward(self, x, more=False):
+        return self.next(self.reader(self, self.conv(x), more))
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def own_forward():
+    relu = nn.ReLU(inplace=True)
+    relu.forward = lambda x: torch.relu(2 * x)
+    return relu
+
+
+def both(net, y, more):  # noqa: ARG001
+    low = y.mean((2, 3), keepdim=True)
+    return net.relu(y) + low
+
+
+def sometimes(net, y, more):
+    low = y.mean((2, 3), keepdim=True) if more else 0
+    return net.relu(y) + low
+
+
+def first_shape(net, y, more):  # noqa: ARG001
+    return net.relu(y)[..., : y.shape[-1] - 1]
+
+
+def flat(net, y, more):  # noqa: ARG001
+    return net.relu(y.flatten(2)).view_as(y)
+
+
+def untraceable(net, y, more):  # noqa: ARG001
+    return net.relu(y) if y.sum() == y.sum() else y
+
+
+def plainly(net, y, more):  # noqa: ARG001
+    return net.relu(y)
+
+
+def no_longer_in_place(net, y, more):  # noqa: ARG001
+    net.relu.inplace = False
+    return net.relu(y) + y
+
+
+@pytest.mark.parametrize(
+    ("make", "computed"),
+    [
+        (lambda: Read(plainly), True),
+        (lambda: Read(first_shape), True),
+        (lambda: Read(sometimes), True),  # not asked for
+        (lambda: Read(both), False),
+        (lambda: Read(flat), False),
+        (lambda: Read(untraceable), False),
+        (lambda: Read(no_longer_in_place), False),
+        (lambda: Read(plainly, nn.ReLU()), False),
+        (lambda: Read(plainly, nn.ReLU6(inplace=True)), False),
+        (lambda: Read(plainly, Doubled(inplace=True)), False),
+        (lambda: Read(plainly, own_forward()), False),
+    ],
+)
+def test_a_relu_that_others_read_before_or_that_is_another_is_not(make, computed, use):
+    net = whole(make())
+    use(None)
+    expected = moments(net, example=DATA[0], include="*")
+    kernel = use(Kernel())
+    assert_close(moments(net, example=DATA[0], include="*"), expected)
+    assert (kernel.calls, kernel.relus) == (4, 2 * computed)
+
+
+def test_arguments_that_the_trace_did_not_have_are_left_alone(use):
+    """They may lead another way: there the mean is taken of what is between the two."""
+    net, data = whole(Read(sometimes)), [{"x": x, "more": True} for x in DATA]
+    use(None)
+    expected = moments(net, data, include="*")
+    kernel = use(Kernel())
+    assert_close(moments(net, data, include="*"), expected)
+    assert (kernel.calls, kernel.relus) == (4, 0)
+
+
+def hooked(path, kind):
+    """A block, of which one module, or container, has a hook that sees what is between the two."""
+    parts = nn.Sequential(nn.Conv2d(3, 5, 3)), nn.Sequential(nn.ReLU(inplace=True))
+    net = whole(*parts, nn.Conv2d(5, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    seen = []
+    getattr(net.get_submodule(path), f"register_forward_{kind}")(
+        lambda _module, args, *output: seen.append([*output, *args][0].clone())
+    )
+    return net, seen
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("0.0", "hook"), ("0", "hook"), ("1", "pre_hook"), ("1.0", "pre_hook")]
+)
+def test_hooks_see_what_they_see_otherwise(path, kind, use):
+    seen = {}
+    for kernel in (None, Kernel()):
+        torch.manual_seed(0)
+        use(kernel)
+        net, seen[kernel is None] = hooked(path, kind)
+        retrofit.calibrate(retrofit.prepare(net), DATA, progress=False)
+    assert kernel.calls
+    assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False], strict=True))
+    assert min(x.min() for x in seen[True]) < 0
+
+
+def test_a_hook_of_all_modules_sees_what_it_sees_otherwise(use):
+    seen = {}
+    for kernel in (None, Kernel()):
+        use(kernel)
+        prepared = retrofit.prepare(two_convolutions_of_one_seed())
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda _module, _args, y, used=kernel is not None: seen.setdefault(used, []).append(
+                y.clone()
+            )
+        )
+        with contextlib.closing(SimpleNamespace(close=handle.remove)):
+            retrofit.calibrate(prepared, DATA, progress=False)
+    plain, fused = seen[False], seen[True]
+    assert kernel.calls == 4
+    assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
 
 
 def test_the_model_is_afterwards_what_it_was_after_errors_too(use):
@@ -217,8 +407,7 @@ def test_a_forward_fn_is_left_alone(use):
 
 def test_on_a_cpu_nothing_is_touched():
     conv = nn.Conv2d(3, 5, 3)
-    with fused_bias.bias_with_moments([conv], site_samples.SiteSamples({})):
-        assert "_conv_forward" not in vars(conv)
+    assert fused_bias.fusable([conv]) == []
 
 
 def test_backends_that_begin_with_the_bias_are_left_alone(use, monkeypatch):
