@@ -1,6 +1,6 @@
 """Measure what retrofit costs, beside the plain network and the import of torch.
 
-    python scripts/benchmark.py --json benchmarks.json --markdown docs/benchmarks.md
+    python scripts/benchmark.py --csv docs/results/benchmarks.csv --markdown docs/benchmarks.md
 
 What is compared sees the same images in the same process, one after another in each repetition, so
 that ratios hold on a machine whose speed drifts. Peak memory is that of a process of its own.
@@ -12,13 +12,12 @@ first.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,7 +25,8 @@ import torch
 import torchvision
 from benchmark_options import PRECISIONS, Options
 from benchmark_sections import SECTIONS, measured
-from benchmark_tables import Table, rendered
+from benchmark_tables import Figure, figures_of, rendered
+from recorded_runs import RecordedRuns
 
 import retrofit
 from retrofit.errors import RetrofitError
@@ -83,16 +83,17 @@ def run(options: Options, sections: Sequence[str], figures: Path | None, page: P
     facts = about(options)
     texts = [INTRODUCTION.format(**facts, repeat=options.repeat)]
     print(texts[0])
-    tables: dict[str, list[Table]] = {section: [] for section in sections}
+    found: list[Figure] = []
     for section in sections:
         for table in measured(section, options):
-            tables[section].append(table)
             texts.append(rendered(table))
             print(texts[-1], flush=True)
+            found += figures_of(table)
     if figures:
-        plain = {section: [asdict(table) for table in found] for section, found in tables.items()}
-        everything = {**facts, "options": asdict(options), "sections": plain}
-        figures.write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
+        figures.unlink(missing_ok=True)
+        recorded = RecordedRuns(figures, Figure)
+        for figure in found:
+            recorded.append(figure)
     if page:
         page.write_text("\n".join(texts))
 
@@ -119,7 +120,7 @@ def parsed() -> argparse.Namespace:
     convs = "convolutions of the chains to prepare"
     add("--convs", type=positive, nargs="+", default=[250, 500, 1000, 2000], help=convs)
     add("--threads", type=positive, default=torch.get_num_threads())
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--csv", type=Path, metavar="FILE", help="write all figures there")
     add("--markdown", type=Path, metavar="FILE", help="write the document there")
     arguments = parser.parse_args()
     batch_size, batches = BATCHES[arguments.device]
@@ -137,7 +138,7 @@ def main() -> int:
     chosen = vars(arguments)
     options = Options(**{f.name: chosen[f.name] for f in fields(Options) if f.name in chosen})
     try:
-        run(options, arguments.only, arguments.json, arguments.markdown)
+        run(options, arguments.only, arguments.csv, arguments.markdown)
     except RetrofitError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2

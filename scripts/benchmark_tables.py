@@ -1,10 +1,10 @@
-"""The tables of `benchmark.py`: plain figures, and how they are written."""
+"""The tables of `benchmark.py`: plain figures, and how they are written and recorded."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from markdown_table import markdown_table
 
@@ -40,6 +40,43 @@ class Table:
     text: str
     rows: list[Row]
     summary: Row
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A cell of a table, as a line of a CSV file has it.
+
+    Attributes:
+        table: its title.
+        row: from 1 on; 0 for what follows from the table.
+        cell: what it says; of a `Spread` its fields.
+    """
+
+    table: str
+    row: int
+    column: str
+    cell: Mapping[str, float] | Cell
+
+
+def figures_of(table: Table) -> Iterator[Figure]:
+    """List the cells of a table, row by row."""
+    for i, row in enumerate([table.summary, *table.rows]):
+        for column, cell in row.items():
+            value = asdict(cell) if isinstance(cell, Spread) else cell
+            yield Figure(table.title, i, column, value)
+
+
+def tables_of(figures: Iterable[Figure]) -> list[Table]:
+    """Put the cells of `figures_of` together again, without the texts."""
+    tables: dict[str, Table] = {}
+    for figure in figures:
+        table = tables.setdefault(figure.table, Table(figure.table, "", [], {}))
+        if figure.row > len(table.rows):
+            table.rows.append({})
+        row = table.rows[figure.row - 1] if figure.row else table.summary
+        cell = figure.cell
+        row[figure.column] = Spread(**cell) if isinstance(cell, Mapping) else cell
+    return list(tables.values())
 
 
 def rendered(table: Table) -> str:
