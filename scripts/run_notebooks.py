@@ -5,7 +5,8 @@
 
 What was run is written to build/notebooks/ or, with --in-place, takes the place of the notebook:
 that is how the outputs in the repository are made. They hold no timestamps, paths or progress bars,
-so that a second run differs only in what it found.
+so that a second run differs only in what it found. With --full as well, the tables that the results
+page quotes are written to docs/results.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def main() -> int:
     # from a second thread: one for each notebook, and as many notebooks at once as there are cores.
     os.environ |= {"QUICK": "" if arguments.full else "1", "TQDM_DISABLE": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if arguments.full and arguments.in_place:
+        os.environ["RESULTS"] = str(ROOT / "docs" / "results")
     build = ROOT / "build" / "notebooks"
     build.mkdir(parents=True, exist_ok=True)
     paths = arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))

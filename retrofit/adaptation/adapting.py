@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from typing_extensions import Self
 
 from retrofit.adaptation.norm_inputs import hooked
 from retrofit.adaptation.running_statistics import (
-    Buffers,
+    FOLLOWING,
     blend,
     buffers,
     check_prior,
@@ -24,6 +23,7 @@ from retrofit.adaptation.running_statistics import (
     tracking,
     unwrapped,
 )
+from retrofit.adaptation.saved_statistics import SavedStatistics
 from retrofit.errors import RetrofitError
 from retrofit.html_tables import html_table, unfolding_list, view
 from retrofit.numerics.batch_table import BatchTable
@@ -33,21 +33,17 @@ from retrofit.option_checks import check_models, check_number
 from retrofit.running.modes import eager, evaluating
 from retrofit.tables import in_short
 
-_FOLLOWING: WeakSet[_BatchNorm] = WeakSet()
-
 
 @dataclass
 class _Stream:
     """What has passed one BatchNorm.
 
     Attributes:
-        old: its own statistics.
         moments: of what has passed, the older the lighter.
         images: as how many it counts.
         passed: how many there were.
     """
 
-    old: Buffers
     moments: Moments | None = None
     images: float = 0.0
     passed: int = 0
@@ -80,14 +76,13 @@ class Adapting:
         for path, norm in self._norms.items():
             if prior:
                 refuse_as_prior(path, norm)
-            if norm in _FOLLOWING:
-                raise RetrofitError(f"{path} follows a stream already: remove() that first")
-        self._streams = {path: _Stream(buffers(norm)) for path, norm in self._norms.items()}
+        self._streams = {path: _Stream() for path in self._norms}
         with ExitStack() as stack:
             for context in (evaluating(model), eager(), hooked(self._norms, self._follow)):
                 stack.enter_context(context)
             self._until_removed = stack.pop_all()
-        _FOLLOWING.update(self._norms.values())
+        self._saved = SavedStatistics({norm: buffers(norm) for norm in self._norms.values()})
+        FOLLOWING.update(self._norms.values())
 
     @property
     def images(self) -> int:
@@ -98,17 +93,15 @@ class Adapting:
         """Forget what has passed: the model has the statistics it came with, bit for bit."""
         self._refuse_removed()
         for path, norm in self._norms.items():
-            old = self._streams[path].old
-            restore(norm, old)
-            self._streams[path] = _Stream(old)
+            restore(norm, self._saved[norm])
+            self._streams[path] = _Stream()
 
     def remove(self) -> None:
         """Leave the model as it was: statistics, modes and hooks. Once is enough."""
-        for path, norm in self._norms.items():
-            restore(norm, self._streams[path].old)
+        self._saved.give_back()
         self._until_removed.close()
         for norm in self._norms.values():
-            _FOLLOWING.discard(norm)
+            FOLLOWING.discard(norm)
         self._norms = {}
 
     def __enter__(self) -> Self:
@@ -158,7 +151,7 @@ class Adapting:
             moments = stream.add(merged(table.rows), len(x), self._window)
             if bool((moments.count < 2).any()):
                 return  # one value has no variance
-            blend(path, norm, stream.old, moments, share(stream.images, self._prior))
+            blend(path, norm, self._saved[norm], moments, share(stream.images, self._prior))
 
 
 def adapting(model: nn.Module, *, prior: float = 64, window: float | None = None) -> Adapting:

@@ -23,6 +23,7 @@ from retrofit.adaptation.running_statistics import (
     tracking,
     unwrapped,
 )
+from retrofit.adaptation.saved_statistics import SavedStatistics
 from retrofit.calibration.feeding import Fed, Feed
 from retrofit.calibration.processes import Processes, digests
 from retrofit.calibration.sample_errors import standard_error
@@ -63,13 +64,14 @@ class Recalibration:
         self.layers = tuple(found.measured)
         self.standard_error = standard_error
         self.passes, self.held = found.passes, found.held
-        self._old = [(norms[path], old[path]) for path in self.layers]
+        self._old = SavedStatistics({norms[path]: old[path] for path in self.layers})
 
     def remove(self) -> None:
-        """Give the BatchNorms back the statistics they had, bit for bit. Once is enough."""
-        for norm, was in self._old:
-            restore(norm, was)
-        self._old.clear()
+        """Give the BatchNorms back the statistics they had, bit for bit. Once is enough.
+
+        Of what came later (`recalibrate`, `adapting`) these BatchNorms are rid as well.
+        """
+        self._old.give_back()
 
     def __enter__(self) -> Self:
         if self.layers and not self._old:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,8 +35,14 @@ def check_prior(prior: object) -> None:
     check_number("prior", prior, wanted, lambda n: 0 <= n < math.inf)
 
 
+FOLLOWING: WeakSet[_BatchNorm] = WeakSet()  # a stream: see `adapting`
+
+
 def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
-    """List the BatchNorms that have running statistics, by path; RetrofitError for none."""
+    """List the BatchNorms that have running statistics, by path; RetrofitError for none.
+
+    And where one follows a stream, or cannot be changed.
+    """
     norms = {
         path or type(module).__name__: module
         for path, module in model.named_modules()
@@ -62,6 +69,8 @@ def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
             f"{', '.join(norms)} keep no running statistics (track_running_stats=False): they "
             "normalise with those of the batch in eval mode too, so nothing is to recalibrate"
         )
+    if following := next((path for path, norm in tracking.items() if norm in FOLLOWING), None):
+        raise RetrofitError(f"{following} follows a stream already (adapting): remove() that first")
     return tracking
 
 

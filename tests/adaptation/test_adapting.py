@@ -204,7 +204,7 @@ def test_what_cannot_be_adapted_is_named(model, options, message):
 def test_training_and_a_second_stream_are_refused():
     model = nets.build(Net)
     with retrofit.adapting(model):
-        with pytest.raises(RetrofitError, match=r"first follows a stream already: remove\(\)"):
+        with pytest.raises(RetrofitError, match=r"first follows a stream already .*: remove\(\)"):
             retrofit.adapting(model)
         model.train()
         with pytest.raises(RetrofitError, match="first is in training mode"):

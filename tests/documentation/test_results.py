@@ -77,6 +77,21 @@ def test_a_table_is_what_its_file_says(study):
     assert made - page == set()
 
 
+def test_what_it_says_of_notebook_7_is_what_that_found():
+    page = lines((ROOT / "docs" / "results.md").read_text("utf-8"))
+    (row,) = (line for line in page if "a quarter of its MACs" in line)
+    found = {name: cells for name, *cells in csv.reader((RESULTS / SLIMMING).open())}
+    plain, pruned = (f"{number}%" for number in re.findall(r"([\d.]+) %", row))
+    assert plain in found["plain, by magnitude"][3:]
+    assert pruned in found["add_batchnorm, by gamma"][3:]
+    means = {row["% right"]: float(row["mean"]) for row in csv.DictReader((RESULTS / TENT).open())}
+    statistics_alone = max(means["recalibrate, first 500"], means["adapting"])
+    assert max(means["Tent"], means["EATA"]) <= statistics_alone
+
+
+SLIMMING, TENT = "notebook-7-slimming.csv", "notebook-7-entropy.csv"
+
+
 def test_every_number_of_the_readme_is_on_that_page():
     page = (ROOT / "docs" / "results.md").read_text("utf-8")
     readme = (ROOT / "README.md").read_text("utf-8").partition("## What was measured")[2]
