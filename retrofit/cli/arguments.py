@@ -79,7 +79,8 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     # argparse would speak first of what is missing, also where that is only misspelt.
     command = None
     for word in words:
-        command = command or (word if word in COMMANDS else None)
+        if command is None and word[0] != "-":
+            command = _command(word)
         name, options = word.partition("=")[0], _options(parser, command)
         if word == "--":
             break
@@ -87,6 +88,14 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
             hint = _without_dashes(parser, command, name) or _nearest(name, options)
             raise _Mistake(f"unrecognized arguments: {word}{hint}")
     return parser.parse_args(words)
+
+
+def _command(word: str) -> str:
+    if word in COMMANDS:
+        return word
+    near = difflib.get_close_matches(word.lower(), COMMANDS, n=1, cutoff=NEAR)
+    known = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    raise _Mistake(f"{word} is no command: {known}")
 
 
 def _parser_of(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:

@@ -167,7 +167,10 @@ REPORT = "report bn.safetensors --output out.html"
 # (command, exit code, what its line says); of an option given twice the last counts.
 CASES = [
     ("--quiet", 2, "the following arguments are required: COMMAND"),
-    ("frobnicate", 2, "invalid choice: 'frobnicate'"),
+    ("frobnicate", 2, "frobnicate is no command: the commands are plan, convert, verify, fold"),
+    ("conver net.py:make --data d", 2, "conver is no command: did you mean convert? (see"),
+    ("--debug Plan vgg16", 2, "Plan is no command: did you mean plan? (see"),
+    ("vgg16 --data d", 2, "vgg16 is no command: the commands are plan"),
     ("plan", 2, "the following arguments are required: model"),
     ("plan vgg61", 2, "torchvision has no model 'vgg61'; nearest: vgg19"),
     ("plan nope.py:make", 2, "there is no file nope.py"),
