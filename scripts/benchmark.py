@@ -26,7 +26,7 @@ import torchvision
 from benchmark_options import PRECISIONS, Options
 from benchmark_sections import SECTIONS, measured
 from benchmark_tables import Figure, figures_of, rendered
-from recorded_runs import RecordedRuns
+from recorded_runs import record
 
 import retrofit
 from retrofit.errors import RetrofitError
@@ -91,9 +91,7 @@ def run(options: Options, sections: Sequence[str], figures: Path | None, page: P
             found += figures_of(table)
     if figures:
         figures.unlink(missing_ok=True)
-        recorded = RecordedRuns(figures, Figure)
-        for figure in found:
-            recorded.append(figure)
+        record(found, figures)
     if page:
         page.write_text("\n".join(texts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
@@ -89,3 +89,12 @@ class RecordedRuns(Generic[R]):
             self.kind(*(read(cell) for read, cell in zip(readers, line, strict=True)))
             for line in lines
         ]
+
+
+def record(runs: Sequence[R], file: Path | None) -> None:
+    """Add runs of one kind to a file, where one is given."""
+    if file is not None and runs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        recorded = RecordedRuns(file, type(runs[0]))
+        for run in runs:
+            recorded.append(run)

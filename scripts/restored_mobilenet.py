@@ -1,6 +1,7 @@
-"""Restore a trained MobileNetV2 whose BatchNorms were folded away, and compare its answers.
+r"""Restore a trained MobileNetV2 whose BatchNorms were folded away, and compare its answers.
 
-    python scripts/restored_mobilenet.py --weights folded.safetensors --data PICTURES
+    python scripts/restored_mobilenet.py --weights folded.safetensors --data PICTURES \
+        --results restored-mobilenet.csv
 
 The weights are those of an edge model: timm's mobilenetv2_100 with pad_type="same", without its
 BatchNorms, every convolution with a bias. PICTURES is a flat folder of which the i-th file by name
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import timm
 import torch
 from network_checks import difference
 from PIL import Image
+from recorded_runs import record
 from safetensors.torch import load_file
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -31,6 +34,30 @@ NAME = "mobilenetv2_100"
 OPTIONS: dict[str, Any] = {"pad_type": "same"}
 FACTORY = f"import timm\n\ndef stock():\n    return timm.create_model({NAME!r}, **{OPTIONS!r})\n"
 TRANSFORM = Compose([Resize(256), CenterCrop(224), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the folded and the restored network say of the same pictures.
+
+    Attributes:
+        folded, restored: how often each is right.
+        same: how often they agree.
+        difference: largest one of an output, over the largest output.
+    """
+
+    pictures: int
+    folded: int
+    restored: int
+    same: int
+    difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"right: {self.folded} of {self.pictures} folded, {self.restored} restored; "
+            f"the same answer: {self.same}\n"
+            f"largest difference over the largest output: {self.difference:.1e}"
+        )
 
 
 def stock() -> nn.Module:
@@ -66,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--results", type=Path, metavar="FILE", help="CSV file, added to")
     arguments = parser.parse_args()
     files = sorted(arguments.data.iterdir())
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +112,9 @@ def main() -> int:
     classes = torch.arange(len(files))
     right = [int((one.argmax(1) == classes).sum()) for one in (folded, actual)]
     same = int((folded.argmax(1) == actual.argmax(1)).sum())
-    print(f"right: {right[0]} of {len(files)} folded, {right[1]} restored; the same answer: {same}")
-    print(f"largest difference over the largest output: {difference([folded], [actual]):.1e}")
+    answers = Answers(len(files), right[0], right[1], same, difference([folded], [actual]))
+    print(answers)
+    record([answers], arguments.results)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Restore torchvision's networks from ONNX files of both exporters.
 
-    python scripts/restored_onnx.py resnet18 mobilenet_v2 efficientnet_b0
+    python scripts/restored_onnx.py resnet18 mobilenet_v2 efficientnet_b0 --results r.csv
     python scripts/restored_onnx.py --file 320n.onnx --architecture ultralytics:yolov8n-18.yaml
 
 Each network gets random weights and numbers in its BatchNorms as training leaves them. Once it is
@@ -16,12 +16,15 @@ import argparse
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
 from markdown_table import markdown_table
 from network_checks import difference, train
+from recorded_runs import record
 from torch import Tensor, nn
 
 import retrofit
@@ -30,6 +33,28 @@ from retrofit.files.onnx_weights import run_onnx
 
 CLOSE = 5e-6
 SIDE = 96
+HEAD = ("network", "exporter", "names", "difference")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A network that came back from a file.
+
+    Attributes:
+        exporter: of the file, or the file's name.
+        names: whose names the layers have in the file.
+        difference: largest one of an output, over the largest output.
+    """
+
+    network: str
+    exporter: str
+    names: str
+    difference: float
+
+
+def table(found: Iterable[Restored]) -> str:
+    rows = [(one.network, one.exporter, one.names, f"{one.difference:.1e}") for one in found]
+    return markdown_table(HEAD, rows, words=HEAD[:3], padded=True)
 
 
 def trained(name: str, images: Tensor) -> nn.Module:
@@ -54,11 +79,11 @@ def restored(architecture: nn.Module, file: Path, images: Tensor) -> nn.Module:
         return retrofit.restore(architecture, file, [images], progress=False)
 
 
-def rows(name: str, folder: Path) -> list[tuple[str, ...]]:
-    """Restore one network from four files."""
+def from_four_files(name: str, folder: Path) -> list[Restored]:
+    """Restore one network from the files of both exporters, folded by either tool."""
     images = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     model = trained(name, images)
-    found: list[tuple[str, ...]] = []
+    found = []
     for dynamo in (False, True):
         for kept in (True, False):
             file = folder / "folded.onnx"
@@ -69,11 +94,12 @@ def rows(name: str, folder: Path) -> list[tuple[str, ...]]:
             with torch.no_grad():
                 far = difference([model(images)], [fresh(images)])
             exporter = "dynamo" if dynamo else "TorchScript"
-            found.append((name, exporter, "kept" if kept else "the exporter's", f"{far:.1e}"))
+            names = "kept" if kept else "the exporter's"
+            found.append(Restored(name, exporter, names, far))
     return found
 
 
-def row_of(file: Path, spec: str, side: int) -> tuple[str, ...]:
+def from_file(file: Path, spec: str, side: int) -> Restored:
     """Restore the network of a file."""
     images = torch.rand(4, 3, side, side)
     state = restored(build(spec), file, images).state_dict()
@@ -83,8 +109,7 @@ def row_of(file: Path, spec: str, side: int) -> tuple[str, ...]:
         outputs = fresh(images)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
     expected = torch.from_numpy(run_onnx(file, [images.numpy()])[0])
-    far = difference([expected], [first])
-    return (spec, file.name, "the file's", f"{far:.1e}")
+    return Restored(spec, file.name, "the file's", difference([expected], [first]))
 
 
 def main() -> int:
@@ -93,16 +118,17 @@ def main() -> int:
     parser.add_argument("--file", type=Path, help="an ONNX file of your own")
     parser.add_argument("--architecture", help="what it is restored into, as for the command")
     parser.add_argument("--side", type=int, default=320, help="pixels of its input")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="CSV file, added to")
     arguments = parser.parse_args()
-    found: list[tuple[str, ...]] = []
+    found: list[Restored] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.names:
-            found += rows(name, Path(folder))
+            found += from_four_files(name, Path(folder))
     if arguments.file:
-        found.append(row_of(arguments.file, arguments.architecture, arguments.side))
-    head = ("network", "exporter", "names", "difference")
-    print(markdown_table(head, found, words=head[:3], padded=True), end="")
-    return 0 if all(float(row[-1]) <= CLOSE for row in found) else 1
+        found.append(from_file(arguments.file, arguments.architecture, arguments.side))
+    print(table(found), end="")
+    record(found, arguments.results)
+    return 0 if all(one.difference <= CLOSE for one in found) else 1
 
 
 if __name__ == "__main__":

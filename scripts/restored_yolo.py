@@ -1,7 +1,7 @@
 """Bring fused YOLOs of ultralytics back into their class, train them for a step, fuse them again.
 
     pip install ultralytics
-    python scripts/restored_yolo.py yolov8n yolo11n
+    python scripts/restored_yolo.py yolov8n yolo11n --results restored-yolo.csv
 
 Each is built from its YAML file with random weights, and its BatchNorms get numbers as training
 leaves them; then ultralytics fuses it, and `restore` brings it back. Nothing is downloaded. Exits
@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from markdown_table import markdown_table
 from network_checks import difference as of_outputs
+from recorded_runs import record
 from torch import Tensor, nn
 
 import retrofit
@@ -63,6 +66,10 @@ class Outcome:
             *(f"{fused} of {every}", f"{learned} of {norms}"),
             f"{self.fused:.1e}, trained {self.tuned:.1e}",
         ]
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    return markdown_table(HEAD, [one.row for one in outcomes], padded=True)
 
 
 def yolo(name: str) -> nn.Module:
@@ -164,9 +171,12 @@ def study(name: str) -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=["yolov8n", "yolo11n"], help="YAML files")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="CSV file, added to")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    outcomes = [study(name) for name in parser.parse_args().names]
-    print(markdown_table(HEAD, [one.row for one in outcomes], padded=True), end="")
+    outcomes = [study(name) for name in arguments.names]
+    print(table(outcomes), end="")
+    record(outcomes, arguments.results)
     return int(not all(one.good for one in outcomes))
 
 

@@ -1,6 +1,6 @@
 """Measure how many pictures a tolerance needs, and whether it keeps its promise.
 
-    python scripts/sample_size.py --data path/to/pictures --crop 32
+    python scripts/sample_size.py --data path/to/pictures --crop 32 --results sample-size.csv
 
 Calibrates a model on all pictures of a folder, and then for several seeds with `tolerance=`, and
 compares: how many pictures were used, and for how many channels the gap to the moments of all
@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from markdown_table import markdown_table
+from recorded_runs import record
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,6 +34,49 @@ HEAD = (
     *("seed", "pictures", "of all", "standard error"),
     *("gap p99", "within tolerance", "within twice"),
 )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A calibration that stopped at the tolerance, against all pictures; gaps in sigma.
+
+    Attributes:
+        data: name of the folder.
+        pictures, whole: used, and there are.
+        gap: 99th percentile of the channels' gaps.
+        within, within_twice: shares of the channels.
+    """
+
+    model: str
+    data: str
+    tolerance: float
+    seed: int
+    pictures: int
+    whole: int
+    channels: int
+    standard_error: float
+    gap: float
+    within: float
+    within_twice: float
+
+    @property
+    def row(self) -> list[str]:
+        shares = (self.standard_error, self.gap, self.within, self.within_twice)
+        used = f"{self.pictures / self.whole:.1%}"
+        return [str(self.seed), f"{self.pictures:,}", used, *(f"{share:.2%}" for share in shares)]
+
+
+def text(samples: Sequence[Sample]) -> str:
+    """Write the table of samples of one model, folder and tolerance, and what it is of."""
+    first = samples[0]
+    kept = sum(sample.within_twice >= PERCENTILE for sample in samples)
+    return (
+        f"{first.model} on {first.whole:,} pictures of {first.data}, "
+        f"{first.channels:,} channels, tolerance {first.tolerance:.1%} of sigma\n\n"
+        f"{markdown_table(HEAD, [sample.row for sample in samples])}\n"
+        f"within {2 * first.tolerance:.1%} of sigma (two standard errors) for "
+        f"{PERCENTILE:.0%} of the channels: {kept} of {len(samples)} samples\n"
+    )
 
 
 def moments(model: nn.Module) -> Tensor:
@@ -63,6 +109,7 @@ def parsed() -> argparse.Namespace:
     add("--batch-size", type=int, default=32)
     add("--crop", type=int, help="pixels; default: as the model was trained")
     add("--workers", type=int, default=2)
+    add("--results", type=Path, metavar="FILE", help="CSV file, added to")
     return parser.parse_args()
 
 
@@ -86,25 +133,16 @@ def main() -> int:
         return report, moments(prepared)
 
     whole, all_moments = calibrated(0, None)
-    rows = []
-    kept = 0
+    found = []
     for seed in tqdm(range(1, arguments.seeds + 1), unit="sample"):
         report, sample = calibrated(seed, tolerance)
-        gap, once, twice = shares_within(sample, all_moments, tolerance)
-        kept += twice >= PERCENTILE
-        used = f"{report.images / whole.images:.1%}"
-        errors = (f"{share:.2%}" for share in (report.standard_error, gap, once, twice))
-        rows.append((str(seed), f"{report.images:,}", used, *errors))
-    print(
-        f"{arguments.model} on {whole.images:,} pictures of {arguments.data.name}, "
-        f"{all_moments.shape[1]:,} channels, tolerance {tolerance:.1%} of sigma\n"
-    )
-    print(markdown_table(HEAD, rows))
-    print(
-        f"within {2 * tolerance:.1%} of sigma (two standard errors) for "
-        f"{PERCENTILE:.0%} of the channels: {kept} of {arguments.seeds} samples"
-    )
-    return int(kept < arguments.seeds)
+        what = (arguments.model, arguments.data.name, tolerance, seed)
+        sizes = (report.images, whole.images, all_moments.shape[1])
+        shares = shares_within(sample, all_moments, tolerance)
+        found.append(Sample(*what, *sizes, report.standard_error, *shares))
+    print(text(found), end="")
+    record(found, arguments.results)
+    return int(any(sample.within_twice < PERCENTILE for sample in found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The numbers of docs/results.md and of the README are those of the committed CSV files."""
+"""The numbers of the documentation and of the README are those of the committed CSV files."""
 
 import csv
 import re
@@ -11,6 +11,10 @@ import imagenet_corruptions_tables
 import merging
 import peers_tables
 import pytest
+import restored_mobilenet
+import restored_onnx
+import restored_yolo
+import sample_size
 from recorded_runs import RecordedRuns
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +79,40 @@ def test_a_table_is_what_its_file_says(study):
     made = lines(TABLES[study]())
     assert len(made) > 2
     assert made - page == set()
+
+
+def sampled(tolerance):
+    found = runs("sample-size", sample_size.Sample)
+    return sample_size.text([one for one in found if one.tolerance == tolerance])
+
+
+OTHER_PAGES = {
+    "calibration": lambda: sampled(0.02),
+    "folded": lambda: str(runs("restored-mobilenet", restored_mobilenet.Answers)[0]),
+    "onnx": lambda: restored_onnx.table(runs("restored-onnx", restored_onnx.Restored)[:12]),
+    "yolo": lambda: restored_yolo.table(runs("restored-yolo", restored_yolo.Outcome)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PAGES)
+def test_what_another_page_quotes_is_what_its_file_says(name):
+    page = words((ROOT / "docs" / f"{name}.md").read_text("utf-8"))
+    made = OTHER_PAGES[name]().splitlines()
+    assert len(made) > 1
+    assert all(words(line) in page for line in made)
+
+
+def words(text):
+    """A text without what Markdown puts around it, and wherever its lines are broken."""
+    return " ".join(re.sub(r'[>"]', " ", text).split())
+
+
+def test_the_file_of_a_detector_of_its_own_and_the_smaller_tolerance():
+    (far,) = (one.difference for one in runs("restored-onnx", restored_onnx.Restored)[12:])
+    assert f"`nc: 18`, {far:.1e}." in words((ROOT / "docs" / "onnx.md").read_text("utf-8"))
+    for line in sampled(0.01).splitlines()[4:9]:
+        assert "| 10,624 | 21.2% |" in line
+        assert "| 100.00% |" in line
 
 
 def test_what_it_says_of_notebook_7_is_what_that_found():
