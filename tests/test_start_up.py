@@ -80,7 +80,7 @@ def test_help_does_not_wait_for_torch(name):
     [
         (["--version"], 0, ""),
         (["--json"], 2, "required: COMMAND"),
-        (["convrt"], 2, "invalid choice: 'convrt'"),
+        (["convrt"], 2, "convrt is no command: did you mean convert?"),
         (
             ["plan", "vgg16", "--layuot", "graph"],
             2,
