@@ -102,7 +102,7 @@ def find_pairs(model: nn.Module, example: Any = None, forward_fn: ForwardFn | No
     """Find for each BatchNorm of `model` the layer that it alone follows; nothing is changed.
 
     Args:
-        model: any module.
+        model: any module with BatchNorms.
         example: one batch; the calls are then read off a run where torch.fx cannot follow.
         forward_fn: `forward_fn(model, example)`, for any other way of calling it.
 
@@ -111,12 +111,11 @@ def find_pairs(model: nn.Module, example: Any = None, forward_fn: ForwardFn | No
             run.
     """
     norms = batchnorms(model)
-    if not norms:
-        return Pairs({})
     if "" in norms:
         return Pairs({}, {"": "there is no layer before it: fold the model that it is a part of"})
     reading = _read(model, example, forward_fn)
-    found = _followed(reading.trace.calls, norms)
+    in_graph = isinstance(model, fx.GraphModule)
+    found = _followed(reading.trace.calls, norms, in_graph=in_graph)
     found = found.without(_hidden(model, found, reading.trace.opaque))
     found = found.without(_read_by_code(found, reading.trace.reads))
     found = found.without(_changed_by_code(found, reading.trace.changed))
@@ -154,8 +153,8 @@ def _read(model: nn.Module, example: Any, forward_fn: ForwardFn | None) -> _Read
 # --- what feeds what ---------------------------------------------------------------------------
 
 
-def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
-    """Pair BatchNorms and layers by the calls of a forward pass."""
+def _followed(calls: Iterable[Call], norms: Collection[str], *, in_graph: bool = False) -> Pairs:
+    """Pair BatchNorms and layers by the calls of a forward pass, perhaps of a GraphModule."""
     calls = list(calls)
     made: dict[str, list[Call]] = {}
     for call in calls:
@@ -178,7 +177,8 @@ def _followed(calls: Iterable[Call], norms: Collection[str]) -> Pairs:
         if not own:
             left[norm] = NO_CALL
         elif len(found) < len(own):
-            left[norm] = next(_reason(c, feeders, norms) for c in own if c not in sources)
+            unpaired = next(call for call in own if call not in sources)
+            left[norm] = _reason(unpaired, feeders, norms, in_graph=in_graph)
         elif len(layers) > 1:
             left[norm] = "it is called after several layers"
         elif len(made[layer := next(iter(layers))]) > len(own):
@@ -228,7 +228,9 @@ def _is_view(call: Call) -> bool:
     return call.name in BETWEEN and not hooked
 
 
-def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str]) -> str:
+def _reason(
+    call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[str], *, in_graph: bool
+) -> str:
     """Say why a call of a BatchNorm is not paired."""
     if not call.alone:
         return "it is called with more than its one input"
@@ -240,6 +242,8 @@ def _reason(call: Call, feeders: Mapping[Call, list[Call]], norms: Collection[st
         return "it follows the model's input, no convolution or Linear layer"
     if call.name in AFFINE_FUNCTIONS and call.module is None:
         where = "whose weight can change in a torch.fx.GraphModule only"
+        if in_graph:
+            where = "which can absorb only one that is called once, right after it, and alone"
         return f"it follows a function ({call.name}), {where}"
     if call.name == "unknown" or call.module is None or not is_affine(call.module):
         name = type(call.module).__name__ if call.module is not None else call.name

@@ -191,20 +191,85 @@ def test_a_function_absorbs_into_the_parameters_that_it_is_called_with():
     assert torch.equal(again(x), folded(x))
 
 
+class Normed(nn.Module):
+    """`use(self, x)` calls convolutions as functions, and the BatchNorm."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.kernel, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
+        self.conv, self.use = nn.Conv2d(3, 4, 3, padding=1), use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def right_after(m, x):
+    return m.norm(F.conv2d(x, m.kernel, padding=1))
+
+
+def without_a_bias_by_place(m, x):
+    return m.norm(F.conv2d(x, m.kernel, None, 1, 1))
+
+
+def beside_a_bias(m, x):
+    return m.norm(F.conv2d(x, m.conv.weight, padding=1)) + m.conv.bias.view(-1, 1, 1)
+
+
 def test_a_graph_that_was_not_converted_absorbs_into_functions_too():
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kernel, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.norm(F.conv2d(x, self.kernel, padding=1))
-
-    model, x = trained(Normed()), nets.images(2, 3, 6, 6)
+    model, x = trained(Normed(right_after)), nets.images(2, 3, 6, 6)
     assert_folded(model, x, left=["norm"])
     assert "conv2d), whose weight can change in a torch.fx" in retrofit.unfoldable(model)["norm"]
     folded = assert_folded(torch.fx.symbolic_trace(model), x)
     assert list(folded.state_dict()) == ["kernel", "kernel_bias"]
+
+
+@pytest.mark.parametrize(
+    ("use", "keys"),
+    [
+        (without_a_bias_by_place, {"kernel", "kernel_bias"}),
+        (beside_a_bias, {"conv.weight", "conv.bias", "conv.bias_"}),
+    ],
+)
+def test_the_new_bias_of_a_function_takes_the_place_of_none_and_a_name_that_is_free(use, keys):
+    graph = torch.fx.symbolic_trace(trained(Normed(use)))
+    assert assert_folded(graph, nets.images(2, 3, 6, 6)).state_dict().keys() == keys
+
+
+def called_twice(m, x):
+    return m.norm(F.conv2d(x, m.kernel)) + m.norm(F.conv2d(x, m.kernel))
+
+
+def used_elsewhere(m, x):
+    y = F.conv2d(x, m.kernel)
+    return y + m.norm(y)
+
+
+def through_a_view(m, x):
+    return m.norm(F.conv2d(x, m.kernel).flatten(2).unsqueeze(-1))
+
+
+def computed_bias(m, x):
+    return m.norm(F.conv2d(x, m.kernel, m.conv.bias * 2))
+
+
+def weight_of_a_layer(m, x):
+    return m.norm(F.conv2d(x, m.conv.weight, padding=1)) + m.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (called_twice, "can absorb only one that is called once, right after it"),
+        (used_elsewhere, "can absorb only one that is called once, right after it"),
+        (through_a_view, "can absorb only one that is called once, right after it"),
+        (computed_bias, "its bias or groups are computed"),
+        (weight_of_a_layer, "its weight is no parameter that serves it alone"),
+    ],
+)
+def test_what_a_function_in_a_graph_cannot_absorb_stays_for_the_right_reason(use, words):
+    graph = torch.fx.symbolic_trace(trained(Normed(use)))
+    assert words in retrofit.unfoldable(graph)["norm"]
+    assert_folded(graph, nets.images(2, 3, 6, 6), left=["norm"])
 
 
 def test_a_parameter_that_serves_two_functions_absorbs_nothing():
@@ -214,6 +279,18 @@ def test_a_parameter_that_serves_two_functions_absorbs_nothing():
     with pytest.raises(retrofit.RetrofitError, match="conv2d@2 is a function: its weight is no"):
         retrofit.fold(converted)
     assert all(torch.equal(value, before[key]) for key, value in converted.state_dict().items())
+
+
+def test_a_function_that_was_moved_away_from_its_batchnorm_absorbs_nothing():
+    _, converted, x = functional(["conv2d_bn"])
+    (norm,) = (node for node in converted.graph.nodes if node.target == "conv2d_bn")
+    with converted.graph.inserting_before(norm):
+        norm.args = (converted.graph.call_function(F.relu, norm.args),)
+    converted.recompile()
+    expected = converted(x)
+    with pytest.raises(retrofit.RetrofitError, match="conv2d is a function: there is no"):
+        retrofit.fold(converted)
+    assert torch.equal(converted(x), expected)
 
 
 # --- views between -----------------------------------------------------------------------------
@@ -279,6 +356,88 @@ def test_a_batchnorm_of_another_axis_stays_also_where_the_sizes_are_the_same(
     model, x = trained(Between(layer, norm, view)), nets.images(*shape)
     assert_folded(model, x, left=["norm"])
     assert_folded(model, x, left=["norm"], example=x)
+
+
+class Decorrelated(nn.Module):
+    """Takes a covariance, for which all samples alike are not enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        y = self.norm(self.layer(x))
+        return torch.linalg.solve(y.mT.cov(), y.mT)
+
+
+def test_a_network_that_does_not_run_on_numbers_of_channels_keeps_what_only_a_run_tells():
+    model, x = trained(Decorrelated()), nets.images(64, 5)
+    words = "whether it normalises the channels of its layer cannot be tried"
+    assert retrofit.unfoldable(model, example=x) == {"norm": words}
+    with pytest.warns(UserWarning, match="1 of 1 BatchNorms stay"):
+        folded = retrofit.fold(model, example=x)
+    assert torch.equal(folded(x), model(x))
+
+
+def test_views_that_take_sizes_of_the_input_are_followed_in_a_run_alone():
+    class Sized(Between):
+        def forward(self, x):
+            return self.norm(self.layer(x).view(x.shape[0] * x.shape[1], 6))
+
+    model, x = trained(Sized(nn.Linear(5, 6), nn.BatchNorm1d(6), None)), nets.images(4, 6, 5)
+    assert_folded(model, x, left=["norm"])
+    assert_folded(model, x, example=x)
+
+
+class Pooled(nn.Module):
+    """A Linear layer over what `pool(x)` makes of pictures, of which only (N, F) is sure."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 5, 3, padding=1), pool
+        self.layer, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(self.layer(self.pool(self.conv(x))))
+
+
+TWO_AXES = {
+    "mean": lambda x: x.mean((2, 3)),
+    "mean by name": lambda x: x.mean(dim=(-1, -2)),
+    "two means": lambda x: x.mean(3).mean(2),
+    "mean that keeps them": lambda x: x.mean((2, 3), keepdim=True).flatten(1),
+    "reshape": lambda x: x.mean((2, 3), keepdim=True).reshape((-1, 5)),
+}
+
+
+@pytest.mark.parametrize("pool", TWO_AXES.values(), ids=TWO_AXES)
+def test_the_mean_over_axes_of_known_number_has_a_known_rank(pool):
+    assert_folded(trained(Pooled(pool)), nets.images(4, 3, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda x: x.mean(3).transpose(1, 2), lambda x: x[..., 0].mT.reshape((4, 6, 5))]
+)
+def test_a_batchnorm_of_the_middle_of_three_axes_stays_after_a_mean_or_reshape(pool):
+    assert_folded(trained(Pooled(pool)), nets.images(4, 3, 6, 6), left=["norm"])
+
+
+def test_linear_layers_of_two_inputs_do_not_tell_how_many_axes_these_have():
+    class Mixer(nn.Module):
+        """Both BatchNorms normalise the axis of time, which a pool makes another."""
+
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
+            self.pool = nn.AdaptiveAvgPool2d((7, 5))
+            self.other = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+
+        def forward(self, x):
+            return self.one(x).sum(1), self.other(self.pool(x)).sum(1)
+
+    model, x = trained(Mixer()), nets.images(4, 6, 5)
+    for example in (None, x):
+        assert list(retrofit.unfoldable(model, example=example)) == ["one.1", "other.1"]
 
 
 def test_a_linear_layer_of_known_rank_needs_no_example():
