@@ -19,7 +19,7 @@ def fold_weights(
 
     W' = W * alpha and b' = b * alpha + shift, in the dtype of alpha, rounded to that of W.
     Channels with alpha == 1 and shift == 0 keep their bits, and a missing bias stays missing
-    when no channel is shifted.
+    where all of them are such.
 
     Args:
         weight: (C, in / groups, ...), or (in, C / groups, ...) when transposed.

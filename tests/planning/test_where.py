@@ -143,11 +143,13 @@ SUMS = {
     "of cosines": lambda m, y: (F.normalize(y)[:, None] * F.normalize(m.w)).sum(dim=-1) * 16,
     "in place": lambda m, y: y[:, None].repeat(1, 5, 1).mul_(m.w).sum(-1),
     "to one output": lambda m, y: (y * m.gamma).sum(-1),
+    "of everything": lambda m, y: (y * m.gamma).sum(),
 }
-# Which axis the sum is over, only the shape of the product tells.
+# Which axis the sum is over, or what the weight spans, only a run tells.
 SUMS_FROM_THE_FRONT = {
     "by place": lambda m, y: (y[:, None] * m.w).sum(2),
     "of all axes but one": lambda m, y: (y[:, None] * m.w).mean(dim=(1, 2)),
+    "by weights that a mask picks": lambda m, y: (y[:, 1:] * m.gamma[m.grid > -1]).sum(-1),
 }
 SCALES = {
     "alone": lambda m, y: y * m.gamma,

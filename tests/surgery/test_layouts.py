@@ -241,6 +241,25 @@ def test_a_buffer_that_the_graph_writes_as_the_model_does_stays_one():
     assert torch.equal(graph.state_dict()["0.count"], model[0].count)
 
 
+def test_a_sparse_buffer_is_no_hindrance_to_a_graph():
+    class Mixing(nn.Module):
+        """Mixes pixels by a fixed sparse matrix, as graph convolutions do."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("edges", torch.eye(9).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.conv(x).relu().flatten(0, 1).flatten(1).t())
+
+    model = Mixing().eval()
+    graph = retrofit.insert(model, retrofit.plan(model, layout="graph"))
+    x = nets.images(2, 3, 5, 5)
+    assert isinstance(graph.conv_bn, nn.BatchNorm2d)
+    assert torch.equal(graph(x), model(x))
+
+
 def test_what_torch_fx_cannot_follow_or_would_freeze_has_no_graph():
     class Looking(nn.Module):
         def forward(self, x):

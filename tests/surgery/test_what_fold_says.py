@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from normed_networks import trained
 from test_folding_kinds import assert_folded
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils import prune
 
@@ -71,6 +72,7 @@ def test_what_is_left_is_counted_and_grouped_by_reason():
 
 
 def test_a_fold_that_folds_nothing_says_so():
+    assert retrofit.unfoldable(ByValue()) == {}  # no trace is needed to know that
     with pytest.warns(UserWarning, match="this Residual has no BatchNorm: nothing was folded"):
         retrofit.fold(nets.build(nets.Residual))
     normed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
@@ -79,6 +81,13 @@ def test_a_fold_that_folds_nothing_says_so():
     assert retrofit.unfoldable(converted) == {"1": "it was there before the conversion"}
     with pytest.warns(UserWarning, match="1 of 1 BatchNorms stay: 1: it was there before"):
         assert str(retrofit.fold(converted)) == str(normed)
+
+
+class ByValue(nn.Module):
+    """What torch.fx cannot follow, without a BatchNorm."""
+
+    def forward(self, x):
+        return x if x.sum() < 1e9 else -x
 
 
 def test_what_was_there_before_the_conversion_is_not_remarked_on():
@@ -97,6 +106,54 @@ def test_only_the_batchnorms_before_a_convolution_stay_in_a_densenet():
     assert before_conv == list(left)
     assert len(left) == 6
     assert_folded(model, nets.images(2, 3, 32, 32), left=left)
+
+
+class Masking(nn.BatchNorm2d):
+    """A BatchNorm of sequences that are filled up."""
+
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+class Several(nn.Module):
+    """`use(self, x)` calls two convolutions and two BatchNorms."""
+
+    def __init__(self, use, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.bn, self.more, self.use = norm(4), nn.BatchNorm2d(4), use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def after_both(m, x):
+    return m.bn(m.conv(x)) + m.bn(m.other(x)) + m.more(m.conv(x) * 2)
+
+
+def both_after(m, x):
+    y = m.conv(x)
+    return m.bn(y) + m.more(y)
+
+
+def with_a_mask(m, x):
+    return m.bn(m.conv(x), x[:, :1, 1:-1, 1:-1] > 0) + m.more(m.other(x))
+
+
+ONE_EACH = [
+    (after_both, nn.BatchNorm2d, "it is called after several layers", ["bn", "more"]),
+    (both_after, nn.BatchNorm2d, "its layer feeds several BatchNorms, and", ["bn", "more"]),
+    (with_a_mask, Masking, "it is called with more than its one input", ["bn"]),
+]
+
+
+@pytest.mark.parametrize(("use", "norm", "words", "left"), ONE_EACH)
+@pytest.mark.parametrize("run", [False, True])
+def test_a_batchnorm_that_is_no_scale_of_one_layer_stays(use, norm, words, left, run):
+    model, x = trained(Several(use, norm)), nets.images(2, 3, 7, 7)
+    example = x if run else None
+    assert words in retrofit.unfoldable(model, example=example)["bn"]
+    assert_folded(model, x, left=left, example=example)
 
 
 # --- branches that default arguments hide --------------------------------------------------------
@@ -238,8 +295,15 @@ def test_a_branch_that_cannot_be_followed_is_said():
             y = self.conv(self.stem(x))
             return y if a and b and c and d and e else self.bn(y)
 
+    class Above(Branching):
+        def forward(self, x, threshold=0.5):
+            y = self.conv(self.stem(x))
+            return self.bn(y) if threshold > 0.3 else y
+
     with pytest.warns(UserWarning, match="other values of clip may call other layers"):
         retrofit.fold(trained(Hidden()))
+    with pytest.warns(UserWarning, match="other values of threshold may call other layers"):
+        retrofit.fold(trained(Above()))
     with pytest.warns(UserWarning, match="other values of a, b, c, d, e may call"):
         retrofit.fold(trained(Many()))
 
@@ -389,14 +453,18 @@ class Asking(nn.Module):
 
 
 def trained_conversion(change):
-    """A conversion whose BatchNorm was then changed."""
+    """A conversion whose BatchNorm was then changed, or replaced by what `change` returns."""
     converted = retrofit.insert(nets.build(nets.root_sequential))
-    change(converted[0].bn)
+    converted[0].bn = change(converted[0].bn) or converted[0].bn
     return converted
 
 
 def hooked(norm):
     norm.register_forward_hook(lambda _m, _i, y: y.relu())
+
+
+def activated(norm):
+    return BatchNormAct2d(norm.num_features).eval()
 
 
 def without_statistics(norm):
@@ -423,6 +491,10 @@ REFUSED = [
     (
         lambda: retrofit.fold(trained_conversion(without_statistics)),
         "the BatchNorm after 0 has no running statistics (track_running_stats=False)",
+    ),
+    (
+        lambda: retrofit.fold(trained_conversion(activated)),
+        "the BatchNorm after 0 has an activation of its own, for which the plain model has no",
     ),
     (
         lambda: retrofit.fold(nets.build(nets.Residual), retrofit.plan(nets.build(nets.Residual))),
@@ -651,6 +723,7 @@ REASONS = {
     "torch.nn.utils.prune.remove(module, 'weight')": pruned,
     "the weight of the BatchNorm after its layer is pruned": lambda _, norm: pruned(norm),
     "has no running_var, without which": lambda _, norm: setattr(norm, "running_var", None),
+    "has a NaN, an Inf or a negative": lambda _, norm: norm.weight.data.fill_(torch.inf),
     "divides by zero: a running_var of 0, and eps=0": lambda _, norm: (
         setattr(norm, "eps", 0), norm.running_var.zero_()),
 }  # fmt: skip
