@@ -278,6 +278,9 @@ FILES = {
     "half": (CONV.replace("float[", "float16["), {}),
     "last": (f"""g (float[N, 16, 16, 3] x) => (float[N, 2, 16, 16] y) {WEIGHT}
         {{ t = Transpose <perm = [0, 3, 1, 2]> (x) y = Conv (t, w) }}""", {}),
+    "function": (f"""g (float[N, 3, 16, 16] x) => (float[N, 2, 16, 16] y) {WEIGHT}
+        {{ y = own.Block (x, w) }} <domain: "own", opset_import: ["" : 17]>
+        Block (a, b) => (d) {{ c = Conv (a, b) d = Relu (c) }}""", {"domain": "own"}),
     "quantised": ("""g (float[N, 3, 16, 16] x) => (float[N, 1, 16, 16] y)
         <int8[1, 3, 1, 1] q = {2, 3, 4}, float scale = {0.5}>
         { w = DequantizeLinear (q, scale) y = Conv (x, w) }""", {}),
@@ -310,6 +313,7 @@ CASES = [
     ("plan unknown.onnx", "it has no Special; convert the network that was exported instead, or"),
     (f"convert old.onnx {ALL} {INTO}",
      "old.onnx is of opset 6, and BatchNorms are written from 7 on: pass it through onnx.version"),
+    (f"convert function.onnx {ALL} {INTO}", "of function.onnx lies in a function, and ONNX has no"),
     (f"convert two.onnx {INTO}", "takes x ('?', 3, 16, 16), z ('?', 3, 16, 16), and pictures"),
     (f"convert half.onnx {INTO}", "pictures are one input of float32 (N, C, H"),
     (f"convert last.onnx {INTO}", "last.onnx takes x ('?', 16, 16, 3), and pictures are"),

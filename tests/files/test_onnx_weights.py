@@ -127,6 +127,34 @@ def test_constants_identities_and_products_are_read_as_linear_layers(tmp_path):
     assert fourth.tensors["bias"].equal(3 * b)
 
 
+NO_LAYERS = """g (float[2, 2] x) => (float[N, 2, 2] y)
+<float[2, 2] w = {1, 2, 3, 4}, float[1, 2, 2] batches = {1, 2, 3, 4}>
+{
+   a = MatMul (x, w)
+   b = Add (a, x)
+   c = Gemm <transA = 1> (b, w)
+   y = MatMul (c, batches)
+}"""
+
+
+def test_products_that_are_no_linear_layers_are_none(tmp_path):
+    (only,) = onnx_layers(written(tmp_path / "net.onnx", NO_LAYERS))
+    assert only.name == "a"
+    assert only.tensors.keys() == {"weight"}  # what is added depends on the input
+
+
+FUNCTION = """g (float[N, 1, 4, 4] x) => (float[N, 1, 4, 4] y) <float[1, 1, 1, 1] w = {2}>
+{ y = own.Block (x, w) }
+<domain: "own", opset_import: ["" : 17]>
+Block (a, b) => (d) { c = Conv (a, b)  d = Relu (c) }"""
+
+
+def test_layers_in_the_functions_of_a_file_are_found(tmp_path):
+    (layer,) = onnx_layers(written(tmp_path / "net.onnx", FUNCTION, domain="own"))
+    assert (layer.op, layer.names) == ("Conv", {"weight": "w"})
+    assert layer.tensors["weight"].item() == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_kept(tmp_path, dtype):
     model = nets.build(nets.root_sequential).to(dtype)
@@ -145,6 +173,19 @@ def test_a_fixed_batch_size_is_fed_as_it_asks(tmp_path, count):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_onnxruntime_cannot_run_is_said_with_its_reason(tmp_path):
+    mean = "g (float[2, 3] x) => (float y) { y = ReduceMean <keepdims = 0> (x) }"
+    file, x = written(tmp_path / "mean.onnx", mean), np.arange(9, dtype=np.float32).reshape(3, 3)
+    assert run_onnx(file, [x[:2]]) == [2.5]
+    with pytest.raises(RetrofitError, match="a fixed batch size of 2, and an output without that"):
+        run_onnx(file, [x])
+    fixed = "g (float[N, 3] x) => (float[M, 6] y) <int64[2] to = {1, 6}> { y = Reshape (x, to) }"
+    file = written(tmp_path / "fixed.onnx", fixed)
+    assert run_onnx(file, [x[:2]])[0].shape == (1, 6)
+    with pytest.raises(RetrofitError, match=r"onnxruntime cannot run .*fixed\.onnx: .*reshaped"):
+        run_onnx(file, [x])
+
+
 CONV = "float[N, 1, 4, 4] x) => (float[N, 1, 4, 4] y) <float[1, 1, 1, 1] w = {2}"
 SCALES = "uint8 zero = {0}, float scale = {1}"
 REFUSED = {
@@ -160,6 +201,8 @@ REFUSED = {
     "If y has layers in its branches (Conv)": f"""g (bool b, {CONV}>
         {{ y = If (b) <then_branch = t () => (float[N, 1, 4, 4] z) {{ z = Conv (x, w) }},
                        else_branch = e () => (float[N, 1, 4, 4] z) {{ z = Identity (x) }}> }}""",
+    "Conv y: its constants cannot be computed (Special v): NotImplementedError": f"""g ({CONV}>
+        {{ v = ms.Special (w) y = Conv (x, v) }}""",
     "Conv y takes its weight as an input": """g (float[N, 1, 4, 4] x, float[1, 1, 1, 1] w) =>
         (float[N, 1, 4, 4] y) { y = Conv (x, w) }""",
 }  # fmt: skip
@@ -171,6 +214,13 @@ def test_weights_that_are_none_of_torchs_are_refused_with_the_node(tmp_path, mes
     with pytest.raises(RetrofitError) as error:
         onnx_layers(file)
     assert str(error.value).startswith(f"{file}: {message}")
+
+
+def test_numbers_that_torch_has_no_type_for_are_named(tmp_path):
+    four_bits = "g (float[N] x) => (float[N] y) <int4[2] q = {1, 2}> { y = Identity (x) }"
+    file = written(tmp_path / "net.onnx", four_bits, opset=21)
+    with pytest.raises(RetrofitError, match=r"net\.onnx: q holds int4: take a file of floats"):
+        onnx_state_dict(file)
 
 
 def test_a_file_that_is_no_onnx_file_is_refused(tmp_path):
