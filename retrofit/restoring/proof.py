@@ -176,8 +176,6 @@ def refuse_other_outputs(source: Source, skeleton: nn.Module, runs: Runs) -> Non
 
 def _by_position(expected: Outputs, actual: Outputs) -> Outputs:
     """Give outputs the names of an exporter's, which drops some of them."""
-    if len(actual) < len(expected):
-        return actual
     return dict(zip(expected, actual.values(), strict=False))
 
 

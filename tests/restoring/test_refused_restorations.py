@@ -102,6 +102,55 @@ def test_other_names_and_layers_in_another_order():
     )
 
 
+class Renamed(nn.Module):
+    """The layers of a Sequential under other names, and as many more as asked for."""
+
+    def __init__(self, layers, more=0):
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {f"layer{i}": layer for i, layer in enumerate(layers) if i != 2}
+        )
+        self.more = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(more)))
+
+    def forward(self, x):
+        for name, layer in self.layers.items():
+            x = layer(x).relu() if name == "layer1" else layer(x)
+        return self.more(x)
+
+
+def test_more_layers_under_other_names():
+    refused(
+        r"Renamed has 2 more layers than the architecture, the first of them more\.0 of shape "
+        r"\(4, 4, 1, 1\)$",
+        network=Renamed(folded(), more=2),
+    )
+
+
+def test_a_network_of_other_names_that_is_not_folded():
+    network = Renamed(trained(small()))
+    refused("Renamed has all of its BatchNorms: there is nothing to restore", network=network)
+
+
+class Beside(nn.Module):
+    """Two convolutions beside each other; `first` is the one that runs first."""
+
+    def __init__(self, names="ab", *, first=0, bias=True):
+        super().__init__()
+        self.stem, self.names, self.first = small(), names, first
+        for name, size in zip(names, (1, 3), strict=True):
+            setattr(self, name, nn.Conv2d(4, 4, size, padding=size // 2, bias=bias))
+
+    def forward(self, x):
+        x = self.stem(x)
+        found = {i: getattr(self, self.names[i])(x) for i in (self.first, 1 - self.first)}
+        return found[0] * found[1]
+
+
+def test_other_names_another_order_and_no_biases():
+    network = retrofit.fold(trained(Beside("cd", first=1, bias=False)))
+    refused("neither by names nor layer by layer: .* has a of .* it has d of", Beside(), network)
+
+
 def test_a_parametrized_layer_under_other_names():
     architecture = small()
     nn.utils.parametrizations.weight_norm(architecture[0])
@@ -285,6 +334,30 @@ def test_16_bits():
         retrofit.restore(
             small().bfloat16(), folded().bfloat16(), [images().bfloat16()], progress=False
         )
+
+
+class Saturating(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-50, 50)
+
+
+def test_a_batchnorm_that_computes_something_else_of_large_numbers():
+    network = folded()
+    network[0].weight.data.mul_(1000)
+    refused(
+        r"restored Sequential differs from the folded network by \S+ of its largest output, more "
+        "than 1e-05; most at 4, by",
+        small(norm=Saturating),
+        network,
+    )
+
+
+def test_an_architecture_that_is_random():
+    class Random(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.rand_like(x[:, :1, :1, :1])
+
+    refused("this Random computes something else each", Random(*small()), state())
 
 
 def test_hooks_on_a_batchnorm():

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from normed_networks import trained
+from onnx_files import written
 from torch import nn
 
 import retrofit
@@ -134,3 +135,77 @@ def test_a_file_of_16_bits_is_restored_in_32(dynamo, tmp_path):
     torch.onnx.export(folded, (x[:2].half(),), file, dynamo=dynamo, verbose=False, **named)
     result = retrofit.restore(make(), file, [x], progress=False)
     assert_close(result, folded.float()(x), x)
+
+
+class Branches(nn.Module):
+    """A pair, then two convolutions beside each other; `first` is the one that runs first."""
+
+    def __init__(self, names="ab", *, first=0, bias=True):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.names, self.first = names, first
+        for name, size in zip(names, (1, 3), strict=True):
+            setattr(self, name, nn.Conv2d(6, 6, size, padding=size // 2, bias=bias))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        found = {i: getattr(self, self.names[i])(x) for i in (self.first, 1 - self.first)}
+        return found[0] * found[1]
+
+
+def test_biases_that_a_file_leaves_out_are_zeros_in_branches_of_another_order(tmp_path):
+    torch.manual_seed(0)
+    model = trained(Branches("cd", first=1, bias=False))
+    x = nets.images(32, 3, 9, 9)
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(retrofit.fold(model), (x,), file, dynamo=False, verbose=False)
+    result = retrofit.restore(Branches().eval(), file, [x], progress=False)
+    assert not result.a.bias.any()
+    assert_close(result, model(x), x)
+
+
+def test_a_file_of_more_outputs_than_the_architecture_is_refused(tmp_path):
+    class Both(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.relu()
+
+    layers = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+    file, x = tmp_path / "both.onnx", nets.images(8, 3, 9, 9)
+    folded = retrofit.fold(trained(Both(*layers)))
+    torch.onnx.export(folded, (x,), file, dynamo=False, verbose=False)
+    with pytest.raises(RetrofitError, match=r"computes something else: outputs of shapes"):
+        retrofit.restore(nn.Sequential(*layers).eval(), file, [x], progress=False)
+
+
+HALF = """g (float16[N, 3, 5, 5] x) => (float16[N, 2, 5, 5] y) <float16[2, 3, 1, 1] w = {BITS}>
+{
+   a = Conv (x, w)
+   b = Cast <to = 1> (a)
+   c = Cast <to = 10> (b)
+   size = Size (x)
+   few = Constant <value = int64 {100000}> ()
+   is_small = Less (size, few)
+   y = If (is_small) <
+      then_branch = more () => (float16[N, 2, 5, 5] d)
+         { one = Constant <value = float16 {15360}> ()  d = Add (c, one) },
+      else_branch = same () => (float16[N, 2, 5, 5] e) { e = Identity (c) }
+   >
+}"""
+
+
+def test_casts_and_branches_of_a_file_of_16_bits_are_of_32_too(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + 1
+
+    weight, x = torch.tensor([0.5, -1, 2, 0.25, 3, -0.125]), nets.images(32, 3, 5, 5)
+    bits = weight.half().view(torch.int16).int() & 0xFFFF
+    text = HALF.replace("BITS", ", ".join(map(str, bits.tolist())))
+    file = written(tmp_path / "half.onnx", text)
+    result = retrofit.restore(Net().eval(), file, [x], progress=False)
+    assert_close(result, nn.functional.conv2d(x, weight.view(2, 3, 1, 1)) + 1, x)
