@@ -64,8 +64,10 @@ def fits(file: WeightsFile, own: Mapping[str, Any], key: str | None = None) -> l
         key: where to look in the file.
 
     Raises:
-        RetrofitError: nothing is under the key.
+        RetrofitError: nothing is under the key; or the model is lazy.
     """
+    if lazy := [name for name, value in own.items() if is_lazy(value)]:
+        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
     states = file.under(key)
     found = [
         _fit(path, prefix, state, own)
@@ -124,8 +126,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
     in the model and differ.
     """
     own = model.state_dict()
-    if lazy := [key for key, value in own.items() if is_lazy(value)]:
-        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
     # Files from before torch 0.4.1, and some that were made smaller, lack these; torch allows it.
     counts = {key for key in own if key.endswith(COUNTS) and key not in tensors}
     tensors = {**tensors, **{key: own[key] for key in counts}}

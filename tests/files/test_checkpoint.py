@@ -300,6 +300,8 @@ def write(path, kind):
         path.write_bytes(pickle.dumps(Evil()))
     elif kind == "no tensors":
         torch.save({"state_dict": {"epoch": 3}}, path)
+    elif kind == "a list":
+        torch.save([torch.ones(3)], path)
     elif kind == "whole model":
         torch.save(nets.build(nets.Residual), path)
     elif kind == "fewer keys":
@@ -321,7 +323,8 @@ def write(path, kind):
         ("truncated pth", ".pth", "cannot be read as a state dict"),
         ("truncated safetensors", ".safetensors", "cannot be read as safetensors"),
         ("pickle", ".pth", "cannot be read as a state dict"),
-        ("no tensors", ".pth", "holds no state dict"),
+        ("no tensors", ".pth", "holds no state dict but {state_dict: dict}"),
+        ("a list", ".pth", "holds no state dict but a list: expected tensors by name"),
         ("whole model", ".pth", "cannot be read as a state dict"),
         ("fewer keys", ".pth", r"by their keys: \d+ missing \(.*, \.\.\.\)"),
         ("other shapes", ".pth", r"head.weight \(7, 8\) instead of \(5, 8\)"),
@@ -363,6 +366,27 @@ class Extra(nn.Conv2d):
 
 def with_extra_state():
     return nn.Sequential(Extra(3, 4, 3), nn.ReLU()).eval()
+
+
+def test_numbers_that_safetensors_has_no_type_for_go_into_a_pth_alone(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    model.register_buffer("filter", torch.ones(3, dtype=torch.complex128))
+    with pytest.raises(RetrofitError, match=r"cannot store torch\.complex128: save as \.pth"):
+        retrofit.save(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    retrofit.save(model, tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["filter"].equal(model.filter)
+
+
+@pytest.mark.parametrize("weights", [{"0.weight": torch.ones(4, 3, 3, 3)}, None], ids=["", "plan"])
+def test_a_model_that_is_lazy_is_told_to_run_first(tmp_path, weights):
+    if weights is None:
+        model = retrofit.insert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
+        retrofit.save(model, tmp_path / "a.safetensors")
+    else:
+        safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(RetrofitError, match=r"has no shape yet: run one batch through the model"):
+        retrofit.load(tmp_path / "a.safetensors", nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()))
 
 
 def test_state_that_is_no_tensor_goes_into_a_pth_alone(tmp_path):
