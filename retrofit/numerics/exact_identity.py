@@ -66,8 +66,11 @@ def exact_identity(mean: Floats, var: Floats, eps: float) -> Identity:
         RetrofitError: moments that are not finite, or whose scale leaves the dtype's range.
     """
     dtype = mean.dtype.type
-    if not (np.isfinite(mean).all() and np.isfinite(var).all()):
-        raise RetrofitError("the moments are not finite")
+    if len(odd := np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))):
+        raise RetrofitError(
+            f"the moments of channel {odd[0]} are not finite in {mean.dtype} (mean "
+            f"{mean[odd[0]]:.3g}, variance {var[odd[0]]:.3g}): scale the data down"
+        )
     if not eps > 0 or dtype(eps) == 0:
         raise RetrofitError(f"eps must be positive, not {eps}")
     one, small = dtype(1), dtype(eps)

@@ -326,6 +326,25 @@ def test_a_model_that_does_not_copy_is_left_as_it_is():
     assert str(model) == text
 
 
+def test_data_of_too_large_a_variance_is_told_with_its_channel():
+    with pytest.raises(
+        RetrofitError, match=r"^0: .* channel 0 are not finite in float32 .*, varia"
+    ):
+        retrofit.add_batchnorm(net(), [X * 1e20], progress=False)
+
+
+class Connected(nn.Sequential):
+    """As one that holds a connection, and refuses as a whole."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("connected")
+
+
+def test_a_model_that_refuses_to_be_copied_is_named_with_its_own_reason():
+    with pytest.raises(RetrofitError, match=r"^this Connected cannot be copied: connected$"):
+        retrofit.plan(Connected(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
 def test_a_model_on_the_meta_device_is_told_to_get_its_tensors(tmp_path):
     with torch.device("meta"):
         model = nets.root_sequential()
