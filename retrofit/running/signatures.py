@@ -9,7 +9,7 @@ import types
 import typing
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, MutableSequence, Sequence
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal, Union
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -117,8 +117,6 @@ def _kinds(hint: Any) -> set[Kind]:
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         return {kind for one in typing.get_args(hint) for kind in _kinds(one)}
-    if origin is Annotated:
-        return _kinds(typing.get_args(hint)[0])
     found = origin or hint
     if found in _LISTS:
         return {"list"}

@@ -6,7 +6,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Annotated, List, Optional  # noqa: UP035
+from typing import Annotated, List, NamedTuple, Optional, TypeVar  # noqa: UP035
 
 import pytest
 import torch
@@ -153,6 +153,26 @@ def test_so_does_one_annotated_to_take_a_tuple_or_a_mapping():
     assert arguments_of(annotated(dict[str, Tensor]), {"maps": X}).args == ({"maps": X},)
 
 
+class Maps(NamedTuple):
+    near: Tensor
+    far: Tensor
+
+
+def test_an_annotation_that_is_none_of_these_tells_nothing():
+    for hint in (Maps, TypeVar("T")):
+        assert arguments_of(annotated(hint), (X, LABELS)).args == (X,)
+
+
+def test_a_graph_that_was_made_for_nested_arguments_takes_the_first_tensor():
+    def summed(self, given):  # noqa: ARG001
+        return given["a"] + given["b"]
+
+    placed = {"given": {"a": torch.fx.PH, "b": torch.fx.PH}}
+    graph = torch.fx.symbolic_trace(model(summed), placed)
+    assert arguments_of(graph, (X, LABELS)).args == (X,)
+    assert torch.equal(call_model(graph, {"given": {"a": X, "b": X}}, None), 2 * X)
+
+
 def test_one_that_takes_a_tensor_or_a_list_gets_what_can_only_be_meant():
     either = annotated(Tensor | list[Tensor])
     assert arguments_of(either, X).args == (X,)
@@ -235,7 +255,8 @@ def test_a_traced_model_takes_the_first_tensor():
         (two, X, "Model takes x and y: give batches that are tuples"),
         (two, (X,), "Model takes x and y"),
         (two, {"x": X, "z": Y}, r"pass forward_fn="),
-        (one, ["a", 1], "a batch of type list holds no tensor"),
+        (one, ["a", 1], "a batch of type list holds no tensor, but the name of a file"),
+        (one, [3, 1], "a batch of type list holds no tensor: pass forward_fn= to say how"),
         (
             one,
             (LABELS, X),

@@ -128,6 +128,15 @@ class Refusing(Net):
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("model", [nn.Identity(), Refusing(3)], ids=["no layer", "raises"])
+class Locked(Net):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle a lock")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Identity(), Refusing(3), Locked(3)],
+    ids=["no layer", "raises", "does not copy"],
+)
 def test_of_some_models_it_cannot_be_told(model):
     assert input_channels(model, SIZE) is None
