@@ -281,8 +281,6 @@ def _inline(svg: bytes, name: str, title: str, description: str) -> str:
                 element.set(key, value.replace("url(#", f"url(#{name}-"))
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-title {name}-desc")
-    for metadata in root.findall(f"{{{SVG}}}metadata"):
-        root.remove(metadata)
     for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{name}-{tag}"})
         element.text = text
