@@ -159,6 +159,11 @@ def test_where_only_batchnorms_learn_the_first_group_is_empty_and_an_optimizer_t
     torch.optim.AdamW([decayed, free], lr=0.1).step()
 
 
+def test_that_there_is_nothing_to_freeze_is_said():
+    with pytest.warns(UserWarning, match="this Residual has no BatchNorm: nothing is frozen"):
+        retrofit.freeze_statistics(nets.build(nets.Residual))
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [

@@ -132,6 +132,15 @@ def test_one_value_for_each_channel_has_no_variance_and_two_have():
         torch.testing.assert_close(model[0].running_var, x.var(0))
 
 
+def test_a_batch_without_images_changes_nothing():
+    model = nets.build(Net).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad(), retrofit.adapting(model) as stream:
+        assert model(X[:0]).shape == (0, 8)
+        assert stream.images == 0
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_an_image_that_gives_nan_is_named_and_not_learned_from():
     model = nets.build(Net)
     bad = X[:2].clone()

@@ -52,6 +52,15 @@ class ByBrightness(Residual):
         return self.last(self.first(self.second(x) ** 2).mean((2, 3)))
 
 
+class Skipping(Residual):
+    """All batches come by the first one; what is behind it depends on the batch."""
+
+    def forward(self, x):
+        dark = x.mean() < 0
+        x = F.relu(self.first(self.stem(x)))
+        return self.last((self.second(self.body(x)) if dark else x).mean((2, 3)))
+
+
 class Switching(Residual):
     """What it switches on for a while must not reach the batches that run meanwhile."""
 
@@ -64,7 +73,7 @@ class Switching(Residual):
         return self.last(x.mean((2, 3)))
 
 
-NETS = [Residual, Shared, ByBrightness, Switching]
+NETS = [Residual, Shared, ByBrightness, Skipping, Switching]
 
 
 def in_turn(model, data, prior):
@@ -164,6 +173,29 @@ def test_a_batchnorm_called_again_has_a_pass_of_its_own():
     # Each of these is called again once in vain: `second`, `first`, and `second` behind that.
     assert found.passes == 1 + 3 * 2
     assert str(found) == "Recalibration(3 BatchNorms on 24 images in 5 batches, 7 times)"
+
+
+def test_what_was_settled_is_forgotten_where_batches_part_behind_it():
+    ours, theirs = nets.build(Skipping).eval(), nets.build(Skipping).eval()
+    in_turn(theirs, X.split(6), 5)
+    found = layerwise(ours, X.split(6), prior=5)
+    assert found.passes == 1 + 1 + 3  # together as far as that goes, to see the order, one for each
+    assert_same_statistics(ours, theirs)
+
+
+def test_more_batches_in_another_pass_are_refused():
+    class Growing:
+        count = 1
+
+        def __iter__(self):
+            self.count += 1
+            return iter(X.split(6)[: self.count])
+
+    model = nets.build(Shared)
+    before = {path: norm.running_mean.clone() for path, norm in norms(model).items()}
+    with pytest.raises(RetrofitError, match=r"12 images in 2 batches at first and 18 in 3 then"):
+        layerwise(model, Growing())
+    assert all(torch.equal(norms(model)[path].running_mean, old) for path, old in before.items())
 
 
 def test_other_batches_in_another_pass_are_refused_where_not_all_wait():

@@ -439,6 +439,9 @@ def test_what_was_not_prepared_is_refused():
         RetrofitError, match=r"calibrate takes a model made by prepare, and this Residual is not"
     ):
         retrofit.calibrate(nets.build(nets.Residual), [X])
+    converted = retrofit.insert(nets.build(nets.Residual))
+    with pytest.raises(RetrofitError, match="converted already: recalibrate measures its BatchN"):
+        retrofit.calibrate(converted, [X])
     with pytest.raises(RetrofitError, match="already prepared"):
         retrofit.prepare(prepared())
 

@@ -19,7 +19,7 @@ X = nets.images(40, 3, 16, 16)
 
 def pair(net=nets.Residual):
     model = nets.build(net)
-    return model, retrofit.add_batchnorm(model, X.split(10), progress=False)
+    return model, retrofit.add_batchnorm(model, X.split(8), progress=False)
 
 
 def test_the_printed_report_of_an_exact_conversion():
@@ -345,6 +345,18 @@ def test_drift_runs_a_model_that_cannot_in_channels_last_as_its_images_came():
     assert all(found[nets.Residual][1])
 
 
+def test_drift_runs_a_model_that_takes_batches_of_one_size_in_that_size():
+    class Fixed(nets.Residual):
+        def forward(self, x):
+            return super().forward(x.view(8, 3, 16, 16))
+
+    one, fixed = (
+        retrofit.drift(*pair(net), X.split(8), [8]).rows[0] for net in (nets.Residual, Fixed)
+    )
+    assert fixed.images == 40
+    assert fixed.error == pytest.approx(one.error, rel=1e-5)
+
+
 def test_in_drift_each_of_several_outputs_varies_about_its_own_mean():
     class Two(nets.Residual):
         def forward(self, x):
@@ -415,6 +427,9 @@ def test_a_batch_too_small_to_train_on_is_refused():
     with pytest.raises(RetrofitError, match="cannot train on a batch of 1: Expected more than 1 v"):
         retrofit.drift(model, model, [X], [1, 8])
     assert not model.training
+    other = nn.Sequential(nn.Conv2d(4, 4, 3), *list(model)[1:]).eval()
+    with pytest.raises(RetrofitError, match=r"^Sequential does not run on a batch: 0 takes \(N, 4"):
+        retrofit.drift(model, other, [X], [8])
 
 
 def test_that_there_is_no_batchnorm_is_said_at_once():

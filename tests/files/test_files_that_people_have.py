@@ -250,6 +250,27 @@ def test_shards_are_read_by_their_index(tmp_path, pickles, given):
     assert_loaded(retrofit.load(tmp_path if given == "folder" else index, net()))
 
 
+NO_SHARDS = {
+    "is damaged: its weight_map must name a file for each tensor": {"0.weight": 3},
+    "names '../part.bin', which is not in its own folder": {"0.weight": "../part.bin"},
+    "names 1 files, and 1 of them do not exist (other.bin)": {"0.weight": "other.bin"},
+    "part.bin has no 9.weight, which model.bin.index.json says is in it (1 of 2 tensors are not": {
+        "0.weight": "part.bin", "9.weight": "part.bin"},
+    "several.bin holds no state dict, only some under ema, model": {"0.weight": "several.bin"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NO_SHARDS)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, words):
+    torch.save(STATE, tmp_path / "part.bin")
+    torch.save({"ema": EMA, "model": STATE}, tmp_path / "several.bin")
+    index = tmp_path / "model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": NO_SHARDS[words]}))
+    with pytest.raises(RetrofitError) as refused:
+        retrofit.load(index, net())
+    assert words in str(refused.value)
+
+
 def test_a_folder_with_one_file_of_another_name_is_that_file(tmp_path):
     safetensors.torch.save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text("{}")

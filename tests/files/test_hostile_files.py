@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from folders import pictures
 from PIL import Image
 from processes import command
@@ -474,6 +475,16 @@ def test_an_eps_that_is_none_is_damage(tmp_path, eps):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(RetrofitError, match="its metadata is damaged, eps"):
         retrofit.load(tmp_path / "a.safetensors", net())
+
+
+@pytest.mark.parametrize("count", [10**9, [3, 10**9]])
+def test_a_network_larger_than_its_file_is_not_built(tmp_path, count):
+    model = torchvision.models.squeezenet1_1(num_classes=2).eval()
+    told = {"model": "squeezenet1_1", "model_args": {"num_classes": count}}
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(save(model.state_dict(), {"retrofit": json.dumps(told)}))
+    with pytest.raises(RetrofitError, match=r"damaged, model_args: num_classes=.* numbers$"):
+        retrofit.load(file)
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,12 @@ def test_a_folded_network_that_does_not_run():
     refused("the folded Broken does not run on the example: ValueError: broken",
             network=Broken(*folded()))  # fmt: skip
 
+    class Two(nn.Sequential):
+        def forward(self, x, _):
+            return super().forward(x)
+
+    refused("^Two takes x and _: give batches that are tuples of", network=Two(*folded()))
+
 
 # --- the architecture ---------------------------------------------------------------------------
 
@@ -350,6 +356,15 @@ def test_a_batchnorm_that_computes_something_else_of_large_numbers():
         small(norm=Saturating),
         network,
     )
+
+
+def test_a_batchnorm_that_rounds():
+    class Rounding(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x.bfloat16()).float()
+
+    refused("^1 cannot be restored: the BatchNorm after its layer, a Rounding, computes something",
+            small(norm=Rounding))  # fmt: skip
 
 
 def test_an_architecture_that_is_random():
@@ -432,6 +447,13 @@ def test_few_images():
     refused("calibration got 1 of the at least 2 images", data=[images()[:1]])
     with pytest.warns(UserWarning, match="the statistics of 4 images are uncertain by"):
         retrofit.restore(small(), folded(), [images()[:4]], progress=False)
+
+
+def test_data_of_too_large_a_variance():
+    refused(
+        r"^1: the moments of channel 0 are not finite in float32 \(mean \S+, variance inf\): scale",
+        data=[images() * 1e20],
+    )
 
 
 def test_data_of_another_shape():

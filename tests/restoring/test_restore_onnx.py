@@ -119,6 +119,17 @@ def test_the_file_gets_what_the_class_gets(kind, tmp_path):
     assert_close(result, model(x), x)
 
 
+def test_a_forward_fn_that_calls_the_layers_alone_does_not_tell_what_a_file_gets(tmp_path):
+    layers = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+    file, x = tmp_path / "net.onnx", nets.images(8, 3, 9, 9)
+    torch.onnx.export(trained(nn.Sequential(*layers)), (x,), file, dynamo=False, verbose=False)
+    with pytest.raises(RetrofitError, match="forward_fn does not call the model that it is given"):
+        retrofit.restore(
+            nn.Sequential(*layers).eval(), file, [x], progress=False,
+            forward_fn=lambda model, batch: model[1](model[0](batch)),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_file_of_16_bits_is_restored_in_32(dynamo, tmp_path):
     def make():
