@@ -320,6 +320,13 @@ def test_handles_show_what_they_have_seen_and_where(results):
     facts = dict(shown.tables[0])
     assert facts == {"images": "96", "batches": "12", "passes over the data": "1"}
     assert shown.items == list(recalibration.layers)
+    waited = retrofit.recalibrate(
+        nets.build(nets.AlreadyNormed), [X], layerwise=True, progress=False
+    )
+    number, unit = dict(view(waited).tables[0])["memory of waiting batches"].split()
+    assert waited.held > 0
+    assert unit == "MiB"
+    assert abs(float(number) - waited.held / 1024**2) <= 0.05
     shown = view(adapting)
     assert dict(shown.tables[0]) == {"images": "5", "prior": "64 images", "window": "none"}
     assert shown.items == list(adapting.layers)

@@ -6,9 +6,10 @@ Nothing that is read here is ever unpickled into code.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -103,11 +104,7 @@ def read_provenance(path: Path) -> Provenance:
             metadata = _metadata(length + file.read(least - 8))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from error
-    try:
-        told = json.loads(metadata.get("retrofit", "{}"))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-    return _provenance(path, told)
+    return _told(path, metadata)[1]
 
 
 def _parallel(tensors: dict[str, Tensor]) -> str | None:
@@ -190,12 +187,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
     tensors.update(
         {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}
     )
+    told, provenance = _told(path, metadata)
     try:
-        told = json.loads(metadata.get("retrofit", "{}"))
-        tensors.update({alias: tensors[key] for alias, key in told.pop("aliases", {}).items()})
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        tensors.update({alias: tensors[key] for alias, key in told.get("aliases", {}).items()})
+    except (TypeError, AttributeError, KeyError) as error:
         raise _unreadable(path, error) from error
-    return tensors, _provenance(path, told)
+    return tensors, provenance
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -208,9 +205,14 @@ def _header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def _provenance(path: Path, told: object) -> Provenance:
+def _told(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], Provenance]:
+    """Read what `save` wrote beside the tensors: as it is, and what it says of their origin."""
     try:
-        return Provenance.from_json(told)
+        told = json.loads(metadata.get("retrofit", "{}"))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    try:
+        return told, Provenance.from_json(told)
     except RetrofitError as error:
         raise RetrofitError(f"{path}: {error}") from error
 

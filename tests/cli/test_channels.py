@@ -99,6 +99,51 @@ def test_pictures_with_alpha_go_to_a_network_of_four_channels(run, net, tmp_path
     assert_calibrated_on(tmp_path / "o.safetensors", noise(4), 4)
 
 
+@pytest.fixture
+def silent(tmp_path):
+    """Name a network that takes that many channels, and does not tell by what NaN becomes."""
+
+    def written(channels):
+        (tmp_path / f"silent{channels}.py").write_text(
+            "import torch\nfrom torch import nn\n\n"
+            "class Net(nn.Sequential):\n"
+            "    def __init__(self):\n"
+            "        torch.manual_seed(0)\n"
+            f"        convs = nn.Conv2d({channels}, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)\n"
+            "        super().__init__(*convs, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+            "    def forward(self, x):\n"
+            "        return super().forward(torch.nan_to_num(x))\n"
+        )
+        return f"silent{channels}.py:Net"
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("suffix", "given", "takes", "mean", "words"),
+    [
+        (".npy", 5, 5, [MEAN], "24 images (5 channels)"),
+        (".npy", 1, 3, [MEAN], "24 images"),
+        (".png", 3, 3, [MEAN], "24 images"),
+        (".png", 4, 4, [MEAN] * 4, "24 images (4 channels)"),
+    ],
+)
+def test_a_network_that_does_not_tell_its_channels_gets_those_of_the_data_or_as_many_as_asked(
+    run, silent, tmp_path, suffix, given, takes, mean, words
+):
+    pixels = noise(given)
+    if suffix == ".npy":
+        np.save(tmp_path / "data.npy", pixels)
+    else:
+        save_files(tmp_path / "data", pixels)
+    data = "data.npy" if suffix == ".npy" else "data"
+    code, out, err = run("convert", silent(takes), "--data", data, "--output", "o.safetensors",
+                         *SIZE, "--device", "cpu", "--mean", *mean, "--std", STD)  # fmt: skip
+    assert (code, err) == (0, [])
+    assert f"calibrated on       {words} in" in out
+    assert_calibrated_on(tmp_path / "o.safetensors", pixels.repeat(takes // given, axis=3), takes)
+
+
 def tar_of(folder, file):
     with tarfile.open(file, "w") as tar:
         for path in sorted(folder.iterdir(), key=lambda path: int(path.stem)):

@@ -323,6 +323,14 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(run, folder, wor
     assert contents(folder) == before
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_dataset_of_no_samples_is_refused_by_the_other_commands(run):
+    assert run(*AUDIO, "--data", "data.py:batches")[0] == 0
+    words = ("adapt", "bn.safetensors", "--model", "net.py:audio", "--data", "data.py:Empty")
+    code, _, err = run(*words, "--output", "adapted.safetensors")
+    assert (code, err) == (2, ["retrofit: data.py:Empty gives a Empty of no samples"])
+
+
 def test_a_generator_that_is_used_up_is_refused_where_it_is_needed_twice(run, folder):
     assert run(*AUDIO, "--data", "data.py:batches")[0] == 0
     torch.save(build("net.py:audio").state_dict(), folder / "plain.pth")

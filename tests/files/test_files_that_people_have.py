@@ -6,6 +6,7 @@ import gzip
 import json
 import pickle
 import warnings
+import zipfile
 
 import nets
 import numpy as np
@@ -376,6 +377,7 @@ def test_a_builtin_that_torch_does_not_take_is_named_or_passed_over(tmp_path):
         (bytes(2000), "full of zeros"),
         (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page, '<!DOCTYPE html> <title>404"),
         ("Zugriff verweigert: für ".encode() * 40, "text, 'Zugriff verweigert: für Zugriff"),
+        (("e" + "ä" * 300).encode(), "text, 'eää"),  # the 512th byte begins a letter
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS's pointer .* run git lfs pull"),
         (gzip.compress(b"weights", mtime=0), "compressed: unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
@@ -396,3 +398,25 @@ def test_two_names_of_one_tensor_have_to_be_equal_and_nan_equals_nan():
     message = r"first\.weight and second\.weight are one tensor in the model, and differ in file"
     with pytest.raises(RetrofitError, match=message):
         load_weights(model, state, "file")
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_an_archive_that_is_no_state_dict_is_called_what_it_is(tmp_path):
+    torch.jit.save(torch.jit.script(Scaled()), tmp_path / "script.pth")
+    torch.export.save(torch.export.export(Scaled(), (torch.ones(2),)), tmp_path / "program.pt2")
+    (tmp_path / "program.pt2").rename(tmp_path / "program.pth")
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
+        archive.writestr("readme.txt", "weights")
+    kinds = {
+        "script": r"is a TorchScript archive, a program: .* torch\.save\(torch\.jit\.load\('",
+        "program": r"is a program that torch\.export saved: .* torch\.save\(torch\.export\.load\('",
+        "other": r"cannot be read as a state dict: it is a zip archive, but not of torch\.save$",
+    }
+    for name, words in kinds.items():
+        with pytest.raises(RetrofitError, match=rf"{name}\.pth {words}"):
+            retrofit.load(tmp_path / f"{name}.pth", net())

@@ -207,6 +207,9 @@ def test_provenance_that_is_no_object_is_one_line(run, tmp_path, text):
     file.write_bytes(save(dict(net().state_dict()), {"retrofit": text}))
     for words in COMMANDS.values():
         one_line(*run(*words.format(file.name).split()))
+    if text in ("[]", "1", "null", '"x"'):
+        with pytest.raises(RetrofitError, match=r"its metadata is damaged: a \w+, no object$"):
+            retrofit.load(file, net())
 
 
 @pytest.mark.parametrize(
@@ -495,14 +498,17 @@ def test_a_network_larger_than_its_file_is_not_built(tmp_path, count):
         {"statistics": {"mean": torch.zeros(16, 8)}},
         {"images": "many"},
         {"data": [1]},
+        lambda old: {"statistics": {k: t[..., :1] for k, t in old["statistics"].items()}},
+        lambda old: {"statistics": {k: t.half() for k, t in old["statistics"].items()}},
     ],
-    ids=["a number", "nothing", "a part", "a text", "a list"],
+    ids=["a number", "nothing", "a part", "a text", "a list", "fewer channels", "16 bits"],
 )
 def test_a_state_file_with_other_entries_is_damage(tmp_path, change):
     state, data = tmp_path / "state", [torch.rand(4, 3, 12, 12)] * 2
     retrofit.calibrate(retrofit.prepare(net()), data, state=state, progress=False)
     content = torch.load(state, weights_only=True)
-    content["processes"][0].update(change)
+    process = content["processes"][0]
+    process.update(change(process) if callable(change) else change)
     torch.save(content, state)
     prepared = retrofit.prepare(net())
     before = prepared.state_dict()

@@ -157,6 +157,36 @@ def resnet_with_a_deeper_head():
     return model
 
 
+def squeezenet_with_more():
+    model = models.squeezenet1_1()
+    model.extra = nn.Conv2d(3, 3, 1)
+    return model
+
+
+def squeezenet_with_less():
+    model = models.squeezenet1_1()
+    model.classifier = model.classifier[:3]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (squeezenet_with_more, r"extra\.weight is in this one alone"),
+        (squeezenet_with_less, r"classifier\.3, a AdaptiveAvgPool2d, is not in this one"),
+    ],
+)
+def test_a_layer_more_or_less_than_the_name_s_is_told(make, text, tmp_path):
+    with pytest.warns(UserWarning, match=f"will build another network: {text}"):
+        retrofit.save(make(), tmp_path / "a.safetensors", name="squeezenet1_1")
+
+
+def test_arguments_that_are_no_dict_are_refused(tmp_path):
+    options = {"name": "squeezenet1_1", "model_args": [("num_classes", 5)]}
+    with pytest.raises(RetrofitError, match=r"model_args must be a dict such as .*, not list$"):
+        retrofit.save(models.squeezenet1_1(), tmp_path / "a.safetensors", **options)
+
+
 @pytest.mark.parametrize(
     ("make", "name", "text"),
     [

@@ -113,6 +113,13 @@ def test_8_bit_modes_are_converted_as_pil_does(mode):
     assert np.array_equal(eight_bits(picture, 1), in_grey)
 
 
+def test_arrays_of_other_channels_than_the_network_takes_are_refused():
+    for channels, takes in ((2, 3), (3, 1), (1, 2)):
+        with pytest.raises(ValueError, match=rf"it has {channels} channels?, and .* takes {takes}"):
+            eight_bits(np.zeros((8, 9, channels), np.uint8), takes)
+    assert np.asarray(eight_bits(np.zeros((8, 9, 1), np.uint8), 3)).shape == (8, 9, 3)
+
+
 def test_a_network_of_four_channels_sees_the_alpha_and_needs_one():
     rgba = np.random.default_rng(0).integers(0, 256, (8, 9, 4), dtype=np.uint8)
     assert np.array_equal(eight_bits(Image.fromarray(rgba), 4), rgba)

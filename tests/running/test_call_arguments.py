@@ -332,3 +332,29 @@ def test_an_annotation_may_be_any_text():
             return x
 
     assert arguments_of(Described(), X).args[0] is X
+
+
+@pytest.mark.parametrize(
+    ("layers", "batch", "message"),
+    [
+        ([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], X[0], r"of shape \(3, 4, 4\) has no batch axis"),
+        ([nn.Conv2d(3, 4, 3)], X.permute(0, 2, 3, 1), r"has its channels last: permute it"),
+    ],
+)
+def test_a_batch_that_a_forward_fn_passes_on_is_explained(layers, batch, message):
+    with pytest.raises(RetrofitError, match=message):
+        call_model(nn.Sequential(*layers).eval(), batch, lambda net, x: net(x))
+
+
+@pytest.mark.parametrize(
+    ("net", "batch"),
+    [(nn.Sequential(nn.Conv2d(3, 4, 3)), ["a.png"]), (nn.Flatten(3), LABELS)],
+    ids=["no tensor", "no weights"],
+)
+def test_what_fails_for_reasons_of_its_own_keeps_its_error(net, batch):
+    def failing(net, batch):
+        net(batch)
+
+    with pytest.raises((TypeError, IndexError)) as raised:
+        call_model(net, batch, failing)
+    assert not isinstance(raised.value, RetrofitError)
