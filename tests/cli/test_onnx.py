@@ -195,6 +195,20 @@ def test_weights_that_were_trained_come_back_through_the_file(run, folder):
     torch.testing.assert_close(again(x), network(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_with_batchnorms_is_the_class_that_restore_fills(run, folder):
+    file = exported(folder, nets.AlreadyNormed, "script, whole")
+    folded = retrofit.fold(retrofit.module_from_onnx(file))
+    torch.save(folded.state_dict(), folder / "folded.pth")
+    code, out, _ = run("restore", "net.onnx", "--weights", "folded.pth", *DATA, "--output", "o.pth")
+    assert code == 0
+    line = next(line for line in out.splitlines() if "to load: " in line).partition(": ")[2]
+    assert line.startswith("network = retrofit.module_from_onnx('net.onnx'); network.load_state")
+    scope = {"retrofit": retrofit, "torch": torch}
+    exec(line, scope)  # noqa: S102
+    x = nets.images(2, 3, 16, 16)
+    torch.testing.assert_close(scope["network"].eval()(x), folded(x), rtol=1e-4, atol=1e-5)
+
+
 def test_linear_layers_activations_and_the_graph_layout_have_nodes_too(run, folder):
     file = exported(folder, nets.Concat)
     more = "--placement post_activation --layout graph --output bn.onnx"
