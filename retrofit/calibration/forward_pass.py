@@ -47,9 +47,9 @@ class ForwardPass:
         self.convolutions = observed_convolutions(model, plan)
         self.most: int | None = None  # images at once
         self.held = ExitStack()
-        self.first = True
 
     def __enter__(self) -> Self:
+        self.held.enter_context(kept_memory())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,9 +69,6 @@ class ForwardPass:
             if end == images:
                 break
             first = end
-        if self.first:  # what it leaves behind should not lie in between
-            self.held.enter_context(kept_memory())
-            self.first = False
 
     def _try_part(self, arguments: Arguments, first: int, of: int) -> bool:
         """Run a part. False, with nothing learned, if the memory is too small for its images."""
