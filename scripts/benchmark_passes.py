@@ -222,16 +222,17 @@ WITH_BATCHNORM: dict[str, Contender] = {
 
 # The tricks of calibrate: what to replace, and by what, to switch one off. All but the early exit
 # are for CPUs.
-EARLY_EXIT = "early exit"
+EARLY_EXIT, ONE_THREAD = "early exit", "reductions on one thread"
 TRICKS: Mapping[str, tuple[str, object]] = {
     "kept memory": ("calibration.forward_pass.kept_memory", no_context),
     "channels_last": ("calibration.forward_pass.ForwardPass.channels_last", False),
-    "reductions on one thread": ("numerics.threads._changeable", lambda: False),
+    ONE_THREAD: ("numerics.threads._changeable", lambda: False),
     EARLY_EXIT: ("calibration.forward_pass.leaving_after", no_context),
 }
 WITHOUT: dict[str, Contender] = {
     f"without {trick}": functools.partial(ours_without, trick) for trick in TRICKS
 }
+ON_ALL_THREADS = f"without {ONE_THREAD}"
 
 
 def has_fvcore() -> bool:

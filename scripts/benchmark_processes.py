@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from benchmark_options import Options, batches_of, timed, timing
-from benchmark_passes import FLOOR, HOOKS, OURS, PLAIN
+from benchmark_passes import FLOOR, HOOKS, ON_ALL_THREADS, OURS, PLAIN
 from benchmark_tables import Row, Spread, Table
 
 # --- start-up ----------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ BUSY = "import torch; x = torch.randn(700, 700)\nwhile True: x = (x @ x).tanh()"
 def busy(options: Options) -> Iterator[Table]:
     """Compare `calibrate` with plain passes while other processes compute with torch."""
     with others(2):
-        seconds = timed(options, (PLAIN, FLOOR, HOOKS, OURS))
+        seconds = timed(options, (PLAIN, FLOOR, HOOKS, OURS, ON_ALL_THREADS))
     rows = [timing(name, seconds, PLAIN, "plain") for name in seconds]
     text = f"{batches_of(options)} Two other processes multiply matrices all the time with torch."
     yield Table("On a busy machine", text, rows, {})

@@ -80,7 +80,7 @@ def hooked(norms: Norms, look: Callable[[str, _BatchNorm, Tensor], None]) -> Ite
         for path, norm in norms.items():
 
             def hook(norm: Any, args: Any, kwargs: Any, path: str = path) -> None:
-                x = first_tensor((args, kwargs))
+                x = first_tensor(args[0] if args else kwargs)
                 if x is not None and x.dim() > 1 and x.shape[1] == norm.num_features:
                     look(path, norm, x)
 

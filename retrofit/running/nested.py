@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def first_tensor(value: Any) -> Tensor | None:
     """Find the first tensor in nested values; None if there is none."""
-    return next(iter(tensors(value).values()), None)
+    return next((tensor for _, tensor in _walk(value, "", set())), None)
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Tensor]:

@@ -97,7 +97,8 @@ def test_the_other_sections_have_a_row_for_each_size_that_was_asked_for(done):
     assert [row["pass"] for row in recalibrated[1:4]] == passes
     assert [row["time / plain"].median for row in recalibrated[::4]] == [1, 1, 1]
     assert tables["Drift"].rows[1]["time / plain"].median > 1
-    assert tables["On a busy machine"].rows[-1]["pass"] == "retrofit.calibrate"  # noqa: S105
+    busy = [row["pass"] for row in tables["On a busy machine"].rows]
+    assert busy[-2:] == ["retrofit.calibrate", "without reductions on one thread"]
     processes = [row["process"] for row in tables["Start-up"].rows]
     assert processes[:3] == ["import torch", "import torchvision", "retrofit plan resnet81"]
 
