@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import benchmark_tables
 import corruptions_tables
 import finetune_heads
 import finetune_tables
@@ -79,6 +80,30 @@ def test_a_table_is_what_its_file_says(study):
     made = lines(TABLES[study]())
     assert len(made) > 2
     assert made - page == set()
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("benchmarks-*.csv")), ids=lambda f: f.stem)
+def test_the_speeds_are_what_a_run_of_the_benchmark_found(file):
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    assert f"--csv docs/results/{file.name}\n" in page
+    tables = benchmark_tables.tables_of(runs(file.stem, benchmark_tables.Figure))
+    made = set().union(*(lines(benchmark_tables.rendered(table)) for table in tables))
+    assert len(made) > 5
+    assert made - lines(page) == set()
+
+
+def test_the_readme_quotes_the_speeds_of_that_page():
+    tables = benchmark_tables.tables_of(runs("benchmarks-vgg16", benchmark_tables.Figure))
+    (calibration,) = (table for table in tables if table.title == "Calibration")
+    took = {row["pass"]: row["time / plain"] for row in calibration.rows}
+    ours, hooks = took["retrofit.calibrate"], took["hooks with var_mean"]
+    theirs = took["torch.optim.swa_utils.update_bn"]
+    readme = words((ROOT / "README.md").read_text("utf-8"))
+    assert (
+        f"{ours.median:.2f} of the plain forward pass (VGG16, {ours.min:.2f} to {ours.max:.2f} in "
+        f"three repetitions; the usual hooks take {hooks.median:.2f}, torch's `update_bn` "
+        f"{theirs.median:.2f}:"
+    ) in readme
 
 
 def sampled(tolerance):
