@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retrofit.errors import RetrofitError
 from retrofit.running.call_arguments import call_model
 from retrofit.running.modes import eager, evaluating
+from retrofit.running.random_numbers import seeded
 from retrofit.running.shared_copy import shared_copy
 
 COLOURS = 3
@@ -75,7 +76,7 @@ def _first_layer(model: nn.Module, channels: int, size: Sequence[int]) -> _Layer
     # Of NaN, which marks all that is computed from the pictures, and not from weights alone.
     pictures = torch.full((2, channels, *size), torch.nan, dtype=input_dtype(model), device="cpu")
     try:
-        with evaluating(model), torch.random.fork_rng([]), warnings.catch_warnings():
+        with evaluating(model), seeded(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that counts will warn
             with torch.no_grad(), eager(), _UpToTheFirstLayer():  # type: ignore[no-untyped-call]
                 call_model(model, pictures, None)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from retrofit.running.call_arguments import ForwardFn, call_model
 from retrofit.running.modes import evaluating
+from retrofit.running.random_numbers import seeded
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.operations import (
     ACTIVATIONS,
@@ -74,7 +75,7 @@ def kept_in_run(
     seen: dict[str, list[bool]] = {norm: [] for norm in pairs}
     for norm, layer in pairs.items():
         _connect(copied.get_submodule(norm), copied.get_submodule(layer), seen[norm])
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(copied):
+    with seeded(), torch.no_grad(), evaluating(copied):
         try:
             call_model(copied, example, forward_fn)
         except Exception:  # noqa: BLE001 - numbers of channels are not what it was made for

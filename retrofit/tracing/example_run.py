@@ -16,6 +16,7 @@ from retrofit.errors import RetrofitError
 from retrofit.running.batch_checks import explained
 from retrofit.running.call_arguments import ForwardFn, arguments_of, home
 from retrofit.running.nested import tensors
+from retrofit.running.random_numbers import seeded
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.attribute_reads import Reads, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone
@@ -42,8 +43,8 @@ def watch(
 ) -> Trace:
     """Run a copy of `model` on a batch, in eval mode by default, and note what it does.
 
-    Two samples of the batch are run if the model takes so few, else the whole of it. The random
-    generator starts from the same seed each time, and is afterwards as it was.
+    Two samples of the batch are run if the model takes so few, else the whole of it. Random
+    generators start from the same seed each time, and are afterwards as they were.
 
     Raises RetrofitError with the model's own message when it does not run.
     """
@@ -66,12 +67,7 @@ def _watched(model: nn.Module, run: Callable[[nn.Module], Any], *, training: boo
     for module in watched.modules():
         module.training = training
     watcher = _Watcher(watched)
-    device = home(watched)
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.default_generator.manual_seed(0)  # not those of other GPUs, which were not kept
-        if devices:
-            torch.cuda.default_generators[devices[0].index].manual_seed(0)
+    with seeded(device=home(watched)), torch.no_grad():
         try:
             with watcher.watching():
                 result = run(watched)

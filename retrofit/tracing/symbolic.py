@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from retrofit.errors import RetrofitError
+from retrofit.running.random_numbers import seeded
 from retrofit.running.shared_copy import shared_copy
 from retrofit.tracing.attribute_reads import Reads, united, watched_layers
 from retrofit.tracing.calls import Call, Trace, is_alone, rebuilt
@@ -99,8 +100,8 @@ def symbolic(
     """Trace `model` in the given mode; arguments of forward that have a default keep it.
 
     `fixed` gives values of arguments instead; those that it does not name are inputs. The seed is
-    for what forward draws while it is traced; the generator is afterwards as it was. A submodule
-    that torch.fx cannot follow becomes opaque, and the rest is traced around it.
+    for what forward draws while it is traced; the generators are afterwards as they were. A
+    submodule that torch.fx cannot follow becomes opaque, and the rest is traced around it.
 
     Raises UntraceableError when it cannot follow the model itself, with the line that stopped it.
     """
@@ -110,8 +111,7 @@ def symbolic(
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     opaque: dict[str, str] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not those of GPUs, which fork_rng leaves
+    with seeded(seed):
         while True:
             reads = Reads(traced, watched_layers(traced))
             tracer = _Tracer(traced, opaque, reads)

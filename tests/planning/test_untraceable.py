@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import nets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +232,37 @@ def test_layers_for_training_alone_are_told_too():
     retrofit.add_batchnorm(normed, [X], progress=False)  # it has one, and says nothing
     only = retrofit.add_batchnorm(Auxiliary(), [X], exclude="aux", progress=False)  # not asked for
     assert isinstance(only.main.bn, nn.BatchNorm2d)
+
+
+NUMBERS = {
+    "numpy": np.random.rand,
+    "python": random.random,
+    "torch": lambda: torch.rand(()).item(),
+    "a generator of its own": np.random.default_rng(0).random,
+}
+
+
+class Masking(nn.Module):
+    """Masks its input at random in train mode, as speech models do."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.conv, self.head, self.draw = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), draw
+
+    def forward(self, x):
+        if self.training:
+            x = x * (torch.arange(x.shape[-1]) >= int(self.draw() * x.shape[-1]))
+        return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("draw", NUMBERS.values(), ids=NUMBERS)
+def test_what_draws_at_random_in_train_mode_does_not_do_something_else(draw):
+    model = Masking(draw)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    assert inserted(model, example=X) == ["conv"]
+    assert random.getstate() == states[0]
+    assert all(map(np.array_equal, np.random.get_state(), states[1]))  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
 
 
 def test_an_example_that_the_model_rejects_shows_its_own_message():
