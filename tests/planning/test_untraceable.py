@@ -234,12 +234,19 @@ def test_layers_for_training_alone_are_told_too():
     assert isinstance(only.main.bn, nn.BatchNorm2d)
 
 
-NUMBERS = {
-    "numpy": np.random.rand,
-    "python": random.random,
-    "torch": lambda: torch.rand(()).item(),
-    "a generator of its own": np.random.default_rng(0).random,
-}
+OWN = np.random.default_rng(0)
+
+
+def from_numpy():
+    return np.random.rand()  # noqa: NPY002
+
+
+def from_a_generator_of_its_own():
+    return OWN.random()
+
+
+def from_torch():
+    return torch.rand(()).item()
 
 
 class Masking(nn.Module):
@@ -255,7 +262,9 @@ class Masking(nn.Module):
         return self.head(F.relu(self.conv(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("draw", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize(
+    "draw", [from_numpy, random.random, from_torch, from_a_generator_of_its_own]
+)
 def test_what_draws_at_random_in_train_mode_does_not_do_something_else(draw):
     model = Masking(draw)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
