@@ -3,7 +3,8 @@ r"""Convert real networks that are neither torchvision's nor timm's, and train t
     pip install segmentation-models-pytorch transformers monai dynamic-network-architectures \
         ultralytics facenet-pytorch kornia spandrel diffusers lpips encodec torchaudio \
         pytorch-tcn onnx2torch
-    python scripts/real_networks.py --results real.csv --markdown docs/real-networks.md
+    python scripts/real_networks.py --results docs/results/real-networks.csv \
+        --markdown docs/real-networks.md
 
 Each is built with random weights, retrofitted, compared with the original bit for bit, folded back,
 trained for a step and folded again, one after the other. Results are kept in a CSV file, a line a

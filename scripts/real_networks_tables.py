@@ -31,7 +31,8 @@ Networks that are neither torchvision's nor timm's, retrofitted, compared with t
 back, and trained for a step. This page is what
 
     pip install {packages}
-    python scripts/real_networks.py --results real.csv --markdown docs/real-networks.md
+    python scripts/real_networks.py --results docs/results/real-networks.csv \\
+        --markdown docs/real-networks.md
 
 wrote on a CPU. The code of each network is its package's own; most are narrower and shallower than
 usual. Weights are random, since none are downloaded. "Asked for" means that `include=` asks for

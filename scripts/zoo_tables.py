@@ -19,7 +19,7 @@ Every model of torchvision that is not quantised, and every model of timm that h
 convolutions and no BatchNorm, built with random weights, retrofitted, compared with the original
 and folded back. This page is what
 
-    python scripts/zoo.py --results zoo.csv --jobs 2 --markdown docs/zoo.md
+    python scripts/zoo.py --results docs/results/zoo.csv --jobs 2 --markdown docs/zoo.md
 
 wrote on a CPU, with {versions}.
 

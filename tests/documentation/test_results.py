@@ -12,9 +12,11 @@ import imagenet_corruptions_tables
 import merging
 import peers_tables
 import pytest
+import real_networks_tables
 import restored_mobilenet
 import restored_onnx
 import restored_yolo
+import restored_zoo_tables
 import sample_size
 from recorded_runs import RecordedRuns
 
@@ -125,6 +127,25 @@ def test_what_another_page_quotes_is_what_its_file_says(name):
     made = OTHER_PAGES[name]().splitlines()
     assert len(made) > 1
     assert all(words(line) in page for line in made)
+
+
+def latest(name, kind):
+    """The last run of each: what failed was tried again."""
+    return [*{(getattr(r, "package", ""), r.name): r for r in runs(name, kind)}.values()]
+
+
+def test_the_pages_on_many_networks_are_their_files():
+    found = latest("real-networks", real_networks_tables.Result)
+    assert lines(real_networks_tables.document(found)) - on("real-networks") == set()
+    tables = restored_zoo_tables
+    folds = runs("restored-zoo-folds", tables.FoldedBy)
+    models = latest("restored-zoo", tables.Restored)
+    assert lines(tables.document(folds, models, (0, 0))) - on("restored-zoo") == set()
+    assert min(len(found), len(models)) > 25
+
+
+def on(page):
+    return lines((ROOT / "docs" / f"{page}.md").read_text("utf-8"))
 
 
 def words(text):
