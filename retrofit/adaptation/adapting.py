@@ -81,7 +81,9 @@ class Adapting:
             for context in (evaluating(model), eager(), hooked(self._norms, self._follow)):
                 stack.enter_context(context)
             self._until_removed = stack.pop_all()
-        self._saved = SavedStatistics({norm: buffers(norm) for norm in self._norms.values()})
+        self._saved = SavedStatistics(
+            {norm: buffers(norm) for norm in self._norms.values()}, goes_on=True
+        )
         FOLLOWING.update(self._norms.values())
 
     @property
@@ -98,11 +100,13 @@ class Adapting:
 
     def remove(self) -> None:
         """Leave the model as it was: statistics, modes and hooks. Once is enough."""
-        self._saved.give_back()
-        self._until_removed.close()
-        for norm in self._norms.values():
-            FOLLOWING.discard(norm)
-        self._norms = {}
+        try:
+            self._saved.give_back()
+        finally:
+            self._until_removed.close()
+            for norm in self._norms.values():
+                FOLLOWING.discard(norm)
+            self._norms = {}
 
     def __enter__(self) -> Self:
         self._refuse_removed()

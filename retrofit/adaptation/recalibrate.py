@@ -69,7 +69,7 @@ class Recalibration:
     def remove(self) -> None:
         """Give the BatchNorms back the statistics they had, bit for bit. Once is enough.
 
-        Of what came later (`recalibrate`, `adapting`) these BatchNorms are rid as well.
+        What a later `recalibrate` gave these BatchNorms is gone as well, and has no way back.
         """
         self._old.give_back()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import dropwhile
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,15 +18,23 @@ _SAVED: WeakKeyDictionary[_BatchNorm, list[ref[SavedStatistics]]] = WeakKeyDicti
 class SavedStatistics:
     """What BatchNorms had before their statistics were replaced.
 
-    Several may lie upon each other. To give back what one saved takes its replacement out from
-    under the later ones too: these then have the same to give back, so that the order does not
-    matter.
+    Several may lie upon each other. To give back what one saved takes away what later ones put
+    there: these have nothing to give back any more, or the same, so that the order does not matter.
+
+    Args:
+        old: of each BatchNorm.
+        goes_on: the statistics are replaced again and again, also after an earlier one was given
+            back.
     """
 
-    def __init__(self, old: Mapping[_BatchNorm, Buffers]) -> None:
-        self._old = dict(old)
+    def __init__(self, old: Mapping[_BatchNorm, Buffers], *, goes_on: bool = False) -> None:
+        self._old, self._goes_on = dict(old), goes_on
         for norm in self._old:
-            _SAVED.setdefault(norm, []).append(ref(self))
+            _SAVED[norm] = [*_alive(norm), ref(self)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let a copy, of other BatchNorms, be known as well."""
+        self.__init__(state["_old"], goes_on=state["_goes_on"])  # type: ignore[misc]
 
     def __bool__(self) -> bool:
         return bool(self._old)
@@ -37,8 +46,19 @@ class SavedStatistics:
         """Restore the statistics, bit for bit; the second time does nothing."""
         for norm, was in self._old.items():
             restore(norm, was)
-            alive = [saved for one in _SAVED[norm] if (saved := one()) is not None]
+            alive = [saved() for saved in _alive(norm)]
             for later in dropwhile(lambda saved: saved is not self, alive):
-                later._old[norm] = was
-            _SAVED[norm] = [ref(saved) for saved in alive if saved is not self]
+                if later is not None and later is not self:
+                    later._start_from(norm, was)
+            _SAVED[norm] = [saved for saved in _alive(norm) if saved() is not self]
         self._old = {}
+
+    def _start_from(self, norm: _BatchNorm, was: Buffers) -> None:
+        if self._goes_on:
+            self._old[norm] = was
+        else:
+            self._old.pop(norm, None)
+
+
+def _alive(norm: _BatchNorm) -> list[ref[SavedStatistics]]:
+    return [saved for saved in _SAVED.get(norm, ()) if saved() is not None]

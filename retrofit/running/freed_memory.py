@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,20 @@ _USUAL = {_MMAP: 32 << 20, _TRIM: 64 << 20}
 _KEEP = {_MMAP: 1 << 30, _TRIM: (1 << 31) - 1}
 
 
+_blocks: list[ctypes.CDLL] = []  # that run now, one in the other
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """Have forked processes return to the usual thresholds; there is no way to take that back."""
+
+    def in_child() -> None:
+        for libc in _blocks[:1]:
+            _set(libc, _USUAL)
+
+    os.register_at_fork(after_in_child=in_child)
+
+
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Keep freed memory with the process for the length of the block, under Linux with glibc.
@@ -21,17 +36,22 @@ def kept_memory() -> Iterator[None]:
     By default glibc returns a block of more than 32 MiB to the system as soon as it is freed, and
     the next layer's output comes as empty pages that the system fills one by one: a fifth of
     VGG16's forward pass. See mallopt(3). Afterwards the thresholds are the largest that glibc would
-    have chosen. Whoever has chosen some in the environment keeps those.
+    have chosen. Whoever has chosen some in the environment keeps those, and processes that are
+    forked in the block, such as the workers of a DataLoader, give memory back as they always do.
     """
     libc = _glibc()
     if libc is None or not _set(libc, _KEEP):
         yield
         return
+    _watch_forks()
+    _blocks.append(libc)
     try:
         yield
     finally:
-        _set(libc, _USUAL)
-        libc.malloc_trim(0)
+        _blocks.pop()
+        if not _blocks:
+            _set(libc, _USUAL)
+            libc.malloc_trim(0)
 
 
 def give_back() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import nets
 import pytest
@@ -75,6 +76,47 @@ def test_an_earlier_one_takes_the_model_back_to_before_it(later):
     assert same(before, statistics(model))
     forgotten.remove()
     assert same(before, statistics(model))
+
+
+def test_a_later_one_is_then_removed_too():
+    model = nets.build(Net).eval()
+    earlier, later = recalibrated(8)(model, 0), recalibrated(8)(model, 1)
+    earlier.remove()
+    assert "removed" in repr(later)
+    with pytest.raises(retrofit.RetrofitError, match="this handle was removed"), later:
+        pass
+    model.first.running_mean.fill_(3)  # of a training in between
+    later.remove()
+    assert (model.first.running_mean == 3).all()
+
+
+def pickled(both):
+    return pickle.loads(pickle.dumps(both))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_handles_are_copied_with_their_model(copied):
+    model = nets.build(Net).eval()
+    before = statistics(model)
+    handles = [recalibrated(8)(model, 0), recalibrated(8)(model, 1)]
+    new = statistics(model)
+    other, others = copied((model, handles))
+    others[0].remove()
+    others[1].remove()
+    assert same(before, statistics(other))
+    assert same(new, statistics(model))
+    handles[1].remove()
+    handles[0].remove()
+    assert same(before, statistics(model))
+
+
+def test_a_stream_whose_statistics_cannot_be_restored_ends_all_the_same():
+    model = nets.build(Net).eval()
+    handle = streaming(model, 0)
+    model.first.running_mean = None
+    with pytest.raises(AttributeError):
+        handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_stream_goes_on_from_what_was_there_before_the_one_that_is_removed():

@@ -51,6 +51,26 @@ def test_only_in_the_block_is_memory_reused():
     in_a_process_of_its_own(assert_reused_in_the_block)
 
 
+def assert_given_back_in_a_fork():
+    torch.set_num_threads(1)  # those of the parent are not in a fork
+    with kept_memory(), kept_memory():
+        child = os.fork()
+        if not child:
+            before = resident()
+            torch.empty(256 << 18).fill_(1)
+            os._exit(resident() > before + (100 << 20))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        before = faults()
+    assert faults(200) > before
+
+
+@pytest.mark.slow
+@glibc
+def test_a_process_that_is_forked_in_the_block_gives_memory_back():
+    """As the workers of a DataLoader are."""
+    in_a_process_of_its_own(assert_given_back_in_a_fork)
+
+
 def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
