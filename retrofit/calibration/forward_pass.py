@@ -15,8 +15,9 @@ from retrofit.calibration.feeding import leaving_after
 from retrofit.calibration.fused_bias import bias_with_moments, fusable, observed_convolutions
 from retrofit.calibration.inplace_relus import relus_behind
 from retrofit.calibration.observer import observers_of
+from retrofit.calibration.rectified import ReadBetweenError
 from retrofit.calibration.site_samples import SiteSamples
-from retrofit.errors import NonFiniteError, warn
+from retrofit.errors import NonFiniteError, RetrofitError, warn
 from retrofit.plans import Plan
 from retrofit.running.call_arguments import Arguments
 from retrofit.running.freed_memory import kept_memory
@@ -121,6 +122,10 @@ class ForwardPass:
         try:
             with self._with_moments(arguments, checks), self._leaving():
                 self.model(*copied.args, **copied.kwargs)
+        except ReadBetweenError:
+            self.relus = {}
+            self.samples.clear()
+            self._run(arguments, checks=checks)
         finally:
             self.samples.checks = True
 
@@ -135,7 +140,10 @@ class ForwardPass:
     @cached_property
     def relus(self) -> dict[nn.Conv2d, nn.ReLU]:
         """The in-place ReLUs that the kernel may compute along."""
-        return relus_behind(self.model, self.convolutions)
+        try:
+            return relus_behind(self.model, self.convolutions)
+        except (RetrofitError, torch.OutOfMemoryError):  # of the copy that is read
+            return {}
 
     def _leaving(self) -> AbstractContextManager[None]:
         if self.last is None:

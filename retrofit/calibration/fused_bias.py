@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retrofit.calibration.rectified import Rectified
 from retrofit.calibration.site_samples import SiteSamples
 from retrofit.errors import warn
 from retrofit.plans import Plan
-from retrofit.running.remembered import Remembered
 from retrofit.surgery.native import find_site
 
 DEVICE = "cuda"
@@ -68,16 +67,20 @@ def bias_with_moments(
         convolutions: `fusable` ones.
         relus: see `relus_behind`.
         samples: what the observers behind the convolutions fill.
+
+    Raises:
+        ReadBetweenError: something but the ReLU reads what such a convolution gives.
     """
     chosen = list(convolutions)
-    rectified = _Rectified()
+    rectified = Rectified()
     try:
         for conv in chosen:
             mine = rectified if conv in relus else None
             vars(conv)["_conv_forward"] = functools.partial(_conv_forward, conv, samples, mine)
         for relu in relus.values():
             vars(relu)["forward"] = functools.partial(_relu_forward, relu, rectified)
-        yield
+        with rectified if relus else nullcontext():
+            yield
     finally:
         for conv in chosen:
             vars(conv).pop("_conv_forward", None)
@@ -85,17 +88,10 @@ def bias_with_moments(
             vars(relu).pop("forward", None)
 
 
-@dataclass
-class _Rectified:
-    """The output of a convolution on which ReLU was computed already, on the way to its layer."""
-
-    y: Remembered | None = None
-
-
 def _conv_forward(
     conv: nn.Conv2d,
     samples: SiteSamples,
-    rectified: _Rectified | None,
+    rectified: Rectified | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,14 +118,13 @@ def _conv_forward(
         return _convolved(conv, x, weight, bias)  # y may be half done
     samples.expect(y, found)
     if rectified is not None:
-        rectified.y = Remembered(y)
+        rectified.add(y)
     return y
 
 
-def _relu_forward(relu: nn.ReLU, rectified: _Rectified, x: Tensor) -> Tensor:
+def _relu_forward(relu: nn.ReLU, rectified: Rectified, x: Tensor) -> Tensor:
     """Replaces `ReLU.forward`: what the kernel has done is not done again."""
-    done, rectified.y = rectified.y, None
-    return x if done is not None and done.is_still(x) else nn.ReLU.forward(relu, x)
+    return x if rectified.take(x) else nn.ReLU.forward(relu, x)
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

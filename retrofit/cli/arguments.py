@@ -65,7 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests
         found = _parsed(parser, words)
         return _made(found.request, found), _made(requests.Telling, found)
     except (_Mistake, RetrofitError) as mistake:
-        command = next((f" {word}" for word in words if word in COMMANDS), "")
+        first = next((word for word in words if word[:1] != "-"), "")
+        command = f" {first}" if first in COMMANDS else ""
         Terminal(as_json="--json" in words).fail(f"{mistake} (see retrofit{command} --help)", 2)
         sys.exit(2)
 
@@ -79,6 +80,8 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     # argparse would speak first of what is missing, also where that is only misspelt.
     command = None
     for word in words:
+        if word in ("-h", "--help", "--version"):
+            break  # whatever follows
         if command is None and word[0] != "-":
             command = _command(word)
         name, options = word.partition("=")[0], _options(parser, command)
@@ -95,7 +98,8 @@ def _command(word: str) -> str:
         return word
     near = difflib.get_close_matches(word.lower(), COMMANDS, n=1, cutoff=NEAR)
     known = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    raise _Mistake(f"{word} is no command: {known}")
+    shown = word if word.isprintable() and word == word.strip() else repr(word)
+    raise _Mistake(f"{shown} is no command: {known}")
 
 
 def _parser_of(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:

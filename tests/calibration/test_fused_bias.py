@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,6 +265,107 @@ def test_a_relu_that_others_read_before_or_that_is_another_is_not(make, computed
     kernel = use(Kernel())
     assert_close(moments(net, example=DATA[0], include="*"), expected)
     assert (kernel.calls, kernel.relus) == (4, 2 * computed)
+
+
+class Told(Read):
+    """Does for what it is told, or sees, what torch.fx does not see it do."""
+
+    def __init__(self, sees):
+        super().__init__(None)
+        self.sees = sees
+
+    def forward(self, batch: dict):
+        y = self.conv(batch["x"])
+        low = y.mean((2, 3), keepdim=True) if self.sees(batch, y) else 0
+        return self.next(self.relu(y) + low)
+
+
+class Conditioned(nn.GroupNorm):
+    """A layer to torch.fx, which reads what the model has put into it."""
+
+    def forward(self, x):
+        return super().forward(x) + self.seen.mean((2, 3), keepdim=True)
+
+
+class Conditional(Read):
+    def __init__(self):
+        super().__init__(None)
+        self.norm = Conditioned(1, 5)
+
+    def forward(self, x):
+        self.norm.seen = y = self.conv(x)
+        seen = self.norm(x[:, :1, 1:-1, 1:-1].expand(-1, 5, -1, -1))
+        return self.next(self.relu(y) + seen)
+
+
+class Gate(nn.Conv2d):
+    """A layer to torch.fx, which calls another one."""
+
+    def forward(self, x):
+        return super().forward(x) + self.others[0](x).mean((2, 3), keepdim=True)
+
+
+class Gated(Read):
+    def __init__(self):
+        super().__init__(plainly)
+        self.gate = Gate(3, 5, 3)
+        self.gate.others = [self.conv]
+
+    def forward(self, x):
+        return self.next(self.relu(self.conv(x)) + self.gate(x))
+
+
+class Twice(nn.Module):
+    """Calls a container twice, which has a hook: what it gives the first time is not rectified."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.next = Steps(), nn.Conv2d(5, 4, 1)
+        self.steps.register_forward_hook(lambda _module, _args, y: y + 1)
+
+    def forward(self, x):
+        return self.next(self.steps(self.steps(x, True), False))
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x, first: bool):
+        return self.conv(x) if first else self.relu(x)
+
+
+AS_TOLD = [{"x": x} for x in DATA]
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: Told(lambda batch, _: batch.get("context") is None), AS_TOLD),
+        (lambda: Told(lambda _, y: isinstance(y, torch.Tensor)), AS_TOLD),
+        (lambda: Told(lambda *_: not torch.fx._symbolic_trace.is_fx_tracing()), AS_TOLD),
+        (Conditional, DATA),
+        (Gated, DATA),
+        (Twice, DATA),
+    ],
+)
+def test_readers_that_torch_fx_does_not_see_get_what_they_get_otherwise(make, data, use):
+    torch.manual_seed(0)
+    net = whole(make())
+    use(None)
+    expected = moments(net, data, include=["*conv", "next"])
+    kernel = use(Kernel())
+    assert_close(moments(net, data, include=["*conv", "next"]), expected)
+    assert kernel.calls
+
+
+def test_a_model_that_cannot_be_copied_any_more_is_calibrated_without(use):
+    kernel = use(Kernel())
+    prepared = retrofit.prepare(two_convolutions())
+    prepared.lock = threading.Lock()
+    assert moments(None, prepared=prepared)
+    assert (kernel.calls, kernel.relus) == (4, 0)
 
 
 def test_arguments_that_the_trace_did_not_have_are_left_alone(use):

@@ -168,7 +168,9 @@ REPORT = "report bn.safetensors --output out.html"
 CASES = [
     ("--quiet", 2, "the following arguments are required: COMMAND"),
     ("frobnicate", 2, "frobnicate is no command: the commands are plan, convert, verify, fold"),
-    ("conver net.py:make --data d", 2, "conver is no command: did you mean convert? (see"),
+    ("conver net.py:make --data d", 2, "no command: did you mean convert? (see retrofit --help)"),
+    ("conver plan", 2, "conver is no command: did you mean convert? (see retrofit --help)"),
+    ("plan fold --frobnicate", 2, "arguments: --frobnicate (see retrofit plan --help)"),
     ("--debug Plan vgg16", 2, "Plan is no command: did you mean plan? (see"),
     ("vgg16 --data d", 2, "vgg16 is no command: the commands are plan"),
     ("plan", 2, "the following arguments are required: model"),
@@ -441,3 +443,14 @@ def test_debug_shows_where_a_bad_request_was_refused(kit, tmp_path):
     assert found.code == 2
     assert found.err[0].startswith("Traceback")
     assert found.err[-1] == "retrofit: there is no file missing.pth"
+
+
+def test_a_blank_in_a_command_is_shown(tmp_path):
+    found = command(tmp_path, "plan ", "vgg16")
+    assert found.code == 2
+    assert found.err[0].startswith("retrofit: 'plan ' is no command: did you mean plan?")
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_what_follows_a_question_does_not_matter(tmp_path, asked):
+    assert command(tmp_path, asked, "pln").code == 0
