@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import dropwhile
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -30,7 +29,7 @@ class SavedStatistics:
     def __init__(self, old: Mapping[_BatchNorm, Buffers], *, goes_on: bool = False) -> None:
         self._old, self._goes_on = dict(old), goes_on
         for norm in self._old:
-            _SAVED[norm] = [*_alive(norm), ref(self)]
+            _register(norm, [*_registered(norm), self])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let a copy, of other BatchNorms, be known as well."""
@@ -46,11 +45,10 @@ class SavedStatistics:
         """Restore the statistics, bit for bit; the second time does nothing."""
         for norm, was in self._old.items():
             restore(norm, was)
-            alive = [saved() for saved in _alive(norm)]
-            for later in dropwhile(lambda saved: saved is not self, alive):
-                if later is not None and later is not self:
-                    later._start_from(norm, was)
-            _SAVED[norm] = [saved for saved in _alive(norm) if saved() is not self]
+            saved = _registered(norm)
+            for later in saved[saved.index(self) + 1 :]:
+                later._start_from(norm, was)
+            _register(norm, [one for one in saved if one is not self])
         self._old = {}
 
     def _start_from(self, norm: _BatchNorm, was: Buffers) -> None:
@@ -60,5 +58,10 @@ class SavedStatistics:
             self._old.pop(norm, None)
 
 
-def _alive(norm: _BatchNorm) -> list[ref[SavedStatistics]]:
-    return [saved for saved in _SAVED.get(norm, ()) if saved() is not None]
+def _registered(norm: _BatchNorm) -> list[SavedStatistics]:
+    """List what was saved of a BatchNorm, but for what nobody holds any more."""
+    return [saved for one in _SAVED.get(norm, ()) if (saved := one()) is not None]
+
+
+def _register(norm: _BatchNorm, saved: Iterable[SavedStatistics]) -> None:
+    _SAVED[norm] = [ref(one) for one in saved]

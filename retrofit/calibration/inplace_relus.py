@@ -28,7 +28,7 @@ def relus_behind(
         convolutions: of that model.
     """
     of_all = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    if of_all or not any(map(_is_plain, prepared.modules())):
+    if of_all or not any(map(_is_in_place_relu, prepared.modules())):
         return {}
     # torch.fx goes into observers, which look at what they get; nn.Identity is a layer to it.
     identities: dict[nn.Module, nn.Module] = {o: nn.Identity() for o in observers_of(prepared)}
@@ -58,7 +58,7 @@ def _relu_behind(prepared: nn.Module, call: Call, changed: Collection[str]) -> n
     if any(c.module is None or c.path in changed for c in calls):
         return None
     _, observer, relu = (prepared.get_submodule(c.path) for c in calls)
-    if not (isinstance(observer, MomentObserver) and _is_plain(relu)):
+    if not (isinstance(observer, MomentObserver) and _is_in_place_relu(relu)):
         return None
     # What a hook would see as the convolution gave it: the output of what ends before the ReLU
     # begins, and the input of what begins after the convolution has ended.
@@ -70,6 +70,6 @@ def _relu_behind(prepared: nn.Module, call: Call, changed: Collection[str]) -> n
     return None if any(hooks) else relu
 
 
-def _is_plain(module: nn.Module) -> TypeIs[nn.ReLU]:
+def _is_in_place_relu(module: nn.Module) -> TypeIs[nn.ReLU]:
     """Tell whether this is an nn.ReLU in place, with the `forward` of its class."""
     return type(module) is nn.ReLU and module.inplace and "forward" not in vars(module)

@@ -14,7 +14,6 @@ _TRIM, _MMAP = -1, -3
 _USUAL = {_MMAP: 32 << 20, _TRIM: 64 << 20}
 _KEEP = {_MMAP: 1 << 30, _TRIM: (1 << 31) - 1}
 
-
 _blocks: list[ctypes.CDLL] = []  # that run now, one in the other
 
 
@@ -23,8 +22,8 @@ def _watch_forks() -> None:
     """Have forked processes return to the usual thresholds; there is no way to take that back."""
 
     def in_child() -> None:
-        for libc in _blocks[:1]:
-            _set(libc, _USUAL)
+        if _blocks:
+            _set(_blocks[0], _USUAL)
 
     os.register_at_fork(after_in_child=in_child)
 
