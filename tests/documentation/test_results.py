@@ -24,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+
+
 def lines(text):
     """The lines of a page, and what a list's items say, whatever they are wrapped at."""
     rows = {re.sub(r" *\| *", "|", line).strip() for line in text.splitlines() if "|" in line}
@@ -78,20 +82,19 @@ TABLES = {
 
 @pytest.mark.parametrize("study", TABLES)
 def test_a_table_is_what_its_file_says(study):
-    page = lines((ROOT / "docs" / "results.md").read_text("utf-8"))
     made = lines(TABLES[study]())
     assert len(made) > 2
-    assert made - page == set()
+    assert made - lines(page("results")) == set()
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("benchmarks-*.csv")), ids=lambda f: f.stem)
 def test_the_speeds_are_what_a_run_of_the_benchmark_found(file):
-    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    assert f"--csv docs/results/{file.name}\n" in page
+    benchmarks = page("benchmarks")
+    assert f"--csv docs/results/{file.name}\n" in benchmarks
     tables = benchmark_tables.tables_of(runs(file.stem, benchmark_tables.Figure))
     made = set().union(*(lines(benchmark_tables.rendered(table)) for table in tables))
     assert len(made) > 5
-    assert made - lines(page) == set()
+    assert made - lines(benchmarks) == set()
 
 
 def test_the_readme_quotes_the_speeds_of_that_page():
@@ -123,10 +126,9 @@ OTHER_PAGES = {
 
 @pytest.mark.parametrize("name", OTHER_PAGES)
 def test_what_another_page_quotes_is_what_its_file_says(name):
-    page = words((ROOT / "docs" / f"{name}.md").read_text("utf-8"))
-    made = OTHER_PAGES[name]().splitlines()
+    found, made = words(page(name)), OTHER_PAGES[name]().splitlines()
     assert len(made) > 1
-    assert all(words(line) in page for line in made)
+    assert all(words(line) in found for line in made)
 
 
 def latest(name, kind):
@@ -136,16 +138,12 @@ def latest(name, kind):
 
 def test_the_pages_on_many_networks_are_their_files():
     found = latest("real-networks", real_networks_tables.Result)
-    assert lines(real_networks_tables.document(found)) - on("real-networks") == set()
+    assert lines(real_networks_tables.document(found)) - lines(page("real-networks")) == set()
     tables = restored_zoo_tables
     folds = runs("restored-zoo-folds", tables.FoldedBy)
     models = latest("restored-zoo", tables.Restored)
-    assert lines(tables.document(folds, models, (0, 0))) - on("restored-zoo") == set()
+    assert lines(tables.document(folds, models, (0, 0))) - lines(page("restored-zoo")) == set()
     assert min(len(found), len(models)) > 25
-
-
-def on(page):
-    return lines((ROOT / "docs" / f"{page}.md").read_text("utf-8"))
 
 
 def words(text):
@@ -155,15 +153,14 @@ def words(text):
 
 def test_the_file_of_a_detector_of_its_own_and_the_smaller_tolerance():
     (far,) = (one.difference for one in runs("restored-onnx", restored_onnx.Restored)[12:])
-    assert f"`nc: 18`, {far:.1e}." in words((ROOT / "docs" / "onnx.md").read_text("utf-8"))
+    assert f"`nc: 18`, {far:.1e}." in words(page("onnx"))
     for line in sampled(0.01).splitlines()[4:9]:
         assert "| 10,624 | 21.2% |" in line
         assert "| 100.00% |" in line
 
 
 def test_what_it_says_of_notebook_7_is_what_that_found():
-    page = lines((ROOT / "docs" / "results.md").read_text("utf-8"))
-    (row,) = (line for line in page if "a quarter of its MACs" in line)
+    (row,) = (line for line in lines(page("results")) if "a quarter of its MACs" in line)
     found = {name: cells for name, *cells in notebook_7("slimming")}
     plain, pruned = (f"{number}%" for number in re.findall(r"([\d.]+) %", row))
     assert plain in found["plain, by magnitude"][3:]
@@ -178,9 +175,9 @@ def notebook_7(table):
 
 
 def test_every_number_of_the_readme_is_on_that_page():
-    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    results = page("results")
     readme = (ROOT / "README.md").read_text("utf-8").partition("## What was measured")[2]
     table = [line for line in readme.partition("\n\nFor a small")[0].splitlines() if "|" in line]
     numbers = re.findall(r"\d+\.\d+ %", "\n".join(table))
     assert len(numbers) > 10
-    assert [number for number in numbers if number not in page] == []
+    assert [number for number in numbers if number not in results] == []
