@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from retrofit.adaptation.arrivals import Arrivals
 from retrofit.adaptation.held_memory import HeldMemory
 from retrofit.adaptation.norm_inputs import hooked, other_data
 from retrofit.adaptation.paused_pass import PausedPass, pause
 from retrofit.adaptation.running_statistics import Norms
 from retrofit.calibration.feeding import Fed, FedBatch, Feed
 from retrofit.calibration.processes import digest
-from retrofit.errors import NonFiniteError
-from retrofit.numerics.batch_table import BatchTable
 from retrofit.numerics.channel_statistics import ChannelStatistics
-from retrofit.numerics.reductions import Samples, finite
 from retrofit.running.memory import memory_of
 from retrofit.running.nested import first_tensor
 
@@ -85,7 +83,7 @@ class HaltedSample:
         self.settled: set[str] = set()
         self.final: set[str] = set()
         self.places: set[str] = set()
-        self._arrived: dict[str, list[Samples]] = {}
+        self._arrivals = Arrivals()
         self.fed, self.passes, self.held = Fed(), 0, 0
         self._waiting: list[_Run] = []
         self._others: list[str] = []  # digests of batches that do not wait
@@ -114,7 +112,7 @@ class HaltedSample:
 
     def to_next(self) -> None:
         """Bring all batches to the next BatchNorm."""
-        self.places, self._arrived = set(), {}
+        self.places, self._arrivals = set(), Arrivals()
         if self._waiting:
             self._advance()
         else:
@@ -122,10 +120,7 @@ class HaltedSample:
 
     def arrived(self, path: str) -> ChannelStatistics | None:
         """Give the statistics of what this BatchNorm got; None if that was nothing."""
-        if path not in self._arrived:
-            return None
-        table = BatchTable.of([self._arrived[path]])
-        return ChannelStatistics.empty(table.rows.mean.shape[1]).add(table)
+        return self._arrivals.statistics(path)
 
     def _begin(self) -> None:
         """Bring the batches to the first BatchNorm, and let wait what fits."""
@@ -189,29 +184,21 @@ class HaltedSample:
         self.passes += 1
 
     def _brought(self, run: _Run) -> _Run:
-        """Let a batch run to where it stops next, and reduce what arrives there."""
+        """Let a batch run to where it stops next, and take what arrives there."""
         self._running = run
         try:
             stop = run.passing.resume()
             self.places.add(END if stop is None else stop.path)
             if stop is not None:
                 run.batch.images = run.batch.images or len(stop.x)
-                self._learn(run.batch, *stop)
+                if stop.x.numel():
+                    self._arrivals.add(stop.path, stop.x, run.batch)
         except BaseException:
             run.passing.leave()
             raise
         finally:
             self._running = None
         return run
-
-    def _learn(self, batch: FedBatch, path: str, x: Tensor) -> None:
-        if not x.numel():
-            return
-        try:
-            samples = finite(x, path)
-        except NonFiniteError as error:
-            raise batch.placed(error, len(x)) from None
-        self._arrived.setdefault(path, []).append(samples)
 
 
 def _digest(batch: FedBatch) -> str:

@@ -31,12 +31,12 @@ class PausedPass:
         What `run` raises is raised here.
         """
         outside = Settings.current()
-        self._settings.apply()
+        self._settings.replace(outside)
         try:
             found = self._greenlet.switch()
         finally:
             self._settings = Settings.current()
-            outside.apply()
+            outside.replace(self._settings)
         return None if self._greenlet.dead else found
 
     def leave(self) -> None:
@@ -46,7 +46,7 @@ class PausedPass:
             if not self._greenlet.dead:
                 self._greenlet.throw()
         finally:
-            outside.apply()
+            outside.replace(Settings.current())
 
 
 def pause(value: object) -> None:
@@ -68,8 +68,10 @@ class Settings(NamedTuple):
         found = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES]
         return cls(torch.is_grad_enabled(), tuple(found))
 
-    def apply(self) -> None:
-        """Let them hold from now on."""
+    def replace(self, present: Settings) -> None:
+        """Let these hold instead of those; most often they are the same."""
+        if self == present:
+            return
         torch.set_grad_enabled(self.gradients)
         for device, (enabled, dtype) in zip(DEVICES, self.autocast, strict=True):
             torch.set_autocast_enabled(device, enabled)

@@ -1,37 +1,17 @@
 """How many operations a calibration adds to the forward pass: counts, which no machine changes."""
 
-from collections import Counter
-
 import nets
 import pytest
 import torch
 import torchvision
+from operations import operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import retrofit
 from retrofit.calibration import site_samples
 from retrofit.numerics.reductions import _in_one_call
 
 SITES = 25
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch is asked for in the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found[function] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operations(run, *args):
-    with Operations() as counted:
-        run(*args)
-    return counted.found.total()
 
 
 @pytest.fixture(scope="module")
