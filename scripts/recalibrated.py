@@ -11,11 +11,17 @@ import retrofit
 
 
 def recalibrated(
-    model: nn.Module, batches: Sequence[Tensor], *, layerwise: bool, prior: float
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    layerwise: bool,
+    prior: float,
+    max_memory: float | None = None,
 ) -> retrofit.Recalibration:
     """Recalibrate without a warning of too few pictures: `with recalibrated(...):` undoes it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the statistics")  # are uncertain: the question here
         return retrofit.recalibrate(
-            model, batches, layerwise=layerwise, prior=prior, progress=False
-        )
+            model, batches,
+            layerwise=layerwise, prior=prior, max_memory=max_memory, progress=False,
+        )  # fmt: skip

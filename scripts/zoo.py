@@ -1,6 +1,6 @@
 """Convert every model of torchvision, and every convolutional one without BatchNorm of timm.
 
-    python scripts/zoo.py --results zoo.csv --jobs 2
+    python scripts/zoo.py --results docs/results/zoo.csv --jobs 2
 
 Each is built with random weights, retrofitted, compared with the original bit for bit and folded
 back, in a process of its own. Results are kept in a CSV file, a line a model, so that a sweep that

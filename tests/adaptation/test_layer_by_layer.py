@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import norms
@@ -167,6 +168,22 @@ def test_what_does_not_fit_into_the_memory_runs_for_each_batchnorm(waiting, pass
     # The others end at each BatchNorm, those before them passed, and in the end run to the end.
     assert sum(bodies) == 1 + waits + 3 * (24 - waits)
     assert (found.passes, found.held) == (passes, waits * each)
+
+
+@pytest.mark.parametrize("prior", [0, 64])
+@pytest.mark.parametrize("sizes", [[4] * 3, [1] * 12, [5, 1, 6]])
+def test_a_deep_network_gets_the_same_statistics_with_any_budget(sizes, prior):
+    """What differs in one layer grows in those behind it, so there may be nothing to begin with."""
+    torch.manual_seed(0)
+    model, data = torchvision.models.mobilenet_v2().eval(), nets.images(12, 3, 32, 32).split(sizes)
+    handle = layerwise(model, data, prior=prior)
+    found = {path: norm.running_var.clone() for path, norm in norms(model).items()}
+    for budget in (0, handle.held / 2):
+        handle.remove()
+        handle = layerwise(model, data, prior=prior, max_memory=budget)
+        assert handle.passes == len(found) + 1
+        for path, norm in norms(model).items():
+            torch.testing.assert_close(norm.running_var, found[path], rtol=1e-6, atol=0)
 
 
 def test_a_batchnorm_called_again_has_a_pass_of_its_own():

@@ -9,6 +9,7 @@ import corruptions_tables
 import finetune_heads
 import finetune_tables
 import imagenet_corruptions_tables
+import layer_by_layer
 import merging
 import peers_tables
 import pytest
@@ -18,6 +19,7 @@ import restored_onnx
 import restored_yolo
 import restored_zoo_tables
 import sample_size
+import zoo_tables
 from recorded_runs import RecordedRuns
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,7 @@ def sampled(tolerance):
 
 OTHER_PAGES = {
     "calibration": lambda: sampled(0.02),
+    "guarantees": lambda: layer_by_layer.table(runs("layer-by-layer", layer_by_layer.Compared)),
     "folded": lambda: str(runs("restored-mobilenet", restored_mobilenet.Answers)[0]),
     "onnx": lambda: restored_onnx.table(runs("restored-onnx", restored_onnx.Restored)[:12]),
     "yolo": lambda: restored_yolo.table(runs("restored-yolo", restored_yolo.Outcome)),
@@ -144,6 +147,7 @@ def test_the_pages_on_many_networks_are_their_files():
     models = latest("restored-zoo", tables.Restored)
     assert lines(tables.document(folds, models, (0, 0))) - lines(page("restored-zoo")) == set()
     assert min(len(found), len(models)) > 25
+    assert zoo_tables.document(runs("zoo", zoo_tables.Result)) == page("zoo")
 
 
 def words(text):
