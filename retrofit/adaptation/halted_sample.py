@@ -25,6 +25,7 @@ from retrofit.running.nested import first_tensor
 
 END = ""  # of the model, which no BatchNorm is called
 MOST = 1024  # batches that wait: each has a stack
+LOOKED_AT = 4096  # values of a sample: to hash a picture takes a hundredth of a pass
 
 
 class _Stop(NamedTuple):
@@ -202,6 +203,9 @@ class HaltedSample:
 
 
 def _digest(batch: FedBatch) -> str:
-    """Tell a batch from others by its first sample."""
+    """Tell a batch from others by some values of its first sample."""
     x = first_tensor(batch.batch)
-    return digest(x[:1] if x is not None and x.dim() else x)
+    if x is None or not x.dim():
+        return digest(x)
+    first = x[:1].flatten()
+    return digest(first[:: 1 + first.numel() // LOOKED_AT])

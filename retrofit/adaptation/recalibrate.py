@@ -32,6 +32,7 @@ from retrofit.html_tables import html_table, unfolding_list, view
 from retrofit.option_checks import check_flags, check_forward_fn, check_models, check_number
 from retrofit.running.batch_checks import check_data, nothing_in
 from retrofit.running.call_arguments import ForwardFn
+from retrofit.running.freed_memory import kept_memory
 from retrofit.running.modes import batch_statistics
 from retrofit.running.random_order import in_random_order
 from retrofit.sample_sizes import RECALIBRATION_IMAGES, UNCERTAIN_RECALIBRATION
@@ -212,10 +213,12 @@ def recalibrate(
         old = {path: buffers(norm) for path, norm in norms.items()}
         _agree(processes, model, norms, feed, layerwise, prior)
         try:
-            if layerwise:
-                found = LayerByLayer(model, norms, old, feed, prior, processes, max_memory).run()
-            else:
-                found = _at_once(model, norms, feed, prior, processes)
+            with kept_memory():
+                if layerwise:
+                    settling = LayerByLayer(model, norms, old, feed, prior, processes, max_memory)
+                    found = settling.run()
+                else:
+                    found = _at_once(model, norms, feed, prior, processes)
             _refuse_nothing(found.fed, feed)
         except BaseException:
             for path, was in old.items():

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nets
 import pytest
 import torch
+from torch import nn
 
+import retrofit
+from retrofit.running import freed_memory
 from retrofit.running.freed_memory import give_back, kept_memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
@@ -43,6 +47,27 @@ def assert_reused_in_the_block():
         inside = faults()
     assert inside <= before / 2
     assert faults(200) > before / 2  # more than what is left in the heap
+
+
+@glibc
+@pytest.mark.parametrize("layerwise", [None, False, True])
+def test_calibrate_and_recalibrate_run_in_the_block(layerwise):
+    kept = set()
+
+    def forward(model, batch):
+        kept.add(len(freed_memory._blocks))
+        return model(batch)
+
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    net = nn.Sequential(*layers).eval()
+    options = {"forward_fn": forward, "progress": False}
+    if layerwise is None:
+        retrofit.calibrate(retrofit.prepare(net), nets.images(64, 3, 9, 9).split(8), **options)
+    else:
+        data = nets.images(64, 3, 9, 9).split(8)
+        retrofit.recalibrate(net, data, layerwise=layerwise, **options)
+    assert kept == {1}
+    assert freed_memory._blocks == []
 
 
 @pytest.mark.slow
