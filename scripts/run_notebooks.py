@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -63,13 +64,12 @@ def run(path: Path, output: Path) -> float:
         SystemExit: a cell failed. What ran up to there is in build/notebooks/; `output`, if it is
             another file, is as it was.
     """
-    # A message that reaches a kernel which has just ended is no fault of the notebook.
-    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     start = time.perf_counter()
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, nbformat.reader.NotJSONError) as error:
         raise SystemExit(f"{path} cannot be read as a notebook: {error}") from None
+    started: list[nbformat.NotebookNode] = []
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
@@ -78,26 +78,34 @@ def run(path: Path, output: Path) -> float:
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         coalesce_streams=True,
+        on_cell_start=lambda cell, **_: started.append(cell),
     )
-    try:
-        client.execute()
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        nbformat.write(notebook, ROOT / "build" / "notebooks" / path.name)
-        raise SystemExit(f"{path}, {_failure(notebook, error)}") from None
+    # A message that reaches a kernel which has just ended is no fault of the notebook. Both this
+    # process and the kernel report it, and what the kernel says matters only if it died.
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryFile("w+", errors="replace") as kernel_said:
+        try:
+            client.execute(stderr=kernel_said)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            nbformat.write(notebook, ROOT / "build" / "notebooks" / path.name)
+            raise SystemExit(f"{path}, {_failure(started, error)}") from None
+        except RuntimeError:
+            kernel_said.seek(0)
+            sys.stderr.write(kernel_said.read())
+            raise
     notebook.metadata = nbformat.from_dict(METADATA)
     nbformat.write(notebook, output)
     return time.perf_counter() - start
 
 
-def _failure(notebook: nbformat.NotebookNode, error: Exception) -> str:
+def _failure(started: list[nbformat.NotebookNode], error: Exception) -> str:
     """Say in one line which cell failed, counted as Jupyter does, and with what message."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-    number = max((i for i, cell in enumerate(cells, 1) if cell.execution_count), default=1)
-    first = cells[number - 1].source.strip().splitlines()[0]
+    cells = [cell for cell in started if cell.cell_type == "code" and cell.source.strip()]
+    first = cells[-1].source.strip().splitlines()[0]
     said = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, CellExecutionError):
         said = [f"{error.ename}: {' '.join(error.evalue.split())}"]
-    return f"cell {number} ({first}): {said[0]}"
+    return f"cell {len(cells)} ({first}): {said[0]}"
 
 
 if __name__ == "__main__":

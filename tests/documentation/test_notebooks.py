@@ -84,11 +84,19 @@ def test_a_kernel_without_matplotlib_is_told_which_extra_to_install():
     assert "pip install '.[notebooks]'" in last
 
 
-def test_a_cell_that_fails_is_named_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("one / 0\nprint('never')", "(one / 0): ZeroDivisionError: division by zero"),
+        ("import os\nos._exit(3)", "(import os): Kernel died"),
+    ],
+    ids=["raises", "ends"],
+)
+def test_a_cell_that_fails_is_named_in_one_line(fault, said, tmp_path):
     pytest.importorskip("nbclient", reason="pip install '.[notebooks]'")
     pytest.importorskip("ipykernel", reason="pip install '.[notebooks]'")
     code = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
-    sources = ["one = 1", "one / 0\nprint('never')"]
+    sources = ["one = 1", "", fault]
     notebook = {
         "cells": [code | {"id": str(i), "source": source} for i, source in enumerate(sources)],
         "metadata": {},
@@ -100,9 +108,7 @@ def test_a_cell_that_fails_is_named_in_one_line(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "run_notebooks.py", "--in-place", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"{path}, cell 2 (one / 0): ZeroDivisionError: division by zero"
-    ]
+    assert done.stderr.splitlines() == [f"{path}, cell 2 {said}"]
     assert json.loads(path.read_text()) == notebook
 
 
