@@ -228,7 +228,7 @@ def recalibrate(
         found.measured.values(), found.fed.images
     )
     if processes.rank == 0:
-        _warn(norms, found, error)
+        _warn(norms, found, error, layerwise=layerwise, prior=prior)
     return Recalibration(found, norms, old, error)
 
 
@@ -257,14 +257,14 @@ def _agree(
     processes.agree(options | found)
 
 
-def _warn(norms: Norms, found: Estimate, error: float) -> None:
+def _warn(norms: Norms, found: Estimate, error: float, *, layerwise: bool, prior: float) -> None:
     if unreached := [path for path in norms if path not in found.measured]:
         warn(
             f"the data never reached {', '.join(unreached)}: these BatchNorms keep the statistics "
             "they had"
         )
     if found.measured and error > UNCERTAIN_RECALIBRATION:
-        warn(_uncertain(found.fed, error))
+        warn(_uncertain(found.fed, error, layerwise=layerwise, prior=prior))
 
 
 def _at_once(
@@ -279,16 +279,23 @@ def _at_once(
     return Estimate(fed, found)
 
 
-def _uncertain(fed: Fed, error: float) -> str:
+def _uncertain(fed: Fed, error: float, *, layerwise: bool, prior: float) -> str:
     if math.isinf(error):
         return (
             "the statistics are those of one image, or of some that do not differ, which cannot "
             "tell how uncertain they are"
         )
+    if prior:
+        others = ""
+    elif layerwise:
+        others = ", or let the old statistics count as some (prior=64; --prior 64)"
+    else:
+        others = (
+            ", or let the old statistics count as some, layer by layer (layerwise=True, prior=64)"
+        )
     return (
         f"the statistics of {fed.images} images are uncertain: 1 % of the channels have a standard "
-        f"error of more than {error:.2f} of their standard deviation; use more images, or let the "
-        "old statistics count as some, layer by layer (layerwise=True, prior=64; --prior 64)"
+        f"error of more than {error:.2f} of their standard deviation; use more images{others}"
     )
 
 
