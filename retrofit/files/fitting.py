@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
         odd = next((f"; {k} is {form}" for k, (t, _) in both.items() if (form := _form(t))), "")
         raise RetrofitError(
             f"the weights in {source} do not fit {type(model).__name__}, by their keys: "
-            f"{'; '.join(problems)}{odd}{_advice(wrong, both, model)}"
+            f"{'; '.join(problems)}{odd}{_advice(wrong, tensors, both, model)}"
         )
     _refuse_untied(own, tensors, source)
     if rounded := [key for key, (new, old) in both.items() if _is_rounded(new, old.dtype)]:
@@ -162,7 +162,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], source: str) -> N
 
 
 def _advice(
-    wrong: Mapping[str, Sequence[str]], both: Mapping[str, tuple[Any, Any]], model: nn.Module
+    wrong: Mapping[str, Sequence[str]],
+    tensors: Mapping[str, Any],
+    both: Mapping[str, tuple[Any, Any]],
+    model: nn.Module,
 ) -> str:
     """Guess whose weights they are, and say what to do with those; "" without a guess."""
     own = model.state_dict()
@@ -174,11 +177,27 @@ def _advice(
             "; they seem to be of this network with its BatchNorms folded away, which restore "
             f"(retrofit restore, retrofit.restore) gives back{head}"
         )
+    if _have_more_batchnorms(tensors, own):
+        return (
+            "; they have BatchNorms that it lacks, like the files that convert writes: "
+            "retrofit.load reads those, and there is nothing to convert"
+        )
     if list(wrong) == ["of another shape"]:
         asked = f"; does its factory need the arguments that it was trained with ({OPTION})?"
         return head or asked
     fitting = len(both) - len(wrong.get("of another shape", ()))
     return "; are they of another architecture?" if 2 * fitting < len(own) else ""
+
+
+def _have_more_batchnorms(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Tell whether weights are those of the network with BatchNorms put in, under any names."""
+    if any(key.endswith(VARIANCE) for key in own):
+        return False
+    layers, theirs = (
+        [value.shape for value in state.values() if isinstance(value, Tensor) and value.ndim > 1]
+        for state in (own, tensors)
+    )
+    return any(key.endswith(VARIANCE) for key in tensors) and layers == theirs
 
 
 def _are_folded(wrong: Mapping[str, Sequence[str]], own: Collection[str]) -> bool:

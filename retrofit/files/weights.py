@@ -188,10 +188,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Provenance]:
         {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}
     )
     told, provenance = _told(path, metadata)
-    try:
-        tensors.update({alias: tensors[key] for alias, key in told.get("aliases", {}).items()})
-    except (TypeError, AttributeError, KeyError) as error:
-        raise _unreadable(path, error) from error
+    aliases = told.get("aliases", {})
+    if not isinstance(aliases, dict):
+        raise _unreadable(path, f"aliases must be an object, not {aliases!r}")
+    for alias, key in aliases.items():
+        if not isinstance(key, str) or key not in tensors:
+            raise _unreadable(path, f"aliases gives {alias} the tensor {key!r}, which is not there")
+        tensors[alias] = tensors[key]
     return tensors, provenance
 
 
@@ -223,5 +226,5 @@ def _damaged(path: Path, error: Exception) -> RetrofitError:
     )
 
 
-def _unreadable(path: Path, error: Exception) -> RetrofitError:
-    return RetrofitError(f"{path} is damaged: its metadata cannot be read: {error}")
+def _unreadable(path: Path, why: object) -> RetrofitError:
+    return RetrofitError(f"{path} is damaged: its metadata cannot be read: {why}")

@@ -50,6 +50,17 @@ def test_folded_weights_of_other_classes_are_told_both(tmp_path):
     assert "build it with num_classes=10" in said
 
 
+@pytest.mark.parametrize("renumber", [True, False])
+def test_a_network_that_has_batchnorms_already_is_not_taken_for_another(renumber, tmp_path):
+    """What `convert` wrote, given to it again; and a stock network with BatchNorm."""
+    model = models.vgg11_bn() if renumber else retrofit.insert(models.alexnet())
+    name = "vgg11" if renumber else "alexnet"
+    said = refusal(tmp_path, name, model.state_dict())
+    assert "BatchNorms that it lacks, like the files that convert writes" in said
+    assert "retrofit.load" in said
+    assert OTHER in refusal(tmp_path, "resnet18", models.squeezenet1_1().state_dict())
+
+
 def test_batchnorms_that_lack_their_statistics_were_not_folded(tmp_path):
     state = models.resnet18().state_dict()
     bare = {key: tensor for key, tensor in state.items() if "running" not in key}
