@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[requests.Request, requests
         found = _parsed(parser, words)
         return _made(found.request, found), _made(requests.Telling, found)
     except (_Mistake, RetrofitError) as mistake:
-        first = next((word for word in words if word[:1] != "-"), "")
+        first = words[_place_of_command(words)]
         command = f" {first}" if first in COMMANDS else ""
         Terminal(as_json="--json" in words).fail(f"{mistake} (see retrofit{command} --help)", 2)
         sys.exit(2)
@@ -78,11 +78,11 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
                 f"an argument is empty, after {word or before} (a variable without value?)"
             )
     # argparse would speak first of what is missing, also where that is only misspelt.
-    command = None
-    for word in words:
+    command, place = None, _place_of_command(words)
+    for i, word in enumerate(words):
         if word in ("-h", "--help", "--version"):
             break  # whatever follows
-        if command is None and word[0] != "-":
+        if i == place:
             command = _command(word)
         name, options = word.partition("=")[0], _options(parser, command)
         if word == "--":
@@ -91,6 +91,11 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
             hint = _without_dashes(parser, command, name) or _nearest(name, options)
             raise _Mistake(f"unrecognized arguments: {word}{hint}")
     return parser.parse_args(words)
+
+
+def _place_of_command(words: Sequence[str]) -> int:
+    """Find the first word that is no option; -1 where there is none."""
+    return next((i for i, word in enumerate(words) if word[:1] != "-"), -1)
 
 
 def _command(word: str) -> str:
