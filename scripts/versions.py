@@ -1,7 +1,7 @@
 """Run the tests with the oldest versions that pyproject.toml allows, and with the newest.
 
     pip install uv
-    python scripts/versions.py --markdown docs/versions.md
+    python scripts/versions.py --results docs/results/versions.csv --markdown docs/versions.md
 
 Each set of versions gets an environment of its own: uv resolves the direct dependencies to their
 lowest allowed versions, or to the highest. Exits with 1 where a test fails.
@@ -16,13 +16,42 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 from markdown_table import markdown_table
+from recorded_runs import RecordedRuns
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "timm", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the tests said of a set of versions.
+
+    Attributes:
+        versions: name of the set.
+        python: version, as those of packages that follow.
+        tests: the last line of pytest, with the seconds.
+    """
+
+    versions: str
+    python: str
+    torch: str
+    torchvision: str
+    numpy: str
+    pillow: str
+    safetensors: str
+    timm: str
+    matplotlib: str
+    tests: str
+
+    @property
+    def passed(self) -> bool:
+        return "passed" in self.tests and not any(w in self.tests for w in ("failed", "error"))
 
 
 class Versions(NamedTuple):
@@ -33,8 +62,11 @@ class Versions(NamedTuple):
 
 
 TEXT = [
-    "What `python scripts/versions.py --markdown docs/versions.md` found: all tests, with the",
-    "oldest versions of the direct dependencies that pyproject.toml allows, and with the newest.",
+    "What the tests said with the oldest versions of the direct dependencies that pyproject.toml",
+    "allows, and with the newest:",
+    "",
+    "    python scripts/versions.py --results docs/results/versions.csv \\",
+    "        --markdown docs/versions.md",
 ]
 SETS = {
     "oldest": Versions("lowest-direct", "3.10"),
@@ -42,8 +74,8 @@ SETS = {
 }
 
 
-def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[str, str]]:
-    """Run the tests with a set of versions; return whether they pass, and a row of the table."""
+def tested(name: str, folder: Path, arguments: list[str]) -> Tested:
+    """Run the tests with a set of versions."""
     wanted, environment = SETS[name], folder / name
     python = environment / "bin" / "python"
     run("uv", "venv", "--seed", "--quiet", "--python", wanted.python, str(environment))
@@ -59,7 +91,7 @@ def tested(name: str, folder: Path, arguments: list[str]) -> tuple[bool, dict[st
     if done.returncode:
         print(report.read_text())
     found = {package: versions.get(package, "-") for package in PACKAGES}
-    return not done.returncode, {"": name, "Python": wanted.python, **found, "tests": summary}
+    return Tested(versions=name, python=wanted.python, tests=summary, **found)
 
 
 def run(*command: str) -> str:
@@ -72,12 +104,11 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def document(rows: list[dict[str, str]], earlier: str) -> str:
-    """Write the document; a set that did not run now keeps its row of the earlier one."""
-    head = list(rows[0])
-    lines = [line[2:-2].split(" | ") for line in earlier.splitlines() if line.startswith("| ")]
-    found = {cells[0]: cells for cells in lines} | {row[""]: list(row.values()) for row in rows}
-    table = markdown_table(head, [found[name] for name in SETS if name in found], words=head)
+def document(runs: Sequence[Tested]) -> str:
+    """Write the page, of the last run with each set."""
+    latest = {run.versions: run for run in runs}
+    head = ["", *(field.name for field in fields(Tested)[1:])]
+    table = markdown_table(head, [astuple(latest[name]) for name in SETS if name in latest], head)
     return "\n".join(["# Versions", "", *TEXT, "", table])
 
 
@@ -85,20 +116,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--only", choices=SETS, nargs="+", default=list(SETS), help="these sets of versions")
-    add("--markdown", type=Path, metavar="FILE", help="write the table there")
+    add("--results", type=Path, required=True, help="CSV file of results, added to")
+    add("--markdown", type=Path, metavar="FILE", help="write the page there")
     add("tests", nargs="*", help="arguments for pytest; default: all tests")
     arguments = parser.parse_args()
     if not shutil.which("uv"):
         print("versions.py: it needs uv: pip install uv", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        results = [tested(name, Path(folder), arguments.tests) for name in arguments.only]
-    file: Path | None = arguments.markdown
-    text = document([row for _, row in results], file.read_text() if file and file.exists() else "")
-    print(text)
-    if file:
-        file.write_text(text)
-    return 0 if all(passed for passed, _ in results) else 1
+    record = RecordedRuns(arguments.results, Tested)
+    passed = True
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            record.append(tested(name, Path(folder), arguments.tests))
+        passed &= record.runs[-1].passed
+    page = document(record.runs)
+    print(page)
+    if arguments.markdown:
+        arguments.markdown.write_text(page)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

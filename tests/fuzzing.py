@@ -3,14 +3,47 @@
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from recorded_runs import record
+
+
+@dataclass(frozen=True)
+class Fuzzed:
+    """What thousands of examples came to.
+
+    Attributes:
+        noun: of what they are.
+        different: of the examples, how many are not alike.
+        rare: the share below which a feature is `missed`.
+    """
+
+    noun: str
+    torch: str
+    examples: int
+    different: int
+    minutes: float
+    failures: int
+    rare: float
+    missed: str
+
+    def __str__(self):
+        return (
+            f"torch {self.torch}: {self.examples:,} {self.noun} ({self.different:,} different) in "
+            f"{self.minutes:.1f} min: {self.failures} failures; "
+            f"features of less than {self.rare:.0%} of them: {self.missed or 'none'}"
+        )
 
 
 def examples_of(job, strategy, check):
@@ -58,6 +91,7 @@ def main(fuzz, description, noun, examples, *, rare):
     parser.add_argument(f"--{noun}", type=int, default=examples, dest="examples")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="add the last line there")
     arguments = parser.parse_args()
     start, processes = time.monotonic(), arguments.processes
     shares = [arguments.examples // processes] * processes
@@ -74,9 +108,9 @@ def main(fuzz, description, noun, examples, *, rare):
         print(f"{count:6,}  {feature}")
     missed = [feature for feature, count in counts.items() if count < rare * total]
     print("\n".join(failures))
-    print(
-        f"torch {torch.__version__}: {total:,} {noun} ({different:,} different) in "
-        f"{(time.monotonic() - start) / 60:.1f} min: {len(failures)} failures; "
-        f"features of less than {rare:.0%} of them: {', '.join(missed) or 'none'}"
-    )
+    minutes = (time.monotonic() - start) / 60
+    found = (noun, torch.__version__, total, different, minutes, len(failures), rare)
+    fuzzed = Fuzzed(*found, ", ".join(missed))
+    print(fuzzed)
+    record([fuzzed], arguments.csv)
     return 1 if failures or missed else 0
