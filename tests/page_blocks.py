@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
@@ -79,12 +80,12 @@ def words_of(command):
     return command[command.index("retrofit") + 1 :]
 
 
-def run_page(page, variables, capsys, extra=()):
+def run_page(page, variables, capsys, extra=(), points=None):
     """Run the blocks of a page from top to bottom, Python's in one namespace.
 
-    What a block prints is compared, but for its numbers, with the block of text after it. `extra`
-    is added to each command that reads pictures. Returns the packages that blocks need and that are
-    not installed.
+    What a block prints is compared, but for its numbers, with the block of text after it; of these
+    percentages may be that many `points` off, if given. `extra` is added to each command that reads
+    pictures. Returns the packages that blocks need and that are not installed.
     """
     missing = set()
     for block in blocks(page):
@@ -103,7 +104,11 @@ def run_page(page, variables, capsys, extra=()):
                     more = known(extra, words[0]) if "--data" in words else ()
                     assert exit_code([*words, *more]) == 0, (page, block.line)
         if block.printed is not None:
-            assert_same_words(capsys.readouterr().out, block.printed, f"{page}:{block.line}")
+            found, where = capsys.readouterr().out, f"{page}:{block.line}"
+            assert_same_words(found, block.printed, where)
+            if points is not None:
+                shown = pytest.approx(percentages(block.printed), abs=points)
+                assert percentages(found) == shown, where
     return missing
 
 
@@ -132,6 +137,10 @@ def assert_same_words(found, shown, where):
     parts = re.split(r"\n?^\.\.\.$\n?", masked(shown), flags=re.MULTILINE)
     pattern = ".*".join(map(re.escape, parts))
     assert re.fullmatch(pattern, masked(found), re.DOTALL), f"{where} prints\n{found}"
+
+
+def percentages(text):
+    return [float(number) for number in re.findall(r"(\d+\.?\d*) ?%", text)]
 
 
 def masked(text):

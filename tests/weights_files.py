@@ -103,8 +103,7 @@ FINE = {
 }
 PICKLED = ["zip", "legacy", "shards of pickles", "folder of a pickle"]
 FLAT = ["safetensors", "shards", "folder", "folder of shards"]
-# What only a pickle can hold, and what safetensors can store.
-UNSTORED = ["an array", "on meta", "quantized", "sparse"]
+# What safetensors can store.
 STORED = ["a Parameter", "channels_last", "missing", "of another shape", "whole numbers", "8 bits"]
 SUFFIXES = [".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".weird"]
 
@@ -152,7 +151,7 @@ def weights_files(draw):
     names = st.sampled_from(WRAPPERS)
     wrappers = draw(few(names, min_size=int(beside is not None))) if whole else []
     prefixes = draw(few(st.sampled_from(PREFIXES)))
-    kinds = STORED if form in FLAT else [*FINE, *UNSTORED, *WRONG, *FINE, *UNSTORED]
+    kinds = STORED if form in FLAT else [*FINE, *WRONG]
     average = draw(st.sampled_from([None, "beside", "prefix"])) if wrappers else None
     keys = ["average", "network", None] if average else [None] * 9 + ["no such key"]
     return DrawnFile(

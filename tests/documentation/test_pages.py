@@ -41,8 +41,9 @@ def page(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     missing = set()
 
-    def run(name, extra=(), **variables):
-        missing.update(page_blocks.run_page(f"docs/{name}.md", variables, capsys, extra))
+    def run(name, extra=(), points=None, **variables):
+        path = f"docs/{name}.md"
+        missing.update(page_blocks.run_page(path, variables, capsys, extra, points))
         return variables
 
     yield run
@@ -53,7 +54,7 @@ def page(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_quick_start(page):
-    names = page("quick-start")
+    names = page("quick-start", points=8)  # what training comes to differs between machines
     before, after = map(names["accuracy"], (names["folded"], names["plain"]))
     assert before < 0.3
     assert after > 0.6
