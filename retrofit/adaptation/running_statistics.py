@@ -56,7 +56,7 @@ def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
         if norm.running_mean is not None and is_lazy(norm.running_mean):
             raise RetrofitError(
                 f"{path} is a lazy {type(norm).__name__} that has no shape yet: run one batch "
-                "through the model first"
+                "through the model first, in its factory if it has one"
             )
         if norm.running_mean is not None and norm.running_mean.is_inference():
             raise RetrofitError(

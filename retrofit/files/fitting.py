@@ -67,7 +67,10 @@ def fits(file: WeightsFile, own: Mapping[str, Any], key: str | None = None) -> l
         RetrofitError: nothing is under the key; or the model is lazy.
     """
     if lazy := [name for name, value in own.items() if is_lazy(value)]:
-        raise RetrofitError(f"{lazy[0]} has no shape yet: run one batch through the model first")
+        raise RetrofitError(
+            f"{lazy[0]} has no shape yet: run one batch through the model first, in its factory if "
+            "it has one"
+        )
     states = file.under(key)
     found = [
         _fit(path, prefix, state, own)

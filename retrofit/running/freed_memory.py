@@ -14,16 +14,17 @@ _TRIM, _MMAP = -1, -3
 _USUAL = {_MMAP: 32 << 20, _TRIM: 64 << 20}
 _KEEP = {_MMAP: 1 << 30, _TRIM: (1 << 31) - 1}
 
-_blocks: list[ctypes.CDLL] = []  # that run now, one in the other
+_blocks: set[object] = set()  # that run now in this process, whichever ends first
 
 
 @functools.cache
-def _watch_forks() -> None:
+def _watch_forks(libc: ctypes.CDLL) -> None:
     """Have forked processes return to the usual thresholds; there is no way to take that back."""
 
     def in_child() -> None:
         if _blocks:
-            _set(_blocks[0], _USUAL)
+            _set(libc, _USUAL)
+            _blocks.clear()
 
     os.register_at_fork(after_in_child=in_child)
 
@@ -42,12 +43,13 @@ def kept_memory() -> Iterator[None]:
     if libc is None or not _set(libc, _KEEP):
         yield
         return
-    _watch_forks()
-    _blocks.append(libc)
+    _watch_forks(libc)
+    block = object()
+    _blocks.add(block)
     try:
         yield
     finally:
-        _blocks.pop()
+        _blocks.discard(block)
         if not _blocks:
             _set(libc, _USUAL)
             libc.malloc_trim(0)

@@ -128,7 +128,7 @@ def refuse_lazy(model: nn.Module) -> None:
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise RetrofitError(
                 f"{path or 'the model'} is a lazy {type(module).__name__} that has no shape yet: "
-                "run one batch through the model first"
+                "run one batch through the model first, in its factory if it has one"
             )
 
 
