@@ -15,6 +15,10 @@ EXPORTS = {
     "script": {"dynamo": False},
     "script, whole": {"dynamo": False, "training": PRESERVE, "do_constant_folding": False},
 }
+# Of torch 2.6 it fails at any BatchNorm in eval mode.
+dynamo_knows_batchnorm = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6's newer exporter fails at BatchNorm"
+)
 HOW = ["dynamo", "script", *(pytest.param(h, marks=pytest.mark.slow) for h in EXPORTS if "," in h)]
 
 

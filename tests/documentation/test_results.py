@@ -8,6 +8,7 @@ import benchmark_tables
 import corruptions_tables
 import finetune_heads
 import finetune_tables
+import fuzzing
 import imagenet_corruptions_tables
 import layer_by_layer
 import merging
@@ -132,6 +133,12 @@ def test_what_another_page_quotes_is_what_its_file_says(name):
     found, made = words(page(name)), OTHER_PAGES[name]().splitlines()
     assert len(made) > 1
     assert all(words(line) in found for line in made)
+
+
+def test_the_page_of_guarantees_quotes_the_last_fuzzing():
+    found = {run.noun: run for run in runs("fuzz", fuzzing.Fuzzed)}
+    assert found.keys() == {"networks", "files"}
+    assert all(words(str(run)) in words(page("guarantees")) for run in found.values())
 
 
 def latest(name, kind):

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_files import HOW, export, written
+from onnx_files import HOW, dynamo_knows_batchnorm, export, written
 from torch import nn
 
 from retrofit.errors import RetrofitError
@@ -64,7 +64,9 @@ def test_all_layers_are_found_in_order_with_their_tensors(tmp_path, how):
     np.testing.assert_allclose(run_onnx(file, [x.numpy()])[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["dynamo, whole", "script, whole"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("dynamo, whole", marks=dynamo_knows_batchnorm), "script, whole"]
+)
 def test_names_are_those_of_the_network_where_the_exporter_keeps_them(tmp_path, how):
     model = nets.build(nets.AlreadyNormed)
     file = export(model, nets.images(2, 3, 16, 16), tmp_path / "net.onnx", how)
