@@ -108,7 +108,7 @@ def run_page(page, variables, capsys, extra=(), points=None):
             assert_same_words(found, block.printed, where)
             if points is not None:
                 shown = pytest.approx(percentages(block.printed), abs=points)
-                assert percentages(found) == shown, where
+                assert percentages(found) == shown
     return missing
 
 

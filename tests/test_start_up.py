@@ -7,6 +7,7 @@ import json
 import pickle
 import pkgutil
 import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_help_in_python_describes_every_name():
     text = pydoc.plain(pydoc.render_doc(retrofit))
     assert [name for name in dir(retrofit) if name not in text] == ["__version__"]
     assert f"VERSION\n    {retrofit.__version__}\n" in text
-    assert "add_batchnorm(model" in text
+    assert re.search(r"add_batchnorm\(\s*model\b", text)  # Python 3.13 breaks long signatures
 
 
 @pytest.mark.parametrize("name", sorted(set(retrofit.__all__) - {"__version__"}))

@@ -54,7 +54,8 @@ def page(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_quick_start(page):
-    names = page("quick-start", points=8)  # what training comes to differs between machines
+    # What training comes to differs between machines, and more with the oldest torch.
+    names = page("quick-start", points=None if torch.__version__.startswith("2.6.") else 8)
     before, after = map(names["accuracy"], (names["folded"], names["plain"]))
     assert before < 0.3
     assert after > 0.6

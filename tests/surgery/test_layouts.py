@@ -222,7 +222,12 @@ def assign(net, value):
         lambda net, _x: net.count.add_(1),
         lambda net, _x: net.count.data.add_(1),
         lambda net, _x: assign(net, net.count + 1),
-        lambda net, x: assign(net, x.mean()),
+        pytest.param(
+            lambda net, x: assign(net, x.mean()),
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.6."), reason="its torch.fx refuses that by itself"
+            ),
+        ),
         lambda net, _x: net.count.add_(1) if net.training else None,
     ],
 )
