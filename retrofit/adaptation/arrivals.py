@@ -14,17 +14,27 @@ from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.numerics.reductions import CACHED, Samples, finite
 
 
+def version(x: Tensor) -> int:
+    """Give a number that differs once a tensor, or what shares its memory, was written to."""
+    return 0 if x.is_inference() else x._version
+
+
 class Arrivals:
     """The activations that batches bring to BatchNorms, reduced to the moments of their samples.
 
     A single picture costs more calls than arithmetic. So activations of one shape wait for each
-    other, until there are as many as a cache holds; they must stay as they are until `statistics`.
+    other, until there are as many as a cache holds.
+
+    Attributes:
+        overwritten: one did not stay as it was until `statistics`, which are of no use then.
     """
 
     def __init__(self) -> None:
         self._reduced: dict[str, list[Samples]] = defaultdict(list)
         self._path = ""
         self._waiting: list[tuple[FedBatch, Tensor]] = []
+        self._versions: list[int] = []
+        self.overwritten = False
 
     def add(self, path: str, x: Tensor, batch: FedBatch) -> None:
         """Take what a BatchNorm got of a batch, (N, C, ...), of at least one element."""
@@ -32,6 +42,7 @@ class Arrivals:
             self._reduce()
         self._path = path
         self._waiting.append((batch, x))
+        self._versions.append(version(x))
         if sum(waiting.numel() for _, waiting in self._waiting) + x.numel() > CACHED:
             self._reduce()
 
@@ -43,7 +54,8 @@ class Arrivals:
 
     def _reduce(self) -> None:
         batches, given = zip(*self._waiting, strict=True)
-        self._waiting = []
+        self.overwritten |= self._versions != [version(x) for x in given]
+        self._waiting, self._versions = [], []
         lengths = [len(x) for x in given]
         try:
             found = finite(torch.cat(given) if len(given) > 1 else given[0], self._path)

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from retrofit.adaptation.arrivals import Arrivals
+from retrofit.adaptation.arrivals import Arrivals, version
 from retrofit.adaptation.held_memory import HeldMemory
 from retrofit.adaptation.norm_inputs import hooked, other_data
 from retrofit.adaptation.paused_pass import PausedPass, pause
 from retrofit.adaptation.running_statistics import Norms
 from retrofit.calibration.feeding import Fed, FedBatch, Feed
 from retrofit.calibration.processes import digest
+from retrofit.errors import RetrofitError
 from retrofit.numerics.channel_statistics import ChannelStatistics
 from retrofit.running.memory import memory_of
 from retrofit.running.nested import first_tensor
 
 END = ""  # of the model, which no BatchNorm is called
+MIXED = "."  # nor this: a batch came upon what another had left, and no number counts
 MOST = 1024  # batches that wait: each has a stack
 LOOKED_AT = 4096  # values of a sample: to hash a picture takes a hundredth of a pass
 
@@ -33,6 +35,7 @@ class _Stop(NamedTuple):
 
     path: str
     x: Tensor
+    version: int
 
 
 class _Run:
@@ -43,12 +46,23 @@ class _Run:
         self.calls: Counter[str] = Counter()
         self.digest = _digest(batch)
         self.passing = PausedPass(batch.run)
+        self.stop: _Stop | None = None
 
     def at(self, path: str, x: Tensor) -> None:
         """Stop there, or pass."""
         self.calls[path] += 1
         if path not in self.settled or self.calls[path] > 1:
-            pause(_Stop(path, x))
+            pause(_Stop(path, x, version(x)))
+
+    def go_on(self) -> _Stop | None:
+        """Run to the next stop; None at the end.
+
+        Raises RuntimeError where what it stopped with has been written to.
+        """
+        if self.stop is not None and version(self.stop.x) != self.stop.version:
+            raise RuntimeError(f"what {self.stop.path} gets was overwritten")
+        self.stop = self.passing.resume()
+        return self.stop
 
 
 class HaltedSample:
@@ -65,7 +79,8 @@ class HaltedSample:
     Attributes:
         settled: BatchNorms to pass. A batch that calls one again stops there.
         final: BatchNorms to pass at every call.
-        places: where the batches are: at one BatchNorm if all is well, or at the `END`.
+        places: where the batches are: at one BatchNorm if all is well, or at the `END`; `MIXED` is
+            among them where batches get into each other's way, and it is to be begun otherwise.
         fed: how much data there is.
         passes: how often the data was gone through.
         held: the most bytes that waiting batches took, estimated from one image.
@@ -90,13 +105,18 @@ class HaltedSample:
         self._others: list[str] = []  # digests of batches that do not wait
         self._each = 0  # bytes of an image, once they are known
         self._running: _Run | None = None
+        self._seen: list[_Seen] = []  # of the first batch
 
     @contextmanager
     def halting(self) -> Iterator[None]:
         """Halt at BatchNorms in the block; at its end nothing waits."""
 
         def look(path: str, _: _BatchNorm, x: Tensor) -> None:
-            if self._running is not None and path not in self.final:
+            if self._running is None:
+                return
+            if self._waiting[:1] in ([], [self._running]):
+                self._seen.append(_Seen.of(path, x))
+            if path not in self.final:
                 self._running.at(path, x.detach())
 
         try:
@@ -109,7 +129,7 @@ class HaltedSample:
         """Let all batches begin again."""
         for run in self._waiting:
             run.passing.leave()
-        self._waiting, self._others = [], []
+        self._waiting, self._others, self._seen = [], [], []
 
     def to_next(self) -> None:
         """Bring all batches to the next BatchNorm."""
@@ -121,7 +141,23 @@ class HaltedSample:
 
     def arrived(self, path: str) -> ChannelStatistics | None:
         """Give the statistics of what this BatchNorm got; None if that was nothing."""
-        return self._arrivals.statistics(path)
+        found = self._arrivals.statistics(path)
+        if self._arrivals.overwritten:
+            self.places = {MIXED}
+        return found
+
+    def is_alike_alone(self) -> bool:
+        """Tell whether the first batch, run on its own, brings to BatchNorms what it brought.
+
+        Not so where the model keeps an activation outside of the pass, on itself for example, and
+        reads it after a BatchNorm: another batch has put its own there meanwhile.
+        """
+        if self.fed.batches < 2:
+            return True
+        alone: list[_Seen] = []
+        with hooked(self.norms, lambda path, _, x: alone.append(_Seen.of(path, x))):
+            self._waiting[0].batch.run()
+        return len(alone) == len(self._seen) and all(map(_Seen.is_like, alone, self._seen))
 
     def _begin(self) -> None:
         """Bring the batches to the first BatchNorm, and let wait what fits."""
@@ -188,18 +224,42 @@ class HaltedSample:
         """Let a batch run to where it stops next, and take what arrives there."""
         self._running = run
         try:
-            stop = run.passing.resume()
+            stop = run.go_on()
             self.places.add(END if stop is None else stop.path)
             if stop is not None:
                 run.batch.images = run.batch.images or len(stop.x)
                 if stop.x.numel():
                     self._arrivals.add(stop.path, stop.x, run.batch)
+        except RetrofitError:
+            run.passing.leave()
+            raise
+        except Exception:  # noqa: BLE001 - an error of the batch itself comes again when it runs alone
+            run.passing.leave()
+            self.places.add(MIXED)
         except BaseException:
             run.passing.leave()
             raise
         finally:
             self._running = None
         return run
+
+
+class _Seen(NamedTuple):
+    """A call of a BatchNorm: what it got, in two numbers."""
+
+    path: str
+    mean: float
+    size: float
+
+    @classmethod
+    def of(cls, path: str, x: Tensor) -> _Seen:
+        x = x.detach().float()
+        return cls(path, float(x.mean()), float(x.norm()) / max(1, x.numel()) ** 0.5)
+
+    def is_like(self, other: _Seen) -> bool:
+        near = 1e-4 * max(self.size, other.size)
+        means, sizes = abs(self.mean - other.mean), abs(self.size - other.size)
+        return self.path == other.path and means <= near and sizes <= near
 
 
 def _digest(batch: FedBatch) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from retrofit.adaptation.halted_sample import END, HaltedSample
+from retrofit.adaptation.halted_sample import END, MIXED, HaltedSample
 from retrofit.adaptation.norm_inputs import (
     Estimate,
     Measured,
@@ -30,7 +30,8 @@ class LayerByLayer:
 
     A BatchNorm that is called again after it was settled is measured in a pass of its own, all its
     calls pooled, behind those before it, and the batches begin anew. Where the batches call
-    BatchNorms in different orders, each has such a pass, in the order of the first calls.
+    BatchNorms in different orders, each has such a pass, in the order of the first calls; so it is
+    where a batch comes upon what another has left, on the model or in memory that is used again.
 
     Args:
         model, norms: what is run, and its BatchNorms.
@@ -66,7 +67,7 @@ class LayerByLayer:
                 self.fed = fed_by_all(self.processes, sample.fed)
                 layers = len(self.norms)
                 with progress_bar(feed.stage, layers, "layer", shown=feed.progress) as bar:
-                    if not self._together(sample, bar):
+                    if not (self._together(sample, bar) and self._were_apart(sample)):
                         sample.start_anew()
                         self._one_by_one(bar)
         return Estimate(self.fed, self.measured, self.passes + sample.passes, sample.held)
@@ -78,6 +79,8 @@ class LayerByLayer:
             places = {place for one in everywhere for place in one}
             if places <= {END}:
                 return True
+            if MIXED in places:
+                return False
             again = next((path for path in self.measured if path in places), None)
             if again is not None:
                 self._forget_from(again)
@@ -87,7 +90,10 @@ class LayerByLayer:
                 sample.settled = set(self.measured)
             elif len(places) == 1:
                 (path,) = places
-                self._settle(path, sample.arrived(path))
+                found = sample.arrived(path)
+                if any(MIXED in one for one in self.processes.gather(sample.places)):
+                    return False
+                self._settle(path, found)
                 sample.settled.add(path)
             else:
                 return False
@@ -95,14 +101,19 @@ class LayerByLayer:
             bar.refresh()
             sample.to_next()
 
+    def _were_apart(self, sample: HaltedSample) -> bool:
+        """Tell whether no batch, in any process, has changed what another brought."""
+        return all(self.processes.gather(sample.is_alike_alone()))
+
     def _one_by_one(self, bar: ProgressBar) -> None:
         """Settle them in a pass over all data for each."""
         if self.measured:
             self._forget_from(next(iter(self.measured)))
         called: dict[str, None] = {}
         with hooked(self.norms, lambda path, _norm, _x: called.setdefault(path)):
-            measured(self.model, self.norms, (), replace(self.feed, progress=False))
+            fed, _ = measured(self.model, self.norms, (), replace(self.feed, progress=False))
         self.passes += 1
+        self.fed = fed_by_all(self.processes, fed)
         order = dict.fromkeys(path for one in self.processes.gather(list(called)) for path in one)
         bar.reset(len(order))
         for path in order:

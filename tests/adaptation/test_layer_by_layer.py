@@ -1,5 +1,7 @@
 """`recalibrate(layerwise=True)`, against a pass over all data for each BatchNorm in turn."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import nets
 import pytest
 import torch
@@ -152,7 +154,8 @@ def test_every_picture_passes_once():
     model, pictures = nets.build(Residual), []
     model.stem.register_forward_hook(lambda _m, args, _y: pictures.append(len(args[0])))
     found = layerwise(model, X.split(5))
-    assert sum(pictures) == 24 + 1  # one of them first alone, to see what it takes
+    # One of them first alone, to see what it takes, and the first batch alone in the end.
+    assert sum(pictures) == 1 + 24 + 5
     assert found.passes == 1
     # At `second`: the output of the stem's ReLU, that of the body, and the picture itself.
     assert found.held == 24 * (INPUT + 2 * 4 * 7 * 7 * 4)
@@ -166,7 +169,7 @@ def test_what_does_not_fit_into_the_memory_runs_for_each_batchnorm(waiting, pass
     found = layerwise(model, X.split(5), max_memory=waiting * each)
     waits = max(waiting, 5)  # one batch in any case
     # The others end at each BatchNorm, those before them passed, and in the end run to the end.
-    assert sum(bodies) == 1 + waits + 3 * (24 - waits)
+    assert sum(bodies) == 1 + waits + 3 * (24 - waits) + 5
     assert (found.passes, found.held) == (passes, waits * each)
 
 
@@ -184,6 +187,139 @@ def test_a_deep_network_gets_the_same_statistics_with_any_budget(sizes, prior):
         assert handle.passes == len(found) + 1
         for path, norm in norms(model).items():
             torch.testing.assert_close(norm.running_var, found[path], rtol=1e-6, atol=0)
+
+
+class OnItself(nn.Module):
+    """Keeps an activation between two BatchNorms outside of the pass, as nets with hooks do."""
+
+    def __init__(self, removes=False):
+        super().__init__()
+        self.stem, self.removes = nn.Conv2d(3, 4, 3, padding=1), removes
+        self.first, self.body = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.second, self.third = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.kept = self.stem(x)
+        y = self.second(self.body(self.first(self.kept).relu()))
+        y = self.third(y + self.kept)
+        if self.removes:
+            del self.kept
+        return y
+
+
+class Workspace(OnItself):
+    """Writes to the same memory for every batch."""
+
+    def forward(self, x):
+        if getattr(self, "space", None) is None or self.space.shape != x.shape:
+            self.space = torch.empty_like(x)
+        return super().forward(torch.mul(x, 2, out=self.space).view_as(x))
+
+
+class WorkspaceForTheFirst(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.space = torch.empty(4, 3, 9, 9)
+
+    def forward(self, x):
+        return super().forward(torch.mul(x, 2, out=self.space[: len(x)]))
+
+
+class Listed(OnItself):
+    """Keeps activations in a list that a hook fills, and takes them from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem.register_forward_hook(lambda _m, _x, y: self.outputs.append(y))
+        self.outputs = []
+
+    def forward(self, x):
+        y = self.second(self.body(self.first(self.stem(x)).relu()))
+        return self.third(y + self.outputs.pop())
+
+
+APART = [OnItself, lambda: OnItself(removes=True), Workspace, WorkspaceForTheFirst, Listed]
+
+
+@pytest.mark.parametrize("prior", [0, 7])
+@pytest.mark.parametrize("max_memory", [None, 0])
+@pytest.mark.parametrize("build", APART)
+def test_batches_that_come_upon_what_others_left_are_measured_in_passes(build, max_memory, prior):
+    data = [x + i for i, x in enumerate(X.split(4))]
+    ours, theirs = nets.build(build), nets.build(build)
+    found = layerwise(ours, data, prior=prior, max_memory=max_memory)
+    in_turn(theirs, data, prior)
+    assert_same_statistics(ours, theirs)
+    assert found.passes > 1
+    one = nets.build(build)
+    assert layerwise(one, data[:1]).passes == 1  # which meets no other
+
+
+def test_images_of_two_sizes_meet_nobody_elses_activations():
+    data = [nets.images(3, 3, size, size) for size in (8, 9, 8)]
+    ours, theirs = nets.build(OnItself), nets.build(OnItself)
+    layerwise(ours, data)
+    in_turn(theirs, data, 0)
+    assert_same_statistics(ours, theirs)
+
+
+def test_data_that_fill_one_buffer_again_and_again():
+    data, buffer = [x + i for i, x in enumerate(X.split(6))], torch.empty_like(X[:6])
+
+    class Reused:
+        def __iter__(self):
+            return (buffer.copy_(x) for x in data)
+
+    def build():
+        return nn.Sequential(nn.BatchNorm2d(3), nets.build(Residual))
+
+    ours, theirs = nets.build(build), nets.build(build)
+    layerwise(ours, Reused(), forward_fn=lambda model, x: model(x))
+    in_turn(theirs, data, 0)
+    assert_same_statistics(ours, theirs)
+
+
+def test_a_model_that_runs_in_another_thread():
+    def forward_in_a_pool(model, x):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model, x).result()
+
+    theirs = nets.build(Residual)
+    in_turn(theirs, X.split(6), 0)
+    ours = nets.build(Residual)
+    layerwise(ours, X.split(6), forward_fn=forward_in_a_pool)
+    assert_same_statistics(ours, theirs)
+
+
+def switched(model, x):
+    with torch.inference_mode():
+        model(x)
+
+
+def typed(model, x):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model(x)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@pytest.mark.parametrize("forward", [switched, typed])
+@pytest.mark.parametrize("batches", [1, 2, 4])
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_pass_switches_for_a_while_is_as_it_was(forward, batches, inference):
+    ours, theirs, data = nets.build(Residual), nets.build(Residual), X.chunk(batches)
+    in_turn(theirs, data, 0)
+    with torch.inference_mode(inference):
+        found = layerwise(ours, data, forward_fn=forward)
+        assert torch.is_inference_mode_enabled() is inference
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.zeros(1).is_inference()
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert found.passes == 1
+    assert_same_statistics(ours, theirs)
 
 
 def test_a_batchnorm_called_again_has_a_pass_of_its_own():

@@ -20,6 +20,7 @@ import restored_onnx
 import restored_yolo
 import restored_zoo_tables
 import sample_size
+import versions
 import zoo_tables
 from recorded_runs import RecordedRuns
 
@@ -139,6 +140,12 @@ def test_the_page_of_guarantees_quotes_the_last_fuzzing():
     found = {run.noun: run for run in runs("fuzz", fuzzing.Fuzzed)}
     assert found.keys() == {"networks", "files"}
     assert all(words(str(run)) in words(page("guarantees")) for run in found.values())
+
+
+def test_the_page_of_versions_is_what_its_file_says():
+    found = runs("versions", versions.Tested)
+    assert {run.versions for run in found} == versions.SETS.keys()
+    assert versions.document(found).strip() == page("versions").strip()
 
 
 def latest(name, kind):
