@@ -114,7 +114,7 @@ class HaltedSample:
         def look(path: str, _: _BatchNorm, x: Tensor) -> None:
             if self._running is None:
                 return
-            if self._waiting[:1] in ([], [self._running]):
+            if not self._waiting or self._running is self._waiting[0]:
                 self._seen.append(_Seen.of(path, x))
             if path not in self.final:
                 self._running.at(path, x.detach())
@@ -138,13 +138,12 @@ class HaltedSample:
             self._advance()
         else:
             self._begin()
+        if not self._arrivals.are_intact():
+            self.places.add(MIXED)
 
     def arrived(self, path: str) -> ChannelStatistics | None:
         """Give the statistics of what this BatchNorm got; None if that was nothing."""
-        found = self._arrivals.statistics(path)
-        if self._arrivals.overwritten:
-            self.places = {MIXED}
-        return found
+        return self._arrivals.statistics(path)
 
     def is_alike_alone(self) -> bool:
         """Tell whether the first batch, run on its own, brings to BatchNorms what it brought.
@@ -230,15 +229,11 @@ class HaltedSample:
                 run.batch.images = run.batch.images or len(stop.x)
                 if stop.x.numel():
                     self._arrivals.add(stop.path, stop.x, run.batch)
-        except RetrofitError:
+        except BaseException as error:
             run.passing.leave()
-            raise
-        except Exception:  # noqa: BLE001 - an error of the batch itself comes again when it runs alone
-            run.passing.leave()
-            self.places.add(MIXED)
-        except BaseException:
-            run.passing.leave()
-            raise
+            if isinstance(error, RetrofitError) or not isinstance(error, Exception):
+                raise
+            self.places.add(MIXED)  # an error of the batch itself comes again when it runs alone
         finally:
             self._running = None
         return run

@@ -90,10 +90,7 @@ class LayerByLayer:
                 sample.settled = set(self.measured)
             elif len(places) == 1:
                 (path,) = places
-                found = sample.arrived(path)
-                if any(MIXED in one for one in self.processes.gather(sample.places)):
-                    return False
-                self._settle(path, found)
+                self._settle(path, sample.arrived(path))
                 sample.settled.add(path)
             else:
                 return False

@@ -166,7 +166,7 @@ OutStream.__module__ = "ipykernel.iostream"
 sys.stderr = OutStream()
 
 class Widget:
-    config = {"IPKernelApp": {}}  # which tqdm before 4.68 asks for
+    config = {"IPKernelApp": {}}  # which tqdm 4.66 and 4.67 ask for
     def __init__(self, children=(), **options):
         self.children, self.layout = children, SimpleNamespace(width=None)
         self.bar_style, self.style = "", SimpleNamespace(bar_color=None)
