@@ -65,11 +65,12 @@ class LayerByLayer:
             with sample.halting():
                 sample.to_next()
                 self.fed = fed_by_all(self.processes, sample.fed)
+                counted = not any(MIXED in one for one in self.processes.gather(sample.places))
                 layers = len(self.norms)
                 with progress_bar(feed.stage, layers, "layer", shown=feed.progress) as bar:
                     if not (self._together(sample, bar) and self._were_apart(sample)):
                         sample.start_anew()
-                        self._one_by_one(bar)
+                        self._one_by_one(bar, counted=counted)
         return Estimate(self.fed, self.measured, self.passes + sample.passes, sample.held)
 
     def _together(self, sample: HaltedSample, bar: ProgressBar) -> bool:
@@ -102,15 +103,21 @@ class LayerByLayer:
         """Tell whether no batch, in any process, has changed what another brought."""
         return all(self.processes.gather(sample.is_alike_alone()))
 
-    def _one_by_one(self, bar: ProgressBar) -> None:
-        """Settle them in a pass over all data for each."""
+    def _one_by_one(self, bar: ProgressBar, *, counted: bool) -> None:
+        """Settle them in a pass over all data for each.
+
+        Args:
+            bar: to move.
+            counted: how much data there is is known. A batch may end before it has told.
+        """
         if self.measured:
             self._forget_from(next(iter(self.measured)))
         called: dict[str, None] = {}
         with hooked(self.norms, lambda path, _norm, _x: called.setdefault(path)):
             fed, _ = measured(self.model, self.norms, (), replace(self.feed, progress=False))
         self.passes += 1
-        self.fed = fed_by_all(self.processes, fed)
+        if not counted:
+            self.fed = fed_by_all(self.processes, fed)
         order = dict.fromkeys(path for one in self.processes.gather(list(called)) for path in one)
         bar.reset(len(order))
         for path in order:

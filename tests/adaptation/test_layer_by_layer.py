@@ -279,6 +279,19 @@ def test_data_that_fill_one_buffer_again_and_again():
     assert_same_statistics(ours, theirs)
 
 
+@pytest.mark.parametrize("build", [ByBrightness, OnItself])
+def test_data_that_differ_in_a_later_pass_are_refused_one_by_one_too(build):
+    passes = []
+
+    class Growing:
+        def __iter__(self):
+            passes.append(None)
+            return iter(X.split(6)[: 3 if len(passes) == 1 else 4])
+
+    with pytest.raises(RetrofitError, match="18 images in 3 batches at first and 24"):
+        layerwise(nets.build(build), Growing())
+
+
 def test_a_model_that_runs_in_another_thread():
     def forward_in_a_pool(model, x):
         with ThreadPoolExecutor(1) as pool:
